@@ -1,0 +1,171 @@
+"""Which code runs a call, Triton or PyTorch, and the dtype rules that every op shares."""
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("vit_fast")
+
+BACKENDS = ("auto", "triton", "torch")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MINIMUM_CAPABILITY = (8, 0)
+
+
+def _known(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: got {name!r}, takes one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+# A module global and not a ContextVar: torch.compile guards on a global, and breaks the graph at a ContextVar.
+_backend = _known(os.environ.get("VIT_FAST_BACKEND", "auto"), "VIT_FAST_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str):
+    """Choose the code that runs every vit_fast op inside the `with` block.
+
+    Args:
+        name: "auto", Triton on a CUDA or ROCm tensor and PyTorch elsewhere; "triton", Triton always: on a CPU tensor
+            that is the interpreter, which needs TRITON_INTERPRET=1 in the environment before Python starts, and an
+            error otherwise, never PyTorch; "torch", PyTorch always.
+
+    The choice is one for the process, not one a thread, so that torch.compile can guard on it.
+
+    Raises:
+        ValueError: for another name.
+    """
+    global _backend
+    before, _backend = _backend, _known(name, "use_backend(name)")
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter was asked for, by TRITON_INTERPRET=1."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning(message)
+
+
+@functools.cache
+def why_not_triton(device: torch.device) -> str:
+    """The reason why `auto` runs PyTorch on this device, or "" where the kernels run."""
+    if device.type != "cuda":
+        return f"a tensor on {device.type}: the kernels run on CUDA and ROCm"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MINIMUM_CAPABILITY:
+            return "compute capability {}.{}, the kernels need {}.{}".format(*capability, *MINIMUM_CAPABILITY)
+    return ""
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether a call whose first tensor is `x` runs a kernel.
+
+    Never while torch.export traces (the exported graph holds PyTorch's own ops, and runs anywhere), nor for an empty
+    tensor (there is nothing to launch).
+
+    Raises:
+        RuntimeError: under use_backend("triton") where no kernel can run.
+        TypeError: under use_backend("triton") for a dtype that no kernel takes.
+    """
+    if _backend == "torch" or torch.compiler.is_exporting() or x.numel() == 0:
+        return False
+    if _backend == "auto":
+        if x.device.type != "cuda" or x.dtype not in DTYPES:
+            return False
+        reason = why_not_triton(x.device)
+        if reason and not torch.compiler.is_compiling():
+            _say_once(f"vit_fast runs in PyTorch: {reason}")
+        return not reason
+    if x.dtype not in DTYPES:
+        raise TypeError(f"the triton backend takes float32, float16 and bfloat16, got {x.dtype}; use 'auto' or 'torch'")
+    reason = why_not_triton(x.device)
+    if x.device.type == "cpu" and interpreting():
+        reason = "" if importlib.util.find_spec("triton") else "triton is not installed"
+    if reason:
+        hint = "; TRITON_INTERPRET=1, set before Python starts, runs the interpreter" if x.device.type == "cpu" else ""
+        raise RuntimeError(f"use_backend('triton') got {reason}{hint}")
+    return True
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product on `x`: autocast's where it is on, and that of `x` elsewhere."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` in `dtype`, through autocast's own cache where there is one.
+
+    Under autocast on a GPU a product of one factor is that factor, cast and cached as any autocast weight is: PyTorch
+    offers no other way to the cache from Python. Elsewhere it is a plain cast. Differentiable both ways.
+    """
+    if weight.dtype == dtype:
+        return weight
+    if weight.is_cuda and torch.is_autocast_enabled("cuda") and not torch.compiler.is_compiling():
+        return torch.ops.aten.chain_matmul([weight.flatten(1)]).view(weight.shape)
+    return weight.to(dtype)
+
+
+def float32_precision() -> str:
+    """How the kernels multiply fp32: "ieee", or "tf32" where torch.set_float32_matmul_precision allows it."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient through a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_operands(x: Tensor, **operands: Tensor | None) -> None:
+    """Refuse an operand on another device than `x`, or of a dtype that can meet `x` in no product.
+
+    Outside autocast every operand has the dtype of `x`; under autocast any floating dtype does.
+
+    Raises:
+        ValueError, TypeError: naming the operand, what it is and what it must be.
+    """
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, operand in operands.items():
+        if operand is None:
+            continue
+        if operand.device != x.device:
+            raise ValueError(f"{name}: on {operand.device}, the input is on {x.device}; move one of them")
+        if operand.dtype != x.dtype and not (autocast and operand.is_floating_point()):
+            raise TypeError(f"{name}: {operand.dtype}, the input is {x.dtype}; cast one of them or use torch.autocast")
+
+
+def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape.
+
+    Raises:
+        ValueError: naming the argument, what it got and what it takes.
+    """
+    if tensor is not None and tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, takes {list(shape)}")
+
+
+def check_rank(name: str, tensor: Tensor, names: str) -> None:
+    """Refuse a tensor whose rank is not that of `names`, the letters of its axes such as "B T D".
+
+    Raises:
+        ValueError: naming the argument, what it got and what it takes.
+    """
+    if tensor.dim() != len(names.split()):
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, takes [{', '.join(names.split())}]")
