@@ -1,0 +1,44 @@
+"""Mends what Triton's interpreter gets wrong in bf16, so that bf16 kernels run on a CPU at all.
+
+It stores bf16 as uint16, multiplies these integers in `tl.dot`, and truncates where hardware rounds to nearest even.
+A bf16 result of the interpreter is still no proof of a GPU's: the products here are exact in fp32.
+"""
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _bf16_to_float32(data: np.ndarray) -> np.ndarray:
+    return (data.astype(np.uint32) << 16).view(np.float32)
+
+
+def _float32_to_bf16(data: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+
+def mend() -> None:
+    """Replace the interpreter's bf16 casts and product. Done once a process, before the first launch."""
+    builder = interpreter.InterpreterBuilder
+    original_cast, original_dot = builder.cast_impl, builder.create_dot
+
+    def cast_impl(self, src, dst_type):
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.bfloat16 and target != tl.bfloat16:
+            wide = interpreter.TensorHandle(_bf16_to_float32(src.data), tl.float32)
+            return wide if target == tl.float32 else original_cast(self, wide, dst_type)
+        if target == tl.bfloat16 and source != tl.bfloat16:
+            wide = src if source == tl.float32 else original_cast(self, src, tl.float32)
+            return interpreter.TensorHandle(_float32_to_bf16(wide.data), tl.bfloat16)
+        return original_cast(self, src, dst_type)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        return cast_impl(self, src, dst_type)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        a, b = (cast_impl(self, t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
+        return original_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+
+    builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    builder.create_fp_to_fp = create_fp_to_fp

@@ -1,0 +1,58 @@
+"""Each op in plain PyTorch calls, one after the other in the dtype under test: what a user has without this package."""
+
+import torch
+import torch.nn.functional as F
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+def patch_embed(images, weight, bias, position, prefix):
+    tokens = F.conv2d(images, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+    count = 0 if prefix is None else len(prefix)
+    if position is not None and len(position) == tokens.shape[1]:
+        tokens = tokens + position
+    if count:
+        tokens = torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
+    if position is not None and count and len(position) == tokens.shape[1]:
+        tokens = tokens + position
+    return tokens
+
+
+def ln_linear(x, norm_weight, norm_bias, weight, bias, eps):
+    return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
+
+
+def attention(q, k, v, scale=None):
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return ((q @ k.transpose(-1, -2) * scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def linear_residual(x, weight, bias, residual, layer_scale=None, drop=None):
+    branch = F.linear(x, weight, bias)
+    if layer_scale is not None:
+        branch = branch * layer_scale
+    if drop is not None:
+        branch = branch * drop.view(-1, 1, 1)
+    return residual + branch
+
+
+def mlp(
+    x,
+    norm_weight,
+    norm_bias,
+    fc1_weight,
+    fc1_bias,
+    fc2_weight,
+    fc2_bias,
+    layer_scale=None,
+    drop=None,
+    activation="gelu",
+    eps=1e-6,
+):
+    hidden = ACTIVATIONS[activation](ln_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps))
+    return linear_residual(hidden, fc2_weight, fc2_bias, x, layer_scale, drop)
