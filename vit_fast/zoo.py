@@ -1,0 +1,75 @@
+"""Named architectures. zoo.json holds, one a line, the arguments and the picture statistics of each.
+
+The names, arguments, image sizes, class counts, means and crops are those of timm 1.0.31's `vision_transformer.py` and
+`deit.py`, each for the architecture's default weights. An entry with "missing" names the parts that vit_fast lacks.
+"""
+
+import difflib
+import fnmatch
+import functools
+import importlib.resources
+import json
+
+from torch import nn
+
+from vit_fast.model import VisionTransformer, VisionTransformerDistilled
+
+
+@functools.cache
+def entries() -> dict[str, dict]:
+    """The whole data file: name → {"args", "pretrained_cfg"} or {"missing"}."""
+    return json.loads(importlib.resources.files("vit_fast").joinpath("zoo.json").read_text())
+
+
+def list_models(pattern: str = "") -> list[str]:
+    """Names that `create_model` builds, sorted.
+
+    Args:
+        pattern: a shell pattern such as "deit3_*_224"; a text without * ? [ finds every name that contains it.
+
+    Names whose parts are missing here are left out; `create_model` says what each of them misses.
+    """
+    names = sorted(name for name, entry in entries().items() if "missing" not in entry)
+    if not any(sign in pattern for sign in "*?["):
+        return [name for name in names if pattern in name]
+    return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
+def create_model(
+    name: str, num_classes: int | None = None, *, pretrained: bool = False, **overrides
+) -> VisionTransformer:
+    """A model by its name in timm, with fresh weights.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: width of the logits; None leaves the number of the architecture's default weights, 0 no head.
+        pretrained: only False: nothing is downloaded. Load a state dict of timm's with `load_state_dict`.
+        overrides: arguments of VisionTransformer that replace those of the name.
+
+    Raises:
+        ValueError: for an unknown name, naming the nearest; for a name whose parts are missing, naming the parts; for
+            pretrained=True.
+    """
+    entry = entries().get(name)
+    if entry is None:
+        near = difflib.get_close_matches(name.split(".")[0], list_models(), n=3, cutoff=0.5)
+        hint = f"; the nearest are {', '.join(near)}" if near else "; vit_fast.list_models() gives all"
+        raise ValueError(f"name: got {name!r}, no architecture of that name{hint}")
+    if "missing" in entry:
+        raise ValueError(f"name: got {name!r}, which needs parts that vit_fast lacks: {', '.join(entry['missing'])}")
+    if pretrained:
+        raise ValueError(
+            "pretrained: got True, takes False: nothing is downloaded; load_state_dict takes timm's weights"
+        )
+    args = dict(entry["args"])
+    eps = args.pop("norm_eps", None)
+    if eps is not None:
+        args["norm_layer"] = functools.partial(nn.LayerNorm, eps=eps)
+    kind = VisionTransformerDistilled if args.pop("distilled", False) else VisionTransformer
+    args |= overrides
+    if num_classes is not None:
+        args["num_classes"] = num_classes
+    model = kind(**args)
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in entry["pretrained_cfg"].items()}
+    model.pretrained_cfg = {"architecture": name, **config}
+    return model
