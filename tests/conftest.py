@@ -27,9 +27,10 @@ if INTERPRETING:
 
 
 def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="runs in Triton's interpreter: start pytest with TRITON_INTERPRET=1")
     for item in items:
         if item.get_closest_marker("interpret") and not INTERPRETING:
-            item.add_marker(pytest.mark.skip(reason="runs in Triton's interpreter: start pytest with TRITON_INTERPRET=1"))
+            item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)

@@ -139,8 +139,10 @@ def check_operands(x: Tensor, **operands: Tensor | None) -> None:
     Outside autocast every operand has the dtype of `x`; under autocast any floating dtype does.
 
     Raises:
-        ValueError, TypeError: naming the operand, what it is and what it must be.
+        ValueError: for another device. TypeError: for another dtype. Both name the operand, what it is and must be.
     """
+    if not x.is_floating_point():
+        raise TypeError(f"the input: got {x.dtype}, takes a floating dtype")
     autocast = torch.is_autocast_enabled(x.device.type)
     for name, operand in operands.items():
         if operand is None:
@@ -149,6 +151,32 @@ def check_operands(x: Tensor, **operands: Tensor | None) -> None:
             raise ValueError(f"{name}: on {operand.device}, the input is on {x.device}; move one of them")
         if operand.dtype != x.dtype and not (autocast and operand.is_floating_point()):
             raise TypeError(f"{name}: {operand.dtype}, the input is {x.dtype}; cast one of them or use torch.autocast")
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`x` [..., K] as a matrix [M, K] whose rows are contiguous: a view, or a copy where no view can be."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def packed(x: Tensor | None) -> Tensor | None:
+    """A contiguous tensor, or None for None."""
+    return None if x is None else x.contiguous()
+
+
+def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient as an op's output: a schema has no optional output, so what is absent is an empty tensor."""
+    return like.new_empty(0) if gradient is None else gradient
+
+
+def or_none(gradient: Tensor) -> Tensor | None:
+    """The gradient back from an op's output, None for an empty one."""
+    return gradient if gradient.numel() else None
+
+
+def like(operand: Tensor | None, other: Tensor) -> Tensor:
+    """What a fake op returns for the gradient of `operand`: its shape and dtype, an empty tensor for None."""
+    return other.new_empty(0) if operand is None else operand.new_empty(operand.shape)
 
 
 def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -169,3 +197,18 @@ def check_rank(name: str, tensor: Tensor, names: str) -> None:
     """
     if tensor.dim() != len(names.split()):
         raise ValueError(f"{name}: got shape {list(tensor.shape)}, takes [{', '.join(names.split())}]")
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """Refuse an input that does not fit its linear map; (N, K) of the weight.
+
+    Raises:
+        ValueError: naming the argument, what it got and what it takes.
+    """
+    check_rank("weight", weight, "N K")
+    features, width = weight.shape
+    if x.dim() < 2 or x.shape[-1] != width:
+        takes = f"[..., {width}], the width of its weight {list(weight.shape)}"
+        raise ValueError(f"x: got shape {list(x.shape)}, takes {takes}")
+    check_shape("bias", bias, (features,))
+    return features, width

@@ -1,7 +1,104 @@
 """linear_residual: product, bias, LayerScale, drop path and residual."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vit_fast.ops.backend import (
+    as_rows,
+    cast,
+    check_linear,
+    check_operands,
+    check_shape,
+    compute_dtype,
+    float32_precision,
+    like,
+    or_empty,
+    or_none,
+    packed,
+    use_triton,
+)
+
+
+def check(x, weight, bias, residual, layer_scale, drop) -> None:
+    features, _ = check_linear(x, weight, bias)
+    check_shape("residual", residual, (*x.shape[:-1], features))
+    check_shape("layer_scale", layer_scale, (features,))
+    check_shape("drop", drop, (x.shape[0],))
+    check_operands(x, weight=weight, bias=bias)
+    if residual.device != x.device:
+        raise ValueError(f"residual: on {residual.device}, the input is on {x.device}; move one of them")
+
+
+@torch.library.custom_op("vit_fast::linear_residual", mutates_args=())
+def _linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    layer_scale: Tensor | None,
+    drop: Tensor | None,
+) -> Tensor:
+    from vit_fast.kernels import linear_residual as kernel
+
+    with torch.cuda.device_of(x):
+        y = kernel.forward(
+            as_rows(x),
+            as_rows(weight),
+            packed(bias),
+            as_rows(residual),
+            packed(layer_scale),
+            packed(drop),
+            x.shape[1:-1].numel(),
+            float32_precision(),
+        )
+    return y.view(residual.shape)
+
+
+@_linear_residual.register_fake
+def _(x, weight, bias, residual, layer_scale, drop):
+    return residual.new_empty(residual.shape)
+
+
+@torch.library.custom_op("vit_fast::linear_residual_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, drop: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from vit_fast.kernels import linear_residual as kernel
+
+    with torch.cuda.device_of(x):
+        dx, dweight, dbias, dscale = kernel.backward(
+            as_rows(dy),
+            as_rows(x),
+            as_rows(weight),
+            packed(bias),
+            packed(layer_scale),
+            packed(drop),
+            x.shape[1:-1].numel(),
+            float32_precision(),
+        )
+    return dx.view(x.shape), dweight, or_empty(dbias, dy), or_empty(dscale, dy)
+
+
+@_backward.register_fake
+def _(dy, x, weight, bias, layer_scale, drop):
+    return like(x, dy), like(weight, dy), like(bias, dy), like(layer_scale, dy)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, _, layer_scale, drop = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, layer_scale, drop)
+
+
+def _autograd(ctx, dy):
+    if dy is None:
+        return (None,) * 6
+    dx, dweight, dbias, dscale = _backward(dy, *ctx.saved_tensors)
+    return dx, dweight, or_none(dbias), dy, or_none(dscale), None
+
+
+_linear_residual.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def linear_residual(
@@ -12,11 +109,33 @@ def linear_residual(
     layer_scale: Tensor | None = None,
     drop: Tensor | None = None,
 ) -> Tensor:
-    return residual_branch(F.linear(x, weight, bias), residual, layer_scale, drop)
+    """residual + drop∘layer_scale∘(x·Wᵀ + b): the projection that ends a residual branch.
+
+    Dosovitskiy et al. 2021, equation 2, with the LayerScale of Touvron et al. 2021 (CaiT) and the stochastic depth of
+    Huang et al. 2016.
+
+    Args:
+        x: [B, ..., K], fp32, fp16, bf16, or fp64 (PyTorch only). Any strides.
+        weight: [N, K].    bias: [N] or None.
+        residual: [B, ..., N], any floating dtype.
+        layer_scale: [N] or None.
+        drop: [B] or None, the factor of each image's branch: 0, or 1/keep.
+
+    Returns:
+        [B, ..., N] in the dtype of the residual.
+
+    Raises:
+        ValueError: for a shape or a device that does not fit. TypeError: for a dtype that does not.
+    """
+    check(x, weight, bias, residual, layer_scale, drop)
+    if (drop is not None and drop.requires_grad) or not use_triton(x):
+        return residual_branch(F.linear(x, weight, bias), residual, layer_scale, drop)
+    dtype = compute_dtype(x)
+    return _linear_residual(x.to(dtype), cast(weight, dtype), bias, residual, layer_scale, drop)
 
 
 def residual_branch(branch: Tensor, residual: Tensor, layer_scale: Tensor | None, drop: Tensor | None) -> Tensor:
-    """residual + drop·layer_scale·branch in PyTorch, in the dtype of the residual."""
+    """residual + drop∘layer_scale∘branch in PyTorch, in the dtype of the residual."""
     if layer_scale is not None:
         branch = branch * layer_scale
     if drop is not None:

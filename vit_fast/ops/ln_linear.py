@@ -1,10 +1,129 @@
 """ln_linear: LayerNorm and the product behind it."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vit_fast.ops.backend import (
+    as_rows,
+    cast,
+    check_linear,
+    check_operands,
+    check_shape,
+    compute_dtype,
+    float32_precision,
+    like,
+    or_empty,
+    or_none,
+    packed,
+    use_triton,
+)
+
+
+def check(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _, width = check_linear(x, weight, bias)
+    check_shape("norm_weight", norm_weight, (width,))
+    check_shape("norm_bias", norm_bias, (width,))
+    check_operands(x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
+
+
+@torch.library.custom_op("vit_fast::ln_linear", mutates_args=())
+def _ln_linear(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from vit_fast.kernels import ln_linear as kernel
+
+    with torch.cuda.device_of(x):
+        y, mean, rstd = kernel.forward(
+            as_rows(x),
+            packed(norm_weight),
+            packed(norm_bias),
+            as_rows(weight),
+            packed(bias),
+            eps,
+            float32_precision(),
+        )
+    return y.view(*x.shape[:-1], -1), mean, rstd
+
+
+@_ln_linear.register_fake
+def _(x, norm_weight, norm_bias, weight, bias, eps):
+    rows = x.numel() // x.shape[-1]
+    statistics = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=weight.dtype), *statistics
+
+
+@torch.library.custom_op("vit_fast::ln_linear_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from vit_fast.kernels import ln_linear as kernel
+
+    with torch.cuda.device_of(x):
+        dx, dnorm_weight, dnorm_bias, dweight, dbias = kernel.backward(
+            as_rows(dy),
+            as_rows(x),
+            mean,
+            rstd,
+            packed(norm_weight),
+            packed(norm_bias),
+            as_rows(weight),
+            bias,
+            float32_precision(),
+        )
+    return dx.view(x.shape), dnorm_weight, dnorm_bias, dweight, or_empty(dbias, dy)
+
+
+@_backward.register_fake
+def _(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias):
+    return like(x, dy), like(norm_weight, dy), like(norm_bias, dy), like(weight, dy), like(bias, dy)
+
+
+def _setup_context(ctx, inputs, output):
+    x, norm_weight, norm_bias, weight, bias, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, weight, bias)
+
+
+def _autograd(ctx, dy, _dmean, _drstd):
+    if dy is None:
+        return (None,) * 6
+    *dinputs, dbias = _backward(dy, *ctx.saved_tensors)
+    return *dinputs, or_none(dbias), None
+
+
+_ln_linear.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def ln_linear(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-6
 ) -> Tensor:
-    return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
+    """LayerNorm over the last axis, then a linear map: the first step of each half of a block.
+
+    Dosovitskiy et al. 2021, equation 2 (the LN inside MSA and the product that makes its queries, keys and values).
+
+    Args:
+        x: [..., K], fp32, fp16, bf16, or fp64 (PyTorch only). Any strides.
+        norm_weight, norm_bias: [K], the norm's scale γ and shift β.
+        weight: [N, K].    bias: [N] or None.
+        eps: added to the variance.
+
+    Returns:
+        [..., N] in the dtype of x, or autocast's where it is on. Statistics and sums are fp32.
+
+    Raises:
+        ValueError: for a shape or a device that does not fit. TypeError: for a dtype that does not.
+    """
+    check(x, norm_weight, norm_bias, weight, bias)
+    if not use_triton(x):
+        return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
+    return _ln_linear(x, norm_weight, norm_bias, cast(weight, compute_dtype(x)), bias, eps)[0]

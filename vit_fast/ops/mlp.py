@@ -4,13 +4,191 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vit_fast.ops.backend import (
+    as_rows,
+    cast,
+    check_operands,
+    check_shape,
+    compute_dtype,
+    float32_precision,
+    like,
+    needs_grad,
+    or_empty,
+    or_none,
+    packed,
+    use_triton,
+)
 from vit_fast.ops.linear_residual import residual_branch
 
+# The same formulas as kernels/activation.py, by the names that both know.
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
+
+
+def check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, activation) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, takes one of {', '.join(map(repr, ACTIVATIONS))}")
+    if fc1_weight.dim() != 2:
+        raise ValueError(f"fc1_weight: got shape {list(fc1_weight.shape)}, takes [F, D]")
+    hidden, width = fc1_weight.shape
+    if x.dim() < 2 or x.shape[-1] != width:
+        raise ValueError(f"x: got shape {list(x.shape)}, takes [B, ..., {width}], the width of fc1_weight")
+    for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("fc2_bias", fc2_bias)):
+        check_shape(name, vector, (width,))
+    check_shape("fc1_bias", fc1_bias, (hidden,))
+    check_shape("fc2_weight", fc2_weight, (width, hidden))
+    check_shape("layer_scale", layer_scale, (width,))
+    check_shape("drop", drop, (x.shape[0],))
+    check_operands(
+        x,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        fc1_weight=fc1_weight,
+        fc1_bias=fc1_bias,
+        fc2_weight=fc2_weight,
+        fc2_bias=fc2_bias,
+        layer_scale=layer_scale,
+    )
+
+
+def _run(x, vectors, weights, layer_scale, drop, activation, eps, training):
+    from vit_fast.kernels import mlp as kernel
+
+    (norm_weight, norm_bias, fc1_bias, fc2_bias), (fc1_weight, fc2_weight) = vectors, weights
+    with torch.cuda.device_of(x):
+        return kernel.forward(
+            as_rows(x),
+            packed(norm_weight),
+            packed(norm_bias),
+            as_rows(fc1_weight),
+            packed(fc1_bias),
+            as_rows(fc2_weight),
+            packed(fc2_bias),
+            packed(layer_scale),
+            packed(drop),
+            activation,
+            eps,
+            x.shape[1:-1].numel(),
+            float32_precision(),
+            training,
+        )
+
+
+@torch.library.custom_op("vit_fast::mlp", mutates_args=())
+def _mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop: Tensor | None,
+    activation: str,
+    eps: float,
+) -> Tensor:
+    vectors, weights = (norm_weight, norm_bias, fc1_bias, fc2_bias), (fc1_weight, fc2_weight)
+    return _run(x, vectors, weights, layer_scale, drop, activation, eps, training=False)[0].view(x.shape)
+
+
+@_mlp.register_fake
+def _(x, *_):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("vit_fast::mlp_train", mutates_args=())
+def _mlp_train(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop: Tensor | None,
+    activation: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    vectors, weights = (norm_weight, norm_bias, fc1_bias, fc2_bias), (fc1_weight, fc2_weight)
+    y, hidden, mean, rstd = _run(x, vectors, weights, layer_scale, drop, activation, eps, training=True)
+    return y.view(x.shape), hidden, mean, rstd
+
+
+@_mlp_train.register_fake
+def _(x, norm_weight, norm_bias, fc1_weight, *_):
+    rows = x.numel() // x.shape[-1]
+    hidden = x.new_empty(rows, fc1_weight.shape[0], dtype=fc1_weight.dtype)
+    return x.new_empty(x.shape), hidden, *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.custom_op("vit_fast::mlp_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from vit_fast.kernels import mlp as kernel
+
+    with torch.cuda.device_of(x):
+        dx, *gradients = kernel.backward(
+            as_rows(dy),
+            as_rows(x),
+            hidden,
+            mean,
+            rstd,
+            packed(norm_weight),
+            packed(norm_bias),
+            as_rows(fc1_weight),
+            packed(fc1_bias),
+            as_rows(fc2_weight),
+            packed(fc2_bias),
+            packed(layer_scale),
+            packed(drop),
+            activation,
+            x.shape[1:-1].numel(),
+            float32_precision(),
+        )
+    return dx.view(x.shape), *(or_empty(gradient, dy) for gradient in gradients)
+
+
+@_backward.register_fake
+def _(dy, x, hidden, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, *_):
+    operands = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
+    return tuple(like(operand, dy) for operand in operands)
+
+
+def _setup_context(ctx, inputs, output):
+    x, *parameters, ctx.activation, _ = inputs
+    _, hidden, mean, rstd = output
+    ctx.mark_non_differentiable(hidden, mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, hidden, mean, rstd, *parameters)
+
+
+def _autograd(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 11
+    gradients = _backward(dy, *ctx.saved_tensors, ctx.activation)
+    return *map(or_none, gradients), None, None, None
+
+
+_mlp_train.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def mlp(
@@ -26,6 +204,34 @@ def mlp(
     activation: str = "gelu",
     eps: float = 1e-6,
 ) -> Tensor:
-    hidden = F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), fc1_weight, fc1_bias)
-    branch = F.linear(ACTIVATIONS[activation](hidden), fc2_weight, fc2_bias)
-    return residual_branch(branch, x, layer_scale, drop)
+    """x + drop∘layer_scale∘(act(LN(x)·W₁ᵀ + b₁)·W₂ᵀ + b₂): the second half of a block, residual included.
+
+    Dosovitskiy et al. 2021, equation 3; GELU of Hendrycks and Gimpel 2016.
+
+    Args:
+        x: [B, ..., D], fp32, fp16, bf16, or fp64 (PyTorch only). Any strides.
+        norm_weight, norm_bias: [D], the norm's scale and shift.
+        fc1_weight: [F, D].    fc1_bias: [F] or None.
+        fc2_weight: [D, F].    fc2_bias: [D] or None.
+        layer_scale: [D] or None.
+        drop: [B] or None, the factor of each image's branch: 0, or 1/keep.
+        activation: "gelu" (exact, erf), "gelu_tanh" or "quick_gelu".
+        eps: added to the norm's variance.
+
+    Returns:
+        [B, ..., D] in the dtype of x. Where a gradient is wanted, fc1's output before its activation is kept for
+        backward; otherwise nothing is.
+
+    Raises:
+        ValueError: for a shape, device or activation that does not fit. TypeError: for a dtype that does not.
+    """
+    check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, activation)
+    if (drop is not None and drop.requires_grad) or not use_triton(x):
+        hidden = F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), fc1_weight, fc1_bias)
+        branch = F.linear(ACTIVATIONS[activation](hidden), fc2_weight, fc2_bias)
+        return residual_branch(branch, x, layer_scale, drop)
+    dtype = compute_dtype(x)
+    parameters = (norm_weight, norm_bias, cast(fc1_weight, dtype), fc1_bias, cast(fc2_weight, dtype), fc2_bias)
+    if needs_grad(x, *parameters, layer_scale):
+        return _mlp_train(x, *parameters, layer_scale, drop, activation, eps)[0]
+    return _mlp(x, *parameters, layer_scale, drop, activation, eps)

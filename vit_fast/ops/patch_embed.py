@@ -4,32 +4,146 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vit_fast.ops.backend import check_operands, check_rank, check_shape
-
-
-def patch_embed(
-    images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None = None, prefix: Tensor | None = None
-) -> Tensor:
-    check(images, weight, bias, position, prefix)
-    return _torch(images, weight, bias, position, prefix)
+from vit_fast.ops.backend import (
+    cast,
+    check_operands,
+    check_rank,
+    check_shape,
+    compute_dtype,
+    float32_precision,
+    like,
+    needs_grad,
+    or_empty,
+    or_none,
+    packed,
+    use_triton,
+)
 
 
 def check(images, weight, bias, position, prefix) -> None:
     check_rank("images", images, "B C H W")
     check_rank("weight", weight, "D C P P")
-    width, channels, size, _ = weight.shape
-    if images.shape[1] != channels:
-        raise ValueError(f"images: got {images.shape[1]} channels, takes {channels}, those of weight")
+    width, channels, patch_height, patch_width = weight.shape
+    _, got, height, columns = images.shape
+    if got != channels:
+        raise ValueError(f"images: got {got} channels, takes {channels}, those of weight")
+    if height % patch_height or columns % patch_width or not height or not columns:
+        raise ValueError(f"images: got {height} x {columns} pixels, takes multiples of {patch_height} x {patch_width}")
     check_shape("bias", bias, (width,))
+    count = 0
+    if prefix is not None:
+        check_rank("prefix", prefix, "R D")
+        count = prefix.shape[0]
+        check_shape("prefix", prefix, (count, width))
+    if position is not None:
+        check_rank("position", position, "N D")
+        patches = (height // patch_height) * (columns // patch_width)
+        rows = position.shape[0]
+        if rows not in (patches, patches + count) or position.shape[1] != width:
+            takes = f"[{patches}, {width}]" + (f" or [{patches + count}, {width}]" if count else "")
+            raise ValueError(f"position: got shape {list(position.shape)}, takes {takes}")
     check_operands(images, weight=weight, bias=bias, position=position, prefix=prefix)
 
 
-def _torch(images, weight, bias, position, prefix):
+def _token_dtype(dtype: torch.dtype, position: Tensor | None, prefix: Tensor | None) -> torch.dtype:
+    """That of the product, raised as PyTorch raises it where it meets a table of another dtype."""
+    for table in (position, prefix):
+        dtype = dtype if table is None else torch.promote_types(dtype, table.dtype)
+    return dtype
+
+
+@torch.library.custom_op("vit_fast::patch_embed", mutates_args=())
+def _patch_embed(
+    images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, prefix: Tensor | None
+) -> Tensor:
+    from vit_fast.kernels import patch_embed as kernel
+
+    with torch.cuda.device_of(images):
+        return kernel.forward(
+            images,
+            packed(weight),
+            packed(bias),
+            packed(position),
+            packed(prefix),
+            _token_dtype(weight.dtype, position, prefix),
+            float32_precision(),
+        )
+
+
+@_patch_embed.register_fake
+def _(images, weight, bias, position, prefix):
+    count = 0 if prefix is None else prefix.shape[0]
+    patches = (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
+    dtype = _token_dtype(weight.dtype, position, prefix)
+    return images.new_empty(images.shape[0], count + patches, weight.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("vit_fast::patch_embed_backward", mutates_args=())
+def _backward(
+    dtokens: Tensor, images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, prefix: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from vit_fast.kernels import patch_embed as kernel
+
+    with torch.cuda.device_of(images):
+        gradients = kernel.backward(
+            dtokens.contiguous(), images, packed(weight), bias, position, prefix, float32_precision()
+        )
+    dweight, *tables = gradients
+    return dweight, *(or_empty(table, dtokens) for table in tables)
+
+
+@_backward.register_fake
+def _(dtokens, images, weight, bias, position, prefix):
+    return tuple(like(operand, dtokens) for operand in (weight, bias, position, prefix))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx, dtokens):
+    if dtokens is None:
+        return (None,) * 5
+    return None, *map(or_none, _backward(dtokens, *ctx.saved_tensors))
+
+
+_patch_embed.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def patch_embed(
+    images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None = None, prefix: Tensor | None = None
+) -> Tensor:
+    """Cut images into patches, project them, put prefix tokens before them and add the positions.
+
+    Dosovitskiy et al. 2021, equation 1.
+
+    Args:
+        images: [B, C, H, W], fp32, fp16, bf16, or fp64 (PyTorch only). Any strides; H and W multiples of the patch.
+        weight: [D, C, P, P], that of a convolution whose stride is its kernel.    bias: [D] or None.
+        position: [N, D] for the N patches alone, [R + N, D] for the prefix tokens too, or None.
+        prefix: [R, D], the class, distillation and register tokens, or None.
+
+    Returns:
+        Tokens [B, R + N, D] in the dtype of the product (autocast's where it is on), or that of position and prefix
+        where it is wider.
+
+    Raises:
+        ValueError: for a shape or a device that does not fit. TypeError: for a dtype that does not.
+    """
+    check(images, weight, bias, position, prefix)
+    # No kernel makes an image's gradient: it costs another product, and only attacks and visualisations ask for it.
+    if needs_grad(images) or not use_triton(images):
+        return _in_pytorch(images, weight, bias, position, prefix)
+    return _patch_embed(images, cast(weight, compute_dtype(images)), bias, position, prefix)
+
+
+def _in_pytorch(images, weight, bias, position, prefix):
     tokens = F.conv2d(images, weight, bias, stride=weight.shape[-2:]).flatten(2).transpose(1, 2)
     count = 0 if prefix is None else prefix.shape[0]
-    own = position is not None and count > 0 and position.shape[0] == tokens.shape[1] + count
-    if position is not None and not own:
+    positioned_prefix = position is not None and count > 0 and position.shape[0] == tokens.shape[1] + count
+    if position is not None and not positioned_prefix:
         tokens = tokens + position
     if count:
         tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-    return tokens + position if own else tokens
+    return tokens + position if positioned_prefix else tokens
