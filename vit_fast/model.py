@@ -1,576 +1,41 @@
-"""The Vision Transformer: modules that hold parameters under timm's names and call the fused ops.
+"""The Vision Transformer, with timm's arguments, methods, parameter names and numbers.
 
     Dosovitskiy et al. 2021, An Image is Worth 16x16 Words, equations 1 to 4        the model
     Touvron et al. 2021, Training data-efficient image transformers                 the distilled model
-    Touvron et al. 2021, CaiT (LayerScale); Huang et al. 2016, Stochastic Depth     the ends of a block's two halves
-    Zhai et al. 2022, Scaling Vision Transformers, section 3.5                      the attention pool ('map')
     Abnar and Zuidema 2020, Quantifying Attention Flow in Transformers              attention_rollout
-
-Each half of a block is two or three fused ops that read the parameters of its submodules. Where a submodule is no plain
-module of the kind that timm puts there (it has a hook, a parametrization, a LoRA wrapper, a quantised weight) or where
-dropout is active, that half calls its submodules one by one instead, as timm does, and one log line says why.
 
 Letters: B batch, C channels, P patch side, N patches, R prefix tokens, T = R + N tokens, D width, H heads, d = D/H.
 """
 
 import collections
 import contextlib
-import functools
 import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import checkpoint
 
 from vit_fast import ops
-from vit_fast.ops.backend import compute_dtype, log
+from vit_fast.arguments import activation_name, device_of, known_layer, norm_factory, one_of, take_indices
+from vit_fast.initialise import init_children, trunc_normal_
+from vit_fast.layers import (
+    ACTIVATIONS,
+    DROPOUT,
+    NONE,
+    Attention,
+    AttentionPoolLatent,
+    Block,
+    Mlp,
+    PatchDropout,
+    PatchEmbed,
+    say_aside,
+    why_aside,
+)
+from vit_fast.positions import resample_positions, sincos_position
 
 POOLS = ("", "token", "avg", "avgmax", "max", "map")
 WEIGHT_INITS = ("", "skip", "reset", "jax", "jax_nlhb", "moco")
-LAYER_NORM = functools.partial(nn.LayerNorm, eps=1e-6)
-
-
-class QuickGELU(nn.Module):
-    """x·σ(1.702 x), the activation of OpenAI's CLIP."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-class LayerScale(nn.Module):
-    """γ·x over the last axis, γ [D] starting at `init_values` (CaiT, equation 4)."""
-
-    def __init__(self, dim: int, init_values: float = 1e-5, device=None, dtype=None):
-        super().__init__()
-        self.init_values = init_values
-        self.gamma = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.gamma, self.init_values)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training a sample's branch is dropped with probability `drop_prob`, or scaled by 1/keep."""
-
-    def __init__(self, drop_prob: float):
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def draw(self, like: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """[B] factors, 0 or 1/keep, from the default generator with timm's own arithmetic; None where nothing drops."""
-        if not self.training or self.drop_prob == 0:
-            return None
-        keep = 1 - self.drop_prob
-        factors = like.new_empty(like.shape[:1], dtype=dtype).bernoulli_(keep)
-        return factors.div_(keep) if keep > 0 else factors
-
-    def forward(self, x: Tensor) -> Tensor:
-        factors = self.draw(x, x.dtype)
-        return x if factors is None else x * factors.view(-1, *[1] * (x.dim() - 1))
-
-    def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob:.3f}"
-
-
-class PatchDropout(nn.Module):
-    """In training keeps a random 1 − `prob` of the patch tokens, and every prefix token (Li et al. 2022, FLIP)."""
-
-    def __init__(self, prob: float, num_prefix_tokens: int):
-        super().__init__()
-        self.prob = prob
-        self.num_prefix_tokens = num_prefix_tokens
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.prob == 0:
-            return x
-        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        keep = max(1, int(patches.shape[1] * (1 - self.prob)))
-        kept = torch.argsort(torch.randn(patches.shape[:2], device=x.device), dim=-1)[:, :keep]
-        patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        return torch.cat([prefix, patches], dim=1)
-
-
-class PatchEmbed(nn.Module):
-    """Images [B, C, rows, columns] → patch tokens [B, N, D], or [B, rows/P, columns/P, D] where `flatten` is off."""
-
-    def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        norm_layer=None,
-        flatten: bool = True,
-        bias: bool = True,
-        strict_img_size: bool = True,
-        dynamic_img_pad: bool = False,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.patch_size = _pair(patch_size, "patch_size")
-        self._set_img_size(_pair(img_size, "img_size"))
-        self.flatten = flatten
-        self.strict_img_size = strict_img_size
-        self.dynamic_img_pad = dynamic_img_pad
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size, bias=bias, **dd)
-        self.norm = norm_layer(embed_dim, **dd) if norm_layer else nn.Identity()
-
-    def _set_img_size(self, img_size: tuple[int, int]) -> None:
-        self.img_size = img_size
-        self.grid_size = (img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1])
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-        if self.num_patches == 0:
-            raise ValueError(f"img_size: got {img_size}, takes at least one patch of {self.patch_size}")
-
-    def set_input_size(self, img_size=None, patch_size=None) -> None:
-        """Change the image size, the patch size, or both; the projection is resampled for a new patch size."""
-        patch_size = self.patch_size if patch_size is None else _pair(patch_size, "patch_size")
-        if patch_size != self.patch_size:
-            old = self.proj
-            new = nn.Conv2d(
-                old.in_channels,
-                old.out_channels,
-                kernel_size=patch_size,
-                stride=patch_size,
-                bias=old.bias is not None,
-                device=old.weight.device,
-                dtype=old.weight.dtype,
-            )
-            with torch.no_grad():
-                new.weight.copy_(resample_patch_weight(old.weight, patch_size)).requires_grad_(old.weight.requires_grad)
-                if old.bias is not None:
-                    new.bias.copy_(old.bias).requires_grad_(old.bias.requires_grad)
-            self.proj = new.train(old.training)
-            self.patch_size = patch_size
-        self._set_img_size(self.img_size if img_size is None else _pair(img_size, "img_size"))
-
-    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        return max(self.patch_size) if as_scalar else self.patch_size
-
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of patches that an image of this size gives, padding counted in."""
-        (rows, columns), (high, wide) = img_size, self.patch_size
-        if self.dynamic_img_pad:
-            return -(-rows // high), -(-columns // wide)
-        return rows // high, columns // wide
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """The images, checked, and padded to whole patches under `dynamic_img_pad`.
-
-        Raises:
-            TypeError, ValueError: naming what is wrong with the images and what is taken.
-        """
-        if not isinstance(images, Tensor):
-            raise TypeError(f"images: got {type(images).__name__}, takes a tensor [B, C, rows, columns]")
-        channels = self.proj.in_channels
-        if images.dim() != 4:
-            raise ValueError(f"images: got shape {list(images.shape)}, takes [B, {channels}, rows, columns]")
-        if images.shape[1] != channels:
-            raise ValueError(f"images: got {images.shape[1]} channels, takes {channels}")
-        rows, columns = images.shape[2:]
-        high, wide = self.patch_size
-        if self.strict_img_size:
-            if rows != self.img_size[0] or columns != self.img_size[1]:
-                raise ValueError(
-                    f"images: got {rows} x {columns}, takes {self.img_size[0]} x {self.img_size[1]}; "
-                    "set_input_size changes it, dynamic_img_size=True takes any"
-                )
-        elif not self.dynamic_img_pad and (rows % high or columns % wide):
-            raise ValueError(
-                f"images: got {rows} x {columns}, takes multiples of the patch, {high} x {wide}; "
-                "dynamic_img_pad=True pads"
-            )
-        if self.dynamic_img_pad:
-            images = F.pad(images, (0, (wide - columns % wide) % wide, 0, (high - rows % high) % high))
-        return images
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(self.prepare(x))
-        x = x.flatten(2).transpose(1, 2) if self.flatten else x.permute(0, 2, 3, 1)
-        return self.norm(x)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, equation 1), called module by module as timm does."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = False,
-        qk_norm: bool = False,
-        scale_norm: bool = False,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        norm_layer=nn.LayerNorm,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads: got {num_heads}, takes a divisor of the width, {dim}")
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.attn_dim = dim
-        self.scale = self.head_dim**-0.5
-        self.fused_attn = True  # set to False, as with timm, to have the probabilities pass through `attn_drop`
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **dd)
-        self.q_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
-        self.k_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.norm = norm_layer(dim, **dd) if scale_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, D] → three of [B, H, T, d], queries and keys normalised where the model does so."""
-        qkv = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.q_norm(q), self.k_norm(k), v
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        q, k, v = self.queries_keys_values(x)
-        dropout = self.attn_drop.p if self.training else 0.0
-        if not self.fused_attn:
-            scores = (q * self.scale) @ k.transpose(-2, -1)
-            x = self.attn_drop(_masked(scores, attn_mask, is_causal).softmax(dim=-1)) @ v
-            x = x.transpose(1, 2).flatten(2)
-        elif attn_mask is None and not is_causal and dropout == 0:
-            x = ops.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal).transpose(1, 2).flatten(2)
-        return self.proj_drop(self.proj(self.norm(x)))
-
-
-def _masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Scores with an additive or boolean mask, as scaled_dot_product_attention reads it."""
-    if causal:
-        return scores + torch.full_like(scores[0, 0], -math.inf).triu(1)
-    if mask is None:
-        return scores
-    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-
-
-class Mlp(nn.Module):
-    """fc1, activation, fc2, called module by module as timm does."""
-
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        act_layer=nn.GELU,
-        norm_layer=None,
-        bias: bool = True,
-        drop: float = 0.0,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(in_features, hidden_features, bias=bias, **dd)
-        self.act = act_layer()
-        self.drop1 = nn.Dropout(drop)
-        self.norm = norm_layer(hidden_features, **dd) if norm_layer else nn.Identity()
-        self.fc2 = nn.Linear(hidden_features, in_features, bias=bias, **dd)
-        self.drop2 = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
-
-
-class Block(nn.Module):
-    """One layer, equations 2 and 3 of the paper: x [B, T, D] → [B, T, D]."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = False,
-        qk_norm: bool = False,
-        scale_attn_norm: bool = False,
-        scale_mlp_norm: bool = False,
-        proj_bias: bool = True,
-        proj_drop: float = 0.0,
-        attn_drop: float = 0.0,
-        init_values: float | None = None,
-        drop_path: float = 0.0,
-        act_layer=nn.GELU,
-        norm_layer=LAYER_NORM,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm1 = norm_layer(dim, **dd)
-        self.attn = Attention(
-            dim, num_heads, qkv_bias, qk_norm, scale_attn_norm, proj_bias, attn_drop, proj_drop, norm_layer, **dd
-        )
-        self.ls1 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = norm_layer(dim, **dd)
-        hidden = int(dim * mlp_ratio)
-        self.mlp = Mlp(dim, hidden, act_layer, norm_layer if scale_mlp_norm else None, proj_bias, proj_drop, **dd)
-        self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def attention_aside(self) -> str:
-        """Why the attention half calls its modules one by one, or "" where it runs on fused ops."""
-        attn = self.attn
-        reason = _why_aside("attn", attn, (Attention,))
-        if reason:
-            return reason
-        if not attn.fused_attn:
-            return "attn.fused_attn is False"
-        if attn.training and attn.attn_drop.p:
-            return "attention dropout is active"
-        if attn.proj_drop.training and attn.proj_drop.p:
-            return "projection dropout is active"
-        return _first_aside(
-            ("norm1", self.norm1, NORM),
-            ("attn.qkv", attn.qkv, LINEAR),
-            ("attn.q_norm", attn.q_norm, NORM_OR_NONE),
-            ("attn.k_norm", attn.k_norm, NORM_OR_NONE),
-            ("attn.norm", attn.norm, NORM_OR_NONE),
-            ("attn.proj", attn.proj, LINEAR),
-            ("attn.proj_drop", attn.proj_drop, DROPOUT),
-            ("ls1", self.ls1, SCALE_OR_NONE),
-            ("drop_path1", self.drop_path1, PATH_OR_NONE),
-        )
-
-    def mlp_aside(self) -> str:
-        """Why the MLP half calls its modules one by one, or "" where it runs on fused ops."""
-        mlp = self.mlp
-        reason = _why_aside("mlp", mlp, (Mlp,))
-        if reason:
-            return reason
-        if (mlp.drop1.training and mlp.drop1.p) or (mlp.drop2.training and mlp.drop2.p):
-            return "projection dropout is active"
-        return _first_aside(
-            ("norm2", self.norm2, NORM),
-            ("mlp.fc1", mlp.fc1, LINEAR),
-            ("mlp.act", mlp.act, ACTIVATION),
-            ("mlp.drop1", mlp.drop1, DROPOUT),
-            ("mlp.norm", mlp.norm, NORM_OR_NONE),
-            ("mlp.fc2", mlp.fc2, LINEAR),
-            ("mlp.drop2", mlp.drop2, DROPOUT),
-            ("ls2", self.ls2, SCALE_OR_NONE),
-            ("drop_path2", self.drop_path2, PATH_OR_NONE),
-        )
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        reason = "a mask is given" if attn_mask is not None or is_causal else self.attention_aside()
-        if reason:
-            _say_aside(reason)
-            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
-        else:
-            x = self._fused_attention(x)
-        reason = self.mlp_aside()
-        if reason:
-            _say_aside(reason)
-            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return self._fused_mlp(x)
-
-    def _packed_qkv(self, x: Tensor) -> Tensor:
-        """[B, T, D] → [B, T, 3, H, d] by norm1 and qkv in one op; q_norm and k_norm are still to come."""
-        norm, attn = self.norm1, self.attn
-        qkv = ops.ln_linear(x, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, norm.eps)
-        return qkv.view(x.shape[0], x.shape[1], 3, attn.num_heads, attn.head_dim)
-
-    def _fused_attention(self, x: Tensor) -> Tensor:
-        attn = self.attn
-        qkv = self._packed_qkv(x)
-        if type(attn.q_norm) is nn.Identity and type(attn.k_norm) is nn.Identity:
-            heads = ops.attention_qkv(qkv)
-        else:
-            q, k, v = qkv.unbind(2)
-            heads = ops.attention(attn.q_norm(q), attn.k_norm(k), v)
-        if type(attn.norm) is not nn.Identity:
-            heads = attn.norm(heads)
-        gamma, drop = _branch_end(self.ls1, self.drop_path1, x)
-        return ops.linear_residual(heads, attn.proj.weight, attn.proj.bias, x, gamma, drop)
-
-    def _fused_mlp(self, x: Tensor) -> Tensor:
-        norm, mlp = self.norm2, self.mlp
-        fc1, fc2 = mlp.fc1, mlp.fc2
-        gamma, drop = _branch_end(self.ls2, self.drop_path2, x)
-        if type(mlp.norm) is not nn.Identity:
-            hidden = mlp.act(ops.ln_linear(x, norm.weight, norm.bias, fc1.weight, fc1.bias, norm.eps))
-            return ops.linear_residual(mlp.norm(hidden), fc2.weight, fc2.bias, x, gamma, drop)
-        return ops.mlp(
-            x,
-            norm.weight,
-            norm.bias,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            gamma,
-            drop,
-            activation_name(mlp.act),
-            norm.eps,
-        )
-
-    def attention_map(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
-        """The probabilities with which this layer's heads read x [B, T, D]: fp32 [B, H, T or len(queries), T]."""
-        if _why_aside("attn", self.attn, (Attention,)):
-            raise ValueError(f"attention_map: the block's attn is a {type(self.attn).__name__}, takes vit_fast's")
-        if self.attention_aside():
-            q, k, _ = (t.transpose(1, 2) for t in self.attn.queries_keys_values(self.norm1(x)))
-        else:
-            q, k, _ = self._packed_qkv(x).unbind(2)
-            q, k = self.attn.q_norm(q), self.attn.k_norm(k)
-        return ops.attention_maps(q, k, queries)
-
-
-def _branch_end(scale: nn.Module, path: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """LayerScale's γ and the drop path's draw, the draw in the dtype of the branch, as timm's is."""
-    gamma = scale.gamma if type(scale) is LayerScale else None
-    if type(path) is not DropPath or not path.training:
-        return gamma, None
-    dtype = compute_dtype(x)
-    return gamma, path.draw(x, dtype if gamma is None else torch.promote_types(dtype, gamma.dtype))
-
-
-def activation_name(module: nn.Module) -> str:
-    """The name by which the ops know an activation module of `ACTIVATION`."""
-    if type(module) is QuickGELU:
-        return "quick_gelu"
-    return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-
-
-class AttentionPoolLatent(nn.Module):
-    """Attention pooling by one learned query, then a residual MLP: x [B, N, D] → [B, D]."""
-
-    def __init__(
-        self,
-        in_features: int,
-        num_heads: int = 8,
-        mlp_ratio: float = 4.0,
-        norm_layer=LAYER_NORM,
-        act_layer=nn.GELU,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        if in_features % num_heads:
-            raise ValueError(f"num_heads: got {num_heads}, takes a divisor of the width, {in_features}")
-        self.num_heads = num_heads
-        self.head_dim = in_features // num_heads
-        self.latent = nn.Parameter(torch.zeros(1, 1, in_features, **dd))
-        self.q = nn.Linear(in_features, in_features, **dd)
-        self.kv = nn.Linear(in_features, in_features * 2, **dd)
-        self.q_norm = nn.Identity()
-        self.k_norm = nn.Identity()
-        self.proj = nn.Linear(in_features, in_features, **dd)
-        self.proj_drop = nn.Dropout(0.0)
-        self.norm = norm_layer(in_features, **dd)
-        self.mlp = Mlp(in_features, int(in_features * mlp_ratio), act_layer, **dd)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        trunc_normal_tf_(self.latent, std=self.latent.shape[-1] ** -0.5)
-
-    def mlp_aside(self) -> str:
-        """Why the MLP calls its modules one by one, or "" where it is one fused op."""
-        mlp = self.mlp
-        return _why_aside("mlp", mlp, (Mlp,)) or _first_aside(
-            ("norm", self.norm, NORM),
-            ("mlp.fc1", mlp.fc1, LINEAR),
-            ("mlp.act", mlp.act, ACTIVATION),
-            ("mlp.drop1", mlp.drop1, DROPOUT),
-            ("mlp.norm", mlp.norm, NONE),
-            ("mlp.fc2", mlp.fc2, LINEAR),
-            ("mlp.drop2", mlp.drop2, DROPOUT),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, _ = x.shape
-        q = self.q(self.latent.expand(batch, -1, -1)).view(batch, 1, self.num_heads, self.head_dim)
-        k, v = self.kv(x).view(batch, tokens, 2, self.num_heads, self.head_dim).unbind(2)
-        x = self.proj_drop(self.proj(ops.attention(self.q_norm(q), self.k_norm(k), v)))
-        norm, mlp = self.norm, self.mlp
-        reason = self.mlp_aside()
-        if reason:
-            _say_aside(f"the attention pool's {reason}")
-            return (x + mlp(norm(x)))[:, 0]
-        return ops.mlp(
-            x,
-            norm.weight,
-            norm.bias,
-            mlp.fc1.weight,
-            mlp.fc1.bias,
-            mlp.fc2.weight,
-            mlp.fc2.bias,
-            activation=activation_name(mlp.act),
-            eps=norm.eps,
-        )[:, 0]
-
-
-# Which modules a fused half may read in the place of timm's, and the forward that each had when this file was read.
-NONE = (nn.Identity,)
-NORM = (nn.LayerNorm,)
-LINEAR = (nn.Linear,)
-DROPOUT = (nn.Dropout, nn.Identity)
-ACTIVATION = (nn.GELU, QuickGELU)
-NORM_OR_NONE = (nn.Identity, nn.LayerNorm)
-SCALE_OR_NONE = (nn.Identity, LayerScale)
-PATH_OR_NONE = (nn.Identity, DropPath)
-_FORWARD = {
-    kind: kind.forward
-    for kind in (*ACTIVATION, *DROPOUT, *NORM, *LINEAR, LayerScale, DropPath, Attention, Mlp, PatchEmbed, nn.Conv2d)
-}
-_PLAIN_TENSORS = (nn.Parameter, Tensor, type(None))
-
-
-def _why_aside(name: str, module: nn.Module, kinds: tuple[type, ...]) -> str:
-    """Why a fused op may not read the parameters of `module` itself, or ""."""
-    kind = type(module)
-    if kind not in kinds:
-        return f"{name} is a {kind.__name__}"
-    if kind.forward is not _FORWARD[kind] or "forward" in module.__dict__:
-        return f"{name} has a forward of its own"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return f"{name} has a hook"
-    for parameter in module._parameters.values():
-        if type(parameter) not in _PLAIN_TENSORS:
-            return f"{name} holds a {type(parameter).__name__}"
-    if kind is nn.LayerNorm and (module.weight is None or module.bias is None):
-        return f"{name} has no weight or no bias"
-    return ""
-
-
-def _first_aside(*submodules: tuple[str, nn.Module, tuple[type, ...]]) -> str:
-    if nn_module._has_any_global_hook():
-        return "a global module hook is set"
-    for name, module, kinds in submodules:
-        reason = _why_aside(name, module, kinds)
-        if reason:
-            return reason
-    return ""
-
-
-@functools.cache
-def _log_aside(reason: str) -> None:
-    log.warning("%s: that part of a model runs module by module in PyTorch; vit_fast.explain(model) lists them", reason)
-
-
-def _say_aside(reason: str) -> None:
-    """One log line a reason for the process."""
-    if not torch.compiler.is_compiling():
-        _log_aside(reason)
 
 
 class VisionTransformer(nn.Module):
@@ -662,13 +127,13 @@ class VisionTransformer(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        _one_of("global_pool", global_pool, POOLS)
-        _one_of("pos_embed", pos_embed, ("learn", "none", "", "sincos2d"))
-        _one_of("weight_init", weight_init, WEIGHT_INITS)
-        _known_layer("embed_layer", embed_layer, PatchEmbed)
-        _known_layer("block_fn", block_fn, Block)
-        _known_layer("mlp_layer", mlp_layer, Mlp)
-        _known_layer("attn_layer", attn_layer, Attention, ("", "attn"))
+        one_of("global_pool", global_pool, POOLS)
+        one_of("pos_embed", pos_embed, ("learn", "none", "", "sincos2d"))
+        one_of("weight_init", weight_init, WEIGHT_INITS)
+        known_layer("embed_layer", embed_layer, PatchEmbed)
+        known_layer("block_fn", block_fn, Block)
+        known_layer("mlp_layer", mlp_layer, Mlp)
+        known_layer("attn_layer", attn_layer, Attention, ("", "attn"))
         if global_pool == "token" and not class_token:
             raise ValueError("global_pool: got 'token' with class_token=False, takes another pool or a class token")
         for name, number in (("in_chans", in_chans), ("embed_dim", embed_dim), ("num_heads", num_heads)):
@@ -679,9 +144,9 @@ class VisionTransformer(nn.Module):
                 raise ValueError(f"{name}: got {number}, takes 0 or more")
         if embed_dim % num_heads:
             raise ValueError(f"num_heads: got {num_heads}, takes a divisor of embed_dim, {embed_dim}")
-        norm_layer = _norm_factory("norm_layer", norm_layer)
-        embed_norm_layer = embed_norm_layer and _norm_factory("embed_norm_layer", embed_norm_layer)
-        act_layer = _activation_factory(act_layer)
+        norm_layer = norm_factory("norm_layer", norm_layer)
+        embed_norm_layer = embed_norm_layer and norm_factory("embed_norm_layer", embed_norm_layer)
+        act_layer = ACTIVATIONS[activation_name(act_layer)]
         norm_after_pool = global_pool in ("avg", "avgmax", "max") if fc_norm is None else fc_norm
 
         self.num_classes = num_classes
@@ -793,14 +258,14 @@ class VisionTransformer(nn.Module):
             needs_reset: also call `reset_parameters` of modules that have one and no rule of their own.
         """
         mode = mode or self.weight_init_mode
-        _one_of("mode", mode, [name for name in WEIGHT_INITS if name != "skip"])
+        one_of("mode", mode, [name for name in WEIGHT_INITS if name != "skip"])
         if self.pos_embed is not None and not self.fixed_pos_embed:
             trunc_normal_(self.pos_embed, std=0.02)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
         head_bias = -math.log(self.num_classes) if mode == "jax_nlhb" else 0.0
-        _init_children(self, mode, head_bias, needs_reset)
+        init_children(self, mode, head_bias, needs_reset)
         if self.fix_init:
             with torch.no_grad():
                 for index, block in enumerate(self.blocks):
@@ -832,7 +297,7 @@ class VisionTransformer(nn.Module):
             ValueError: for a pool that the model cannot change to.
         """
         if global_pool is not None:
-            _one_of("global_pool", global_pool, POOLS)
+            one_of("global_pool", global_pool, POOLS)
             if global_pool == "token" and not self.has_class_token:
                 raise ValueError("global_pool: got 'token', the model has no class token")
             if global_pool == "map" and self.attn_pool is None:
@@ -883,17 +348,15 @@ class VisionTransformer(nn.Module):
 
     def embed_aside(self) -> str:
         """Why the patch embedding calls its modules one by one, or "" where it is one fused op."""
-        if self.pos_drop.training and self.pos_drop.p:
-            return "position dropout is active"
+        embed = self.patch_embed
         if type(self)._pos_embed is not VisionTransformer._pos_embed or "_pos_embed" in self.__dict__:
             return "_pos_embed is replaced"
-        embed = self.patch_embed
-        reason = _why_aside("patch_embed", embed, (PatchEmbed,))
-        if reason:
-            return reason
+        if type(embed) is not PatchEmbed:
+            return f"patch_embed is a {type(embed).__name__}"
         if embed.patch_size[0] != embed.patch_size[1]:
             return "patches are not square"
-        return _first_aside(
+        return why_aside(
+            ("patch_embed", embed, (PatchEmbed,)),
             ("patch_embed.proj", embed.proj, (nn.Conv2d,)),
             ("patch_embed.norm", embed.norm, NONE),
             ("pos_drop", self.pos_drop, DROPOUT),
@@ -903,7 +366,7 @@ class VisionTransformer(nn.Module):
         """Images → tokens [B, T, D] that the first block reads (equation 1)."""
         reason = self.embed_aside()
         if reason:
-            _say_aside(reason)
+            say_aside(reason)
             x = self._pos_embed(self.patch_embed(images))
         else:
             x = self._fused_embed(images)
@@ -970,8 +433,8 @@ class VisionTransformer(nn.Module):
         Returns:
             (tokens behind the final LayerNorm, list), the list, or the dict.
         """
-        _one_of("output_fmt", output_fmt, ("NCHW", "NLC"))
-        chosen, last = _take_indices(len(self.blocks), indices)
+        one_of("output_fmt", output_fmt, ("NCHW", "NLC"))
+        chosen, last = take_indices(len(self.blocks), indices)
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         x = self._embed(x)
         found = []
@@ -1018,7 +481,7 @@ class VisionTransformer(nn.Module):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove the blocks behind the last one chosen, and the final norm and the head where asked."""
-        chosen, last = _take_indices(len(self.blocks), indices)
+        chosen, last = take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if prune_norm:
             self.norm = nn.Identity()
@@ -1092,7 +555,7 @@ class VisionTransformer(nn.Module):
         Returns:
             fp32 [L, B, H, T, T] (or Tq rows), row i the probabilities with which token i reads the others.
         """
-        chosen, last = _take_indices(len(self.blocks), layers)
+        chosen, last = take_indices(len(self.blocks), layers)
         maps = {}
         with self._per_layer(images) as walk:
             for index, block, x in walk:
@@ -1220,183 +683,3 @@ class VisionTransformerDistilled(VisionTransformer):
         if self.distilled_training and self.training:
             return x, distilled
         return (x + distilled) / 2
-
-
-# --- positions
-
-
-def sincos_position(rows: int, columns: int, width: int, temperature: float = 10_000.0) -> Tensor:
-    """The fixed table of Vaswani et al. 2017, section 3.5, in two dimensions: float64 [rows·columns, width].
-
-    Patch (r, c) is row r·columns + c, with sin(c·ω), cos(c·ω), sin(r·ω), cos(r·ω) and ωᵢ = temperature^(−4i/width).
-    """
-    if width % 4:
-        raise ValueError(f"embed_dim: got {width}, pos_embed='sincos2d' takes a multiple of 4")
-    omega = temperature ** (-torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
-    row = torch.arange(rows, dtype=torch.float64, device="cpu").repeat_interleave(columns)[:, None] * omega
-    column = torch.arange(columns, dtype=torch.float64, device="cpu").repeat(rows)[:, None] * omega
-    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
-
-
-def resample_positions(table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int], prefix: int) -> Tensor:
-    """A position table [1, prefix + N, D] for another grid: bicubic, antialiased, in fp32, as timm does."""
-    # Under torch.export there is no way out early: it would bind the graph to the example's size.
-    if not torch.compiler.is_exporting() and grid[0] == old_grid[0] and grid[1] == old_grid[1]:
-        return table
-    tokens, patches = table[:, :prefix], table[:, prefix:]
-    image = patches.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=grid, mode="bicubic", antialias=True)
-    patches = image.permute(0, 2, 3, 1).reshape(1, -1, table.shape[-1]).to(table.dtype)
-    return torch.cat([tokens, patches], dim=1) if prefix else patches
-
-
-def resample_patch_weight(weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """A patch projection [D, C, P, P] for another patch size, by the pseudoinverse of a resize (FlexiViT, section 3.4)."""
-    old = tuple(weight.shape[-2:])
-    basis = torch.eye(old[0] * old[1], device=weight.device).reshape(-1, 1, *old)
-    resize = F.interpolate(basis, size=size, mode="bicubic", antialias=True, align_corners=False)
-    resize = resize.flatten(1).T  # [new pixels, old pixels]
-    resampled = weight.float().flatten(2) @ torch.linalg.pinv(resize)
-    return resampled.reshape(*weight.shape[:2], *size).to(weight.dtype)
-
-
-# --- weights, drawn as timm draws them: its own truncated normal, module by module
-
-
-def trunc_normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """A normal cut at ±2 (not ±2·std), by the inverse of its distribution function."""
-    low, high = (0.5 * (1 + math.erf((edge - mean) / std / math.sqrt(2))) for edge in (-2.0, 2.0))
-    with torch.no_grad():
-        tensor.uniform_(2 * low - 1, 2 * high - 1).erfinv_()
-        return tensor.mul_(std * math.sqrt(2.0)).add_(mean).clamp_(-2.0, 2.0)
-
-
-def trunc_normal_tf_(tensor: Tensor, std: float) -> Tensor:
-    """A normal cut at two standard deviations."""
-    with torch.no_grad():
-        return trunc_normal_(tensor).mul_(std).add_(0.0)
-
-
-def _init_children(module: nn.Module, mode: str, head_bias: float, needs_reset: bool, prefix: str = "") -> None:
-    for name, child in module.named_children():
-        name = f"{prefix}.{name}" if prefix else name
-        _init_children(child, mode, head_bias, needs_reset, name)
-        _init_module(child, name, mode, head_bias, needs_reset)
-
-
-def _init_module(module: nn.Module, name: str, mode: str, head_bias: float, needs_reset: bool) -> None:
-    if mode != "reset" and isinstance(module, nn.Linear):
-        bias = 0.0
-        if mode == "":
-            trunc_normal_(module.weight, std=0.02)
-        elif mode == "moco" and "qkv" in name:
-            bound = math.sqrt(6.0 / float(module.weight.shape[0] // 3 + module.weight.shape[1]))
-            nn.init.uniform_(module.weight, -bound, bound)
-        elif mode != "moco" and name.startswith("head"):
-            nn.init.zeros_(module.weight)
-            bias = head_bias
-        else:
-            nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            if mode.startswith("jax") and "mlp" in name:
-                nn.init.normal_(module.bias, std=1e-6)
-            else:
-                nn.init.constant_(module.bias, bias)
-    elif mode.startswith("jax") and isinstance(module, nn.Conv2d):
-        fan_in = module.weight[0].numel()
-        trunc_normal_tf_(module.weight, std=math.sqrt(1 / fan_in) / 0.87962566103423978)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif mode != "reset" and hasattr(module, "init_weights"):
-        module.init_weights()
-    elif needs_reset and hasattr(module, "reset_parameters"):
-        module.reset_parameters()
-
-
-# --- arguments
-
-
-def device_of(dd: dict) -> torch.device:
-    """The device on which a tensor made with these factory arguments lies."""
-    return torch.get_default_device() if dd["device"] is None else torch.device(dd["device"])
-
-
-def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise ValueError(f"{name}: got {value!r}, takes a positive number or two")
-    return pair
-
-
-def _one_of(name: str, value, choices: Sequence) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, takes one of {', '.join(map(repr, choices))}")
-
-
-def _known_layer(name: str, layer, ours: type, names: tuple[str, ...] = ()) -> None:
-    """A layer argument takes our class, or the class of the same name that timm has."""
-    if layer is None or layer is ours or (isinstance(layer, str) and layer in names):
-        return
-    if isinstance(layer, type) and layer.__name__ == ours.__name__ and layer.__module__.split(".")[0] == "timm":
-        return
-    raise ValueError(f"{name}: got {getattr(layer, '__name__', layer)!r}, takes {ours.__name__} or None")
-
-
-def _norm_factory(name: str, layer):
-    """nn.LayerNorm with the eps that `layer` would have: timm's LayerNorm has 1e-6, PyTorch's 1e-5."""
-    keywords = {}
-    given = layer
-    if isinstance(layer, functools.partial):
-        keywords, layer = dict(layer.keywords), layer.func
-    eps = None
-    if layer is None or (
-        isinstance(layer, str) and layer.replace("_", "").lower() in ("", "layernorm", "layernormfp32")
-    ):
-        eps = 1e-6
-    elif layer is nn.LayerNorm:
-        eps = 1e-5
-    elif (
-        isinstance(layer, type)
-        and layer.__name__ in ("LayerNorm", "LayerNormFp32")
-        and layer.__module__.split(".")[0] == "timm"
-    ):
-        eps = 1e-6
-    eps = keywords.pop("eps", eps) if eps is not None else None
-    if eps is None or keywords:
-        raise ValueError(
-            f"{name}: got {given!r}, takes 'layernorm', nn.LayerNorm, timm's LayerNorm, "
-            "or functools.partial of one of them with eps"
-        )
-    return functools.partial(nn.LayerNorm, eps=eps)
-
-
-def _activation_factory(layer):
-    """The module class of an activation by its name, PyTorch's class, or timm's class of the same name."""
-    tanh = functools.partial(nn.GELU, approximate="tanh")
-    known = {"gelu": nn.GELU, "gelu_tanh": tanh, "quick_gelu": QuickGELU}
-    by_class = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
-    name = layer
-    if layer is None:
-        name = "gelu"
-    elif isinstance(layer, functools.partial) and layer.func is nn.GELU and set(layer.keywords) <= {"approximate"}:
-        name = "gelu_tanh" if layer.keywords.get("approximate") == "tanh" else "gelu"
-    elif layer is nn.GELU or layer is QuickGELU:
-        name = by_class[layer.__name__]
-    elif isinstance(layer, type) and layer.__module__.split(".")[0] == "timm":
-        name = by_class.get(layer.__name__)
-    if not isinstance(name, str) or name not in known:
-        raise ValueError(f"act_layer: got {layer!r}, takes 'gelu', 'gelu_tanh', 'quick_gelu', or the class of one")
-    return known[name]
-
-
-def _take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
-    """Chosen layers as numbers from 0, and the last of them: the last n for a number, all for None."""
-    if indices is None or isinstance(indices, int):
-        last = count if indices is None else indices
-        if not 0 < last <= count:
-            raise ValueError(f"indices: got the last {last}, takes 1 to {count}")
-        return list(range(count - last, count)), count - 1
-    chosen = [index + count if index < 0 else index for index in indices]
-    if not chosen or not all(0 <= index < count for index in chosen):
-        raise ValueError(f"indices: got {list(indices)}, takes {-count} to {count - 1}")
-    return chosen, max(chosen)

@@ -1,0 +1,82 @@
+"""What the arguments of a model may be: each check names the argument, what it got and what it takes."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def device_of(dd: dict) -> torch.device:
+    """The device on which a tensor made with these factory arguments lies."""
+    return torch.get_default_device() if dd["device"] is None else torch.device(dd["device"])
+
+
+def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"{name}: got {value!r}, takes a positive number or two")
+    return pair
+
+
+def one_of(name: str, value, choices: Sequence) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, takes one of {', '.join(map(repr, choices))}")
+
+
+def _from(package: str, layer, *names: str) -> bool:
+    """Whether `layer` is a class of this package with one of these names; the package itself need not be installed."""
+    return isinstance(layer, type) and layer.__name__ in names and layer.__module__.split(".")[0] == package
+
+
+def known_layer(name: str, layer, ours: type, names: tuple[str, ...] = ()) -> None:
+    """A layer argument takes our class, or timm's class of the same name."""
+    if layer is None or layer is ours or _from("timm", layer, ours.__name__):
+        return
+    if not (isinstance(layer, str) and layer in names):
+        raise ValueError(f"{name}: got {getattr(layer, '__name__', layer)!r}, takes {ours.__name__} or None")
+
+
+def norm_factory(name: str, layer):
+    """nn.LayerNorm with the eps that `layer` would have: timm's LayerNorm has 1e-6, PyTorch's 1e-5."""
+    given, keywords = layer, {}
+    if isinstance(layer, functools.partial):
+        layer, keywords = layer.func, dict(layer.keywords)
+    default = None
+    if layer is None or layer in ("", "layernorm") or _from("timm", layer, "LayerNorm", "LayerNormFp32"):
+        default = 1e-6
+    elif layer is nn.LayerNorm:
+        default = 1e-5
+    eps = keywords.pop("eps", default)
+    if default is None or keywords:
+        raise ValueError(
+            f"{name}: got {given!r}, takes 'layernorm', nn.LayerNorm, timm's LayerNorm, "
+            "or functools.partial of one of them with eps"
+        )
+    return functools.partial(nn.LayerNorm, eps=eps)
+
+
+def activation_name(layer) -> str:
+    """The name that the ops use for an activation given by that name, PyTorch's class, or a class of timm's or ours."""
+    by_class = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
+    name = "gelu" if layer is None else layer
+    if isinstance(layer, functools.partial) and layer.func is nn.GELU and set(layer.keywords) <= {"approximate"}:
+        name = "gelu_tanh" if layer.keywords.get("approximate") == "tanh" else "gelu"
+    elif layer is nn.GELU or _from("timm", layer, *by_class) or _from("vit_fast", layer, "QuickGELU"):
+        name = by_class[layer.__name__]
+    if name not in by_class.values():
+        raise ValueError(f"act_layer: got {layer!r}, takes 'gelu', 'gelu_tanh', 'quick_gelu', or the class of one")
+    return name
+
+
+def take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    """Chosen layers as numbers from 0, and the last of them: the last n for a number, all for None."""
+    if indices is None or isinstance(indices, int):
+        last = count if indices is None else indices
+        if not 0 < last <= count:
+            raise ValueError(f"indices: got the last {last}, takes 1 to {count}")
+        return list(range(count - last, count)), count - 1
+    chosen = [index + count if index < 0 else index for index in indices]
+    if not chosen or not all(0 <= index < count for index in chosen):
+        raise ValueError(f"indices: got {list(indices)}, takes {-count} to {count - 1}")
+    return chosen, max(chosen)

@@ -1,0 +1,40 @@
+"""Position tables and patch projections, made and resampled."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sincos_position(rows: int, columns: int, width: int, temperature: float = 10_000.0) -> Tensor:
+    """The fixed table of Vaswani et al. 2017, section 3.5, in two dimensions: float64 [rows·columns, width].
+
+    Patch (r, c) is row r·columns + c, with sin(c·ω), cos(c·ω), sin(r·ω), cos(r·ω) and ωᵢ = temperature^(−4i/width).
+    """
+    if width % 4:
+        raise ValueError(f"embed_dim: got {width}, pos_embed='sincos2d' takes a multiple of 4")
+    omega = temperature ** (-torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
+    row = torch.arange(rows, dtype=torch.float64, device="cpu").repeat_interleave(columns)[:, None] * omega
+    column = torch.arange(columns, dtype=torch.float64, device="cpu").repeat(rows)[:, None] * omega
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
+
+
+def resample_positions(table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int], prefix: int) -> Tensor:
+    """A position table [1, prefix + N, D] for another grid: bicubic, antialiased, in fp32, as timm does."""
+    # Under torch.export there is no way out early: it would bind the graph to the example's size.
+    if not torch.compiler.is_exporting() and grid[0] == old_grid[0] and grid[1] == old_grid[1]:
+        return table
+    tokens, patches = table[:, :prefix], table[:, prefix:]
+    image = patches.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=grid, mode="bicubic", antialias=True)
+    patches = image.permute(0, 2, 3, 1).reshape(1, -1, table.shape[-1]).to(table.dtype)
+    return torch.cat([tokens, patches], dim=1) if prefix else patches
+
+
+def resample_patch_weight(weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """A patch projection [D, C, P, P] for another patch size, by the pseudoinverse of a resize (FlexiViT, 3.4)."""
+    old = tuple(weight.shape[-2:])
+    basis = torch.eye(old[0] * old[1], device=weight.device).reshape(-1, 1, *old)
+    resize = F.interpolate(basis, size=size, mode="bicubic", antialias=True, align_corners=False)
+    resize = resize.flatten(1).T  # [new pixels, old pixels]
+    resampled = weight.float().flatten(2) @ torch.linalg.pinv(resize)
+    return resampled.reshape(*weight.shape[:2], *size).to(weight.dtype)
