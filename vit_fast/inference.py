@@ -1,0 +1,207 @@
+"""From pictures to the tensor that a model takes: open safely, resize, crop, scale, normalise.
+
+The resize and the crop are those of timm's evaluation (`create_transform(..., is_training=False, crop_mode="center")`):
+the shorter side becomes img_size / crop_pct, then the centre is cut out.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff")
+MAX_PIXELS = 89_478_485  # Pillow's own threshold: a quarter of a GiB in RGB
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+def open_image(path: str | Path, in_chans: int = 3, max_pixels: int = MAX_PIXELS):
+    """Open a picture file whole, turned as its EXIF orientation says, as a PIL image in RGB (greyscale for in_chans=1).
+
+    Of a file with several frames the first is taken. A 16-bit greyscale picture keeps its upper 8 bits.
+
+    Raises:
+        ValueError: for a file that is no picture in one of `FORMATS`, is cut off, or has more than `max_pixels` pixels
+            (a decompression bomb). The message names the file.
+        OSError: for a file that is not there or may not be read.
+    """
+    Image, _ = _pillow()
+    path = Path(path)
+    with path.open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of a bomb where we refuse one, and of tags that we do not read
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except Image.DecompressionBombError:
+            raise ValueError(f"{path}: refused, it has more than {max_pixels:,} pixels") from None
+        except Exception as error:
+            raise ValueError(f"{path}: no picture that can be read, takes {', '.join(FORMATS)}") from error
+        return _upright(image, str(path), in_chans, max_pixels)
+
+
+def _pillow():
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ImportError("reading pictures needs Pillow: pip install 'vit-fast[cli]'") from error
+    return Image, ImageOps
+
+
+def _upright(image, name: str, in_chans: int, max_pixels: int = MAX_PIXELS):
+    """The decoded PIL image, upright, in "RGB" or "L"."""
+    _, ImageOps = _pillow()
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{name}: refused, it has {image.width} x {image.height} pixels, takes {max_pixels:,} at most")
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip instead of scale
+            image = image.point(lambda level: level / 256).convert("L")
+        return image.convert("L" if in_chans == 1 else "RGB")
+    except Exception as error:  # each decoder has errors of its own
+        raise ValueError(f"{name}: the picture is damaged or cut off ({error})") from error
+
+
+def _scaled_size(size: tuple[int, int], img_size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
+    """(rows, columns) of a picture of (rows, columns) `size` once it is resized to cover img_size / crop_pct."""
+    rows, columns = size
+    target = [math.floor(side / crop_pct) for side in img_size]
+    if target[0] == target[1]:  # the shorter side becomes the target, the other is rounded down: torchvision's Resize
+        short = min(size)
+        return tuple(target[0] if side == short else int(target[0] * side / short) for side in size)
+    ratio = min(rows / target[0], columns / target[1])  # rounded to the nearest: timm's ResizeKeepRatio
+    return tuple(max(round(side / ratio), least) for side, least in zip(size, img_size))
+
+
+def _crop_origin(size: Sequence[int], img_size: Sequence[int]) -> tuple[int, int]:
+    return tuple(round((side - wanted) / 2) for side, wanted in zip(size, img_size))
+
+
+def to_pixels(image, img_size: tuple[int, int], crop_pct: float = 1.0, interpolation: str = "bicubic") -> Tensor:
+    """A PIL image resized and cropped to [C, rows, columns] uint8."""
+    Image, _ = _pillow()
+    rows, columns = _scaled_size((image.height, image.width), img_size, crop_pct)
+    if (rows, columns) != (image.height, image.width):
+        image = image.resize((columns, rows), Image.Resampling[interpolation.upper()])
+    top, left = _crop_origin((rows, columns), img_size)
+    image = image.crop((left, top, left + img_size[1], top + img_size[0]))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(*img_size, len(image.getbands())).permute(2, 0, 1)
+
+
+def _tensor_to_pixels(images: Tensor, img_size, crop_pct, interpolation, in_chans) -> Tensor:
+    """The same for a uint8 tensor [B, rows, columns, 3], on the device where it lies: within two levels of Pillow's."""
+    images = images.permute(0, 3, 1, 2)
+    if in_chans == 1:  # Pillow's integer weights for luminance
+        red, green, blue = images.int().unbind(1)
+        images = ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8).unsqueeze(1)
+    size = _scaled_size(images.shape[2:], img_size, crop_pct)
+    if size != tuple(images.shape[2:]):
+        if interpolation == "lanczos":
+            raise ValueError("interpolation: 'lanczos' resizes files and PIL images only; a tensor takes the others")
+        smooth = {} if interpolation == "nearest" else {"antialias": True}
+        mode = "nearest-exact" if interpolation == "nearest" else interpolation
+        for pass_size in ((images.shape[2], size[1]), size):  # columns, then rows, each rounded to levels: as Pillow
+            images = torch.nn.functional.interpolate(images.float(), pass_size, mode=mode, **smooth)
+            images = images.round().clamp(0, 255)
+        images = images.to(torch.uint8)
+    top, left = _crop_origin(size, img_size)
+    return images[:, :, top : top + img_size[0], left : left + img_size[1]]
+
+
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(pixels - mean) / std for [B, C, rows, columns] pixels from 0 to 1, or uint8 from 0 to 255; gives fp32.
+
+    One value of `mean` and `std` serves every channel; three on a single channel are averaged.
+    """
+    channels = pixels.shape[1]
+    if pixels.dtype == torch.uint8:
+        pixels = pixels.float() / 255
+    mean, std = (_per_channel(name, values, channels) for name, values in (("mean", mean), ("std", std)))
+    return (pixels - mean.to(pixels.device)) / std.to(pixels.device)
+
+
+def _per_channel(name: str, values: Sequence[float], channels: int) -> Tensor:
+    values = torch.tensor(values, dtype=torch.float32).flatten()
+    if channels == 1:
+        values = values.mean().view(1)
+    if len(values) not in (1, channels):
+        raise ValueError(f"{name}: got {len(values)} values, takes 1 or {channels}, one a channel")
+    return values.view(-1, 1, 1)
+
+
+def preprocess(
+    images,
+    *,
+    img_size: int | tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bicubic",
+    crop_pct: float = 1.0,
+    in_chans: int = 3,
+) -> Tensor:
+    """Pictures as the normalised batch that a model takes.
+
+    Args:
+        images: a path, a PIL image, a list of paths and PIL images, or a uint8 tensor or array [B, rows, columns, 3].
+        img_size: the side of the model's input, or (rows, columns).
+        mean, std: one value a channel, for pixels from 0 to 1.
+        interpolation: one of `INTERPOLATIONS`, antialiased when it makes a picture smaller.
+        crop_pct: share of the resized picture's shorter side that the crop keeps, above 0 and at most 1.
+        in_chans: 3 for RGB, 1 for greyscale.
+
+    Returns:
+        fp32 [B, in_chans, rows, columns]; on the tensor's own device for a tensor, on the CPU otherwise.
+
+    Raises:
+        ValueError: for an argument out of range, and as `open_image` does. TypeError: for anything else as `images`.
+    """
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if in_chans not in (1, 3):
+        raise ValueError(f"in_chans: got {in_chans}, pictures have 1 or 3")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation: got {interpolation!r}, takes one of {', '.join(INTERPOLATIONS)}")
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct: got {crop_pct}, takes more than 0 and at most 1")
+    if hasattr(images, "__array__") and not hasattr(images, "getbands"):
+        images = torch.as_tensor(images)
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != 3:
+            shape = list(images.shape)
+            raise TypeError(f"images: got {images.dtype} {shape}, a tensor of pictures is uint8 [B, rows, columns, 3]")
+        pixels = _tensor_to_pixels(images, size, crop_pct, interpolation, in_chans)
+    else:
+        pictures = list(images) if isinstance(images, (list, tuple)) else [images]
+        pixels = [to_pixels(_picture(picture, in_chans), size, crop_pct, interpolation) for picture in pictures]
+        pixels = torch.stack(pixels) if pixels else torch.empty(0, in_chans, *size, dtype=torch.uint8)
+    return normalise(pixels, mean, std)
+
+
+def _picture(picture, in_chans: int):
+    if isinstance(picture, (str, Path)):
+        return open_image(picture, in_chans)
+    if hasattr(picture, "getbands"):
+        return _upright(picture, "images: the PIL image", in_chans)
+    takes = "a path, a PIL image, a list of them, or a uint8 tensor [B, rows, columns, 3]"
+    raise TypeError(f"images: got {type(picture).__name__}, takes {takes}")
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """The picture files that `paths` name: files as they are, folders searched through for `SUFFIXES`, in order.
+
+    Raises:
+        ValueError: for a path that is not there, and a folder without a picture.
+    """
+    found = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            if not path.exists():
+                raise ValueError(f"{path}: no such file or folder")
+            found.append(path)
+            continue
+        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        if not inside:
+            raise ValueError(f"{path}: the folder holds no picture ({', '.join(SUFFIXES)})")
+        found += inside
+    return found
