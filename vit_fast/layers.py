@@ -562,10 +562,10 @@ def why_aside(*submodules: tuple[str, nn.Module, tuple[type, ...]]) -> str:
         for parameter in module._parameters.values():
             if type(parameter) not in _PLAIN_TENSORS:
                 return f"{name} holds a {type(parameter).__name__}"
+            if parameter is None and kind is nn.LayerNorm:
+                return f"{name} has no weight or no bias"
         if kind is nn.Dropout and module.p and module.training:
             return f"{name} is active"
-        if kind is nn.LayerNorm and None in module._parameters.values():
-            return f"{name} has no weight or no bias"
     return ""
 
 
