@@ -58,18 +58,46 @@ def _say_once(message: str) -> None:
     log.warning(message)
 
 
+def triton_is_missing() -> bool:
+    return importlib.util.find_spec("triton") is None
+
+
 @functools.cache
 def why_not_triton(device: torch.device) -> str:
     """The reason why `auto` runs PyTorch on this device, or "" where the kernels run."""
     if device.type != "cuda":
         return f"a tensor on {device.type}: the kernels run on CUDA and ROCm"
-    if importlib.util.find_spec("triton") is None:
+    if triton_is_missing():
         return "triton is not installed"
     if torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < MINIMUM_CAPABILITY:
             return "compute capability {}.{}, the kernels need {}.{}".format(*capability, *MINIMUM_CAPABILITY)
     return ""
+
+
+def _auto(device: torch.device) -> bool:
+    """Whether `auto` runs the kernels on this device; where it does not on a GPU, the log says why, once."""
+    reason = why_not_triton(device)
+    if reason and device.type == "cuda":
+        _say_once(f"vit_fast runs in PyTorch: {reason}")
+    return not reason
+
+
+def _why_not_forced(device: torch.device) -> str:
+    """The reason why `triton` cannot run on this device, or ""."""
+    if device.type != "cpu":
+        return why_not_triton(device)
+    if triton_is_missing():
+        return "triton is not installed"
+    hint = "; TRITON_INTERPRET=1, set before Python starts, runs the interpreter"
+    return "" if interpreting() else why_not_triton(device) + hint
+
+
+# torch.compile takes what these two return as constants and does not trace them: it would trace past functools.cache,
+# with a warning, into calls that ask the driver. The attribute is what torch.compiler.assume_constant_result sets; that
+# imports torch._dynamo, which would double the time of `import vit_fast`.
+_auto._dynamo_marked_constant = _why_not_forced._dynamo_marked_constant = True
 
 
 def use_triton(x: Tensor) -> bool:
@@ -85,28 +113,23 @@ def use_triton(x: Tensor) -> bool:
     if _backend == "torch" or torch.compiler.is_exporting() or x.numel() == 0:
         return False
     if _backend == "auto":
-        if x.device.type != "cuda" or x.dtype not in DTYPES:
-            return False
-        reason = why_not_triton(x.device)
-        if reason and not torch.compiler.is_compiling():
-            _say_once(f"vit_fast runs in PyTorch: {reason}")
-        return not reason
+        return x.dtype in DTYPES and _auto(x.device)
     if x.dtype not in DTYPES:
         raise TypeError(f"the triton backend takes float32, float16 and bfloat16, got {x.dtype}; use 'auto' or 'torch'")
-    reason = why_not_triton(x.device)
-    if x.device.type == "cpu" and interpreting():
-        reason = "" if importlib.util.find_spec("triton") else "triton is not installed"
-    if reason:
-        hint = "; TRITON_INTERPRET=1, set before Python starts, runs the interpreter" if x.device.type == "cpu" else ""
-        raise RuntimeError(f"use_backend('triton') got {reason}{hint}")
+    if reason := _why_not_forced(x.device):
+        raise RuntimeError(f"use_backend('triton') got {reason}")
     return True
+
+
+def _autocasting(x: Tensor) -> bool:
+    # PyTorch refuses the question for a meta tensor.
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a product on `x`: autocast's where it is on, and that of `x` elsewhere."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if _autocasting(x) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
@@ -124,8 +147,12 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def float32_precision() -> str:
-    """How the kernels multiply fp32: "ieee", or "tf32" where torch.set_float32_matmul_precision allows it."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How the kernels multiply fp32: "ieee", or "tf32" where torch.set_float32_matmul_precision allows it.
+
+    Read where that call and PyTorch's newer settings both write: torch.get_float32_matmul_precision raises once the
+    newer ones were used.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -143,7 +170,7 @@ def check_operands(x: Tensor, **operands: Tensor | None) -> None:
     """
     if not x.is_floating_point():
         raise TypeError(f"the input: got {x.dtype}, takes a floating dtype")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _autocasting(x)
     for name, operand in operands.items():
         if operand is None:
             continue
