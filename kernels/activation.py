@@ -15,14 +15,26 @@ def _tanh_argument(x):
 
 
 @triton.jit
+def _sigmoid(x):
+    """σ(x) and its derivative σ(x)·σ(−x), neither of which overflows or cancels."""
+    small = tl.exp(-tl.abs(x))
+    larger = 1 / (1 + small)  # σ(|x|)
+    return tl.where(x >= 0, larger, small * larger), small * larger * larger
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """The activation of a tile in fp32."""
     if ACTIVATION == "gelu":
-        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    if ACTIVATION == "gelu_tanh":
-        return x * tl.sigmoid(_tanh_argument(x))
-    tl.static_assert(ACTIVATION == "quick_gelu")
-    return x * tl.sigmoid(1.702 * x)
+        y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        gate, _ = _sigmoid(_tanh_argument(x))
+        y = x * gate
+    else:
+        tl.static_assert(ACTIVATION == "quick_gelu")
+        gate, _ = _sigmoid(1.702 * x)
+        y = x * gate
+    return y
 
 
 @triton.jit
@@ -30,10 +42,12 @@ def activate_grad(x, ACTIVATION: tl.constexpr):
     """The activation's derivative at a tile in fp32."""
     if ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-        return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * density
-    if ACTIVATION == "gelu_tanh":
-        gate = tl.sigmoid(_tanh_argument(x))
-        return gate + x * gate * (1 - gate) * 1.5957691216057308 * (1 + 0.134145 * x * x)
-    tl.static_assert(ACTIVATION == "quick_gelu")
-    gate = tl.sigmoid(1.702 * x)
-    return gate + 1.702 * x * gate * (1 - gate)
+        slope = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * density
+    elif ACTIVATION == "gelu_tanh":
+        gate, gate_slope = _sigmoid(_tanh_argument(x))
+        slope = gate + x * gate_slope * 1.5957691216057308 * (1 + 0.134145 * x * x)
+    else:
+        tl.static_assert(ACTIVATION == "quick_gelu")
+        gate, gate_slope = _sigmoid(1.702 * x)
+        slope = gate + 1.702 * x * gate_slope
+    return slope

@@ -37,7 +37,7 @@ def table(name: str) -> dict:
 
 @functools.cache
 def lookup(kernel: str, device: torch.device, dtype: torch.dtype) -> dict:
-    """The launch arguments of a kernel: its tile sizes, num_warps and num_stages. The result is shared: do not change it.
+    """The launch arguments of a kernel: its tile sizes, num_warps and num_stages; shared, so not to be changed.
 
     Args:
         kernel: the entry's name, such as "attention_forward".

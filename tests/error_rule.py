@@ -2,21 +2,27 @@
 
     ‖ours − truth‖ ≤ 2·‖unfused − truth‖ + eps(dtype)/8·‖truth‖
 
-in the Euclidean norm of the whole tensor, and in the max norm per row, where "unfused" is plain PyTorch in the dtype under
-test and "truth" the reference in float64. Rows are compared by the worst one, each relative to its own largest element:
-in one given row of a few elements PyTorch's error is zero by luck too often to double it.
+in the Euclidean norm of the whole tensor, and in the max norm of a row relative to the row's own largest element, the
+root mean square over rows. "unfused" is plain PyTorch in the dtype under test, "truth" the reference in float64.
+
+Single rows are not compared, nor the rows of a tensor that has fewer than eight: the largest of a few rounding errors
+is zero by luck too often to be doubled. One row lost in a thousand still moves the mean by a factor of a million in fp32
+and of a hundred in bf16.
 """
 
 import torch
 from torch import Tensor
 
+FEWEST_ROWS = 8
+
 
 def _row_error(x: Tensor, truth: Tensor) -> Tensor:
-    rows = truth.reshape(-1, truth.shape[-1] if truth.dim() else 1)
+    rows = truth.flatten(0, -2)
     error = (x.double().reshape(rows.shape) - rows).abs().amax(1)
     size = rows.abs().amax(1)
     # A row that is exactly zero (a dropped path's gradient) admits no error at all.
-    return torch.where(size > 0, error / size, torch.where(error > 0, torch.inf, 0.0)).max()
+    relative = torch.where(size > 0, error / size, torch.where(error > 0, torch.inf, 0.0))
+    return relative.square().mean().sqrt()
 
 
 def assert_close_to_truth(ours: Tensor, unfused: Tensor, truth: Tensor, name: str = "output") -> None:
@@ -32,9 +38,11 @@ def assert_close_to_truth(ours: Tensor, unfused: Tensor, truth: Tensor, name: st
     error, peer = (ours.double() - truth).norm(), (unfused.double() - truth).norm()
     limit = 2 * peer + allowance * truth.norm()
     assert error <= limit, f"{name}: error {error:.3e}, unfused {peer:.3e}, limit {limit:.3e}"
+    if truth.dim() < 2 or truth.shape[:-1].numel() < FEWEST_ROWS:
+        return
     error, peer = _row_error(ours, truth), _row_error(unfused, truth)
     limit = 2 * peer + allowance
-    assert error <= limit, f"{name}: worst row {error:.3e}, unfused {peer:.3e}, limit {limit:.3e}"
+    assert error <= limit, f"{name}: rows {error:.3e}, unfused {peer:.3e}, limit {limit:.3e}"
 
 
 def relative_error(x: Tensor, truth: Tensor) -> float:

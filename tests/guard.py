@@ -1,4 +1,4 @@
-"""Tensors whose last byte touches a page that may not be read or written: one element too far is a segmentation fault."""
+"""Tensors whose last byte touches a page that nobody may touch: one element too far is a segmentation fault."""
 
 import ctypes
 import mmap
@@ -13,7 +13,7 @@ PROT_NONE = 0
 
 
 def guarded_empty(shape: tuple[int, ...], dtype: torch.dtype, at_start: bool = False) -> Tensor:
-    """Uninitialised contiguous CPU tensor between two guard pages, its end at the second (or its start at the first)."""
+    """Uninitialised CPU tensor between two guard pages, its end at the second one (or its start at the first)."""
     count = 1
     for size in shape:
         count *= size

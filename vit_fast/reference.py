@@ -23,8 +23,8 @@ def patch_embed(
 ) -> Tensor:
     """Equation 1 of [1]: z₀ = [x_class; x₁E; …; x_N E] + E_pos.
 
-    images [B, C, rows, columns], weight [D, C, P, P], bias [D], prefix [R, D] → tokens [B, R + N, D]. The position table
-    has R + N rows, or N, and then the prefix tokens have no position of their own.
+    images [B, C, rows, columns], weight [D, C, P, P], bias [D], prefix [R, D] → tokens [B, R + N, D]. The position
+    table has R + N rows, or N, and then the prefix tokens have no position of their own.
     """
     batch, channels, rows, columns = images.shape
     width, _, size, _ = weight.shape

@@ -1,0 +1,83 @@
+"""Runs an op three ways on the same numbers, fused, unfused and as the reference in fp64; holds it to the error rule."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+import vit_fast
+from tests.error_rule import assert_close_to_truth
+from tests.guard import guarded
+
+BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.interpret)]
+
+# "autocast" is mixed precision: fp32 tensors, products in bf16, as in torch.autocast.
+MODES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "autocast": torch.float32}
+
+
+@dataclass
+class Case:
+    """Inputs of one call: `tensors` in fp64 or None, drawn anew by `draw`; `options` are the op's other arguments."""
+
+    why: str
+    draw: Callable[[], dict[str, Tensor | None]]
+    options: dict = field(default_factory=dict)
+    constant: tuple[str, ...] = ()  # tensors that get no gradient
+    exact: tuple[str, ...] = ()  # tensors that keep their dtype
+
+    def __str__(self) -> str:
+        return self.why.replace(" ", "_")
+
+
+def named(cases: list[Case]) -> list:
+    return [pytest.param(case, id=str(case)) for case in cases]
+
+
+def run(op: Callable, tensors: dict[str, Tensor | None], case: Case, upstream: Tensor) -> dict[str, Tensor]:
+    """The output, and the gradient of every tensor that has one, for an upstream gradient."""
+    wanted = [name for name, t in tensors.items() if t is not None and name not in case.constant]
+    for name in wanted:
+        tensors[name].requires_grad_()
+    output = op(**tensors, **case.options)
+    gradients = torch.autograd.grad(output, [tensors[name] for name in wanted], upstream.to(output.dtype))
+    return {"output": output.detach()} | {f"d{name}": g for name, g in zip(wanted, gradients)}
+
+
+def hold_to_the_rule(
+    op: Callable, reference: Callable, unfused: Callable, case: Case, mode: str, backend: str, device: str = "cpu"
+) -> None:
+    """Assert the error rule for the output and for every gradient, with a random upstream gradient."""
+    dtype = MODES[mode]
+    drawn = case.draw()
+    rounded = {
+        name: t if t is None or name in case.exact else t.to(dtype)  # what every one of the three gets
+        for name, t in drawn.items()
+    }
+    exact = {name: None if t is None else t.double().clone() for name, t in rounded.items()}
+    shape = reference(**exact, **case.options).shape
+    upstream = torch.randn(shape, dtype=torch.float64).to(dtype)
+    truth = run(reference, exact, case, upstream)
+
+    def copies(place: Callable[[Tensor], Tensor]) -> dict[str, Tensor | None]:
+        return {name: None if t is None else place(t) for name, t in rounded.items()}
+
+    amp = torch.autocast(device, torch.bfloat16) if mode == "autocast" else contextlib.nullcontext()
+    with amp:
+        peer = run(unfused, copies(lambda t: t.clone().to(device)), case, upstream.to(device))
+        place = guarded if device == "cpu" else lambda t: t.to(device)
+        with vit_fast.ops.use_backend(backend):
+            ours = run(op, copies(place), case, upstream.to(device))
+    assert ours.keys() == truth.keys()
+    for name in truth:
+        assert_close_to_truth(ours[name], peer[name].to(ours[name].dtype), truth[name], name)
+
+
+def assert_no_second_derivative(op: Callable, args: dict[str, Tensor | None]) -> None:
+    """The kernels make none: asking for it is an error, never a wrong number."""
+    with vit_fast.ops.use_backend("triton"):
+        (gradient,) = torch.autograd.grad(op(**args).square().sum(), args["x"], create_graph=True)
+        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+            gradient.sum().backward()
