@@ -353,8 +353,6 @@ class VisionTransformer(nn.Module):
             return "_pos_embed is replaced"
         if type(embed) is not PatchEmbed:
             return f"patch_embed is a {type(embed).__name__}"
-        if embed.patch_size[0] != embed.patch_size[1]:
-            return "patches are not square"
         return why_aside(
             ("patch_embed", embed, (PatchEmbed,)),
             ("patch_embed.proj", embed.proj, (nn.Conv2d,)),
@@ -375,10 +373,10 @@ class VisionTransformer(nn.Module):
     def _fused_embed(self, images: Tensor) -> Tensor:
         embed = self.patch_embed
         images = embed.prepare(images)
-        side = embed.patch_size[0]
-        rows, columns = images.shape[2] // side, images.shape[3] // side
-        if not self.dynamic_img_size and (images.shape[2] % side or images.shape[3] % side):
-            images = images[:, :, : rows * side, : columns * side]  # as a convolution leaves out what fills no patch
+        high, wide = embed.patch_size
+        rows, columns = images.shape[2] // high, images.shape[3] // wide
+        if not self.dynamic_img_size and (images.shape[2] % high or images.shape[3] % wide):
+            images = images[:, :, : rows * high, : columns * wide]  # as a convolution leaves out what fills no patch
         prefix = [token[0] for token in self._prefix_tokens()]
         prefix = (prefix[0] if len(prefix) == 1 else torch.cat(prefix)) if prefix else None
         if self.pos_embed is None:
@@ -553,7 +551,8 @@ class VisionTransformer(nn.Module):
                 there is one; registers follow, then the patches, row by row.
 
         Returns:
-            fp32 [L, B, H, T, T] (or Tq rows), row i the probabilities with which token i reads the others.
+            [L, B, H, T, T], or Tq rows for T, in fp32 (fp64 from a model in fp64): row i holds the probabilities with
+            which token i reads the others.
         """
         chosen, last = take_indices(len(self.blocks), layers)
         maps = {}
@@ -574,7 +573,7 @@ class VisionTransformer(nn.Module):
             images: [B, C, rows, columns].
 
         Returns:
-            fp32 [B, T, T], row i the share that each input token has in token i of the last layer; rows sum to one.
+            [B, T, T] in fp32 (or fp64): row i the share that each input token has in token i of the last layer; rows sum to one.
         """
         flow = None
         with self._per_layer(images) as walk:
@@ -590,7 +589,7 @@ class VisionTransformer(nn.Module):
         Without a class token it is the mean over the patch tokens, which the model pools.
 
         Returns:
-            fp32 [B, rows, columns] on the grid of patches. It sums to less than one: prefix tokens have their share.
+            [B, rows, columns] in fp32 (or fp64), on the grid of patches. It sums to less than one: prefix tokens have their share.
         """
         flow, count = self.attention_rollout(images), self.num_prefix_tokens
         row = flow[:, 0] if self.has_class_token else flow[:, count:].mean(dim=1)
@@ -620,6 +619,7 @@ class VisionTransformer(nn.Module):
             std=config["std"],
             interpolation=config["interpolation"],
             crop_pct=config["crop_pct"],
+            in_chans=self.in_chans,
         )
         with self._looking():
             return self(pixels.to(**self._dd())).float().softmax(dim=-1)

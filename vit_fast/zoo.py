@@ -71,5 +71,8 @@ def create_model(
         args["num_classes"] = num_classes
     model = kind(**args)
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in entry["pretrained_cfg"].items()}
+    if model.in_chans != len(config["mean"]):  # a greyscale model sees the mean of the colours
+        for key in ("mean", "std"):
+            config[key] = (sum(config[key]) / len(config[key]),) * model.in_chans
     model.pretrained_cfg = {"architecture": name, **config}
     return model
