@@ -129,7 +129,7 @@ def weight_grad_tile(
     result = product(load_a, a, load_b, b, rows, cols, start, stop, DTYPE, BLOCK_K, PRECISION)
     store(partial_ptr + split.to(tl.int64) * N * K, K, result, rows, cols, N, K)
     if sums_ptr is not None:
-        if tl.min(cols, axis=0) == 0:  # noqa: SIM102: the outer test is the compiler's, the inner one the program's
+        if tl.min(cols, axis=0) == 0:
             sums = row_sums(load_a, a, rows, start, stop, BLOCK_K)
             tl.store(sums_ptr + split * N + rows, sums, mask=rows < N)
 

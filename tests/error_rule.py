@@ -6,8 +6,8 @@ in the Euclidean norm of the whole tensor, and in the max norm of a row relative
 root mean square over rows. "unfused" is plain PyTorch in the dtype under test, "truth" the reference in float64.
 
 Single rows are not compared, nor the rows of a tensor that has fewer than eight: the largest of a few rounding errors
-is zero by luck too often to be doubled. One row lost in a thousand still moves the mean by a factor of a million in fp32
-and of a hundred in bf16.
+is zero by luck too often to be doubled. One row lost in a thousand still moves the mean by a factor of a million in
+fp32 and of a hundred in bf16.
 """
 
 import torch

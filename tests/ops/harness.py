@@ -1,4 +1,4 @@
-"""Runs an op three ways on the same numbers, fused, unfused and as the reference in fp64; holds it to the error rule."""
+"""Runs an op three ways on the same numbers, fused, unfused as the reference in fp64; holds it to the error rule."""
 
 import contextlib
 from collections.abc import Callable

@@ -1,0 +1,72 @@
+"""The ops of the products on a device: the cases of tests/ops, and sizes that cross the device's own tiles."""
+
+import pytest
+import torch
+
+import vit_fast
+from tests import unfused
+from tests.ops import test_linear_residual, test_ln_linear, test_mlp, test_patch_embed
+from tests.ops.harness import MODES, Case, hold_to_the_rule
+from vit_fast import reference
+
+EPS = {"eps": 1e-6}
+SIZED = {
+    "ln_linear": [
+        Case("ViT-S at two images", test_ln_linear.shaped(2, 197, 384, features=1152), EPS),
+        Case("one row past a tile", test_ln_linear.shaped(1, 257, 129, features=257), EPS),
+        Case("rows of large mean", test_ln_linear.shaped(2, 197, 384, features=384, mean=30.0), EPS),
+    ],
+    "linear_residual": [
+        test_linear_residual.case("ViT-S at two images", test_linear_residual.shaped(2, 197, 384, features=384)),
+        test_linear_residual.case("one row past a tile", test_linear_residual.shaped(1, 257, 129, features=257)),
+    ],
+    "mlp": [
+        test_mlp.case("ViT-S at two images", test_mlp.shaped(2, 197, 384, hidden=1536)),
+        test_mlp.case("one row past a tile", test_mlp.shaped(1, 257, 129, hidden=257), "gelu_tanh"),
+    ],
+    "patch_embed": [
+        test_patch_embed.case("ViT-S at two images", test_patch_embed.shaped(2, 3, (14, 14), 16, 384)),
+        test_patch_embed.case("patch 14 at 224", test_patch_embed.shaped(2, 3, (16, 16), 14, 129, prefix=5)),
+    ],
+}
+SMALL = {
+    "ln_linear": test_ln_linear.CASES,
+    "linear_residual": test_linear_residual.CASES,
+    "mlp": test_mlp.CASES,
+    "patch_embed": test_patch_embed.CASES,
+}
+ALL = [pytest.param(op, case, id=f"{op}-{case}") for op in SMALL for case in SMALL[op] + SIZED[op]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("op", "case"), ALL)
+def test_output_and_gradients(op, case, mode):
+    ours, truth, peer = (getattr(module, op) for module in (vit_fast.ops, reference, unfused))
+    hold_to_the_rule(ours, truth, peer, case, mode, "triton", "cuda")
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_two_runs_give_the_same_bits(op):
+    """No atomics anywhere: gradients do not depend on the order in which programs finish."""
+    case = SIZED[op][0]
+    args = {name: None if t is None else t.to("cuda", torch.bfloat16) for name, t in case.draw().items()}
+    wanted = [t.requires_grad_() for name, t in args.items() if t is not None and name not in case.constant]
+    function = getattr(vit_fast.ops, op)
+    runs = []
+    for _ in range(2):
+        y = function(**args, **case.options)
+        runs.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_autocast_casts_a_weight_once():
+    """Inside one autocast region the second call finds the weight in autocast's cache."""
+    from vit_fast.ops.backend import cast
+
+    weight = torch.randn(32, 32, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        first, second = cast(weight, torch.bfloat16), cast(weight, torch.bfloat16)
+    assert first.dtype == torch.bfloat16
+    assert first.data_ptr() == second.data_ptr()
+    first.float().sum().backward()
+    assert torch.equal(weight.grad, torch.ones_like(weight))
