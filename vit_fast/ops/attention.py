@@ -1,21 +1,296 @@
-"""attention: flash-style softmax attention."""
+"""attention: softmax attention over heads side by side, and exact rows of its probabilities."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vit_fast.ops import backend
+from vit_fast.ops.backend import check_operands, check_rank, check_shape, compute_dtype, float32_precision, needs_grad
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+HEAD_WIDTHS = (16, 32, 48, 64, 72, 80, 88, 96, 104, 128)  # those that the kernels take
+
+
+def check(q: Tensor, k: Tensor) -> None:
+    check_rank("q", q, "B Tq H d")
+    batch, _, heads, width = q.shape
+    if k.dim() != 4 or (k.shape[0], *k.shape[2:]) != (batch, heads, width):
+        raise ValueError(f"k: got shape {list(k.shape)}, takes [{batch}, Tk, {heads}, {width}], q's but for the tokens")
+    if k.shape[1] == 0:
+        raise ValueError(f"k: got shape {list(k.shape)}, takes one token at least: a softmax over none has no value")
+
+
+def check_qkv(qkv: Tensor) -> None:
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv: got shape {list(qkv.shape)}, takes [B, T, 3, H, d]")
+    check_operands(qkv)
+
+
+def _refusal(width: int, scale: float) -> str:
+    """Why no kernel takes a head width or a scale, or ""."""
+    if width not in HEAD_WIDTHS:
+        return f"head width: got {width}, the kernels take {', '.join(map(str, HEAD_WIDTHS))}"
+    if not 0 < scale < float("inf"):
+        return f"scale: got {scale}, the kernels take a positive number"
+    return ""
+
+
+def _runs_kernel(x: Tensor, refusal: str) -> bool:
+    """Whether a kernel runs a call on `x`, which PyTorch runs where there is a refusal.
+
+    Raises:
+        ValueError: the refusal, under use_backend("triton"), which never runs PyTorch.
+    """
+    if not backend.use_triton(x):
+        return False
+    if refusal and backend._backend == "triton":
+        raise ValueError(f"{refusal}; use_backend('auto') or 'torch' runs it in PyTorch")
+    return not refusal
+
+
+def _last_axis_dense(x: Tensor) -> Tensor:
+    """`x` itself where its last stride is 1, as the kernels read it, and a copy elsewhere."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool):
+    from vit_fast.kernels import attention as kernel
+
+    q, k, v = map(_last_axis_dense, (q, k, v))
+    with torch.cuda.device_of(q):
+        return kernel.forward(q, k, v, scale, float32_precision(), with_lse)
+
+
+def _gradients(do, q, k, v, o, lse, dq, dk, dv, scale) -> None:
+    from vit_fast.kernels import attention as kernel
+
+    do, q, k, v = map(_last_axis_dense, (do, q, k, v))
+    with torch.cuda.device_of(q):
+        kernel.backward(do, q, k, v, o, lse, dq, dk, dv, scale, float32_precision())
+
+
+def _fake_output(q: Tensor) -> Tensor:
+    batch, tokens, heads, width = q.shape
+    return q.new_empty(batch, tokens, heads * width)
+
+
+def _fake_lse(q: Tensor) -> Tensor:
+    batch, tokens, heads, _ = q.shape
+    return q.new_empty(batch, heads, tokens, dtype=torch.float32)
+
+
+@torch.library.custom_op("vit_fast::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return _forward(q, k, v, scale, with_lse=False)[0]
+
+
+@_attention.register_fake
+def _(q, k, v, scale):
+    return _fake_output(q)
+
+
+@torch.library.custom_op("vit_fast::attention_train", mutates_args=())
+def _attention_train(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return _forward(q, k, v, scale, with_lse=True)
+
+
+@_attention_train.register_fake
+def _(q, k, v, scale):
+    return _fake_output(q), _fake_lse(q)
+
+
+@torch.library.custom_op("vit_fast::attention_backward", mutates_args=())
+def _backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    _gradients(do, q, k, v, o, lse, dq, dk, dv, scale)
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(do, q, k, v, o, lse, scale):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output):
+    *operands, ctx.scale = inputs
+    o, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*operands, o, lse)
+
+
+def _autograd(ctx, do, _):
+    if do is None:
+        return (None,) * 4
+    return *_backward(do, *ctx.saved_tensors, ctx.scale), None
+
+
+_attention_train.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@torch.library.custom_op("vit_fast::attention_qkv_train", mutates_args=())
+def _attention_qkv_train(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return _forward(*qkv.unbind(2), scale, with_lse=True)
+
+
+@_attention_qkv_train.register_fake
+def _(qkv, scale):
+    q = qkv.select(2, 0)
+    return _fake_output(q), _fake_lse(q)
+
+
+@torch.library.custom_op("vit_fast::attention_qkv_backward", mutates_args=())
+def _qkv_backward(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensor:
+    # One tensor: three views of it could not be three outputs, and autograd would copy three gradients into one.
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    _gradients(do, *qkv.unbind(2), o, lse, *dqkv.unbind(2), scale)
+    return dqkv
+
+
+@_qkv_backward.register_fake
+def _(do, qkv, o, lse, scale):
+    return qkv.new_empty(qkv.shape)
+
+
+def _qkv_autograd(ctx, do, _):
+    if do is None:
+        return None, None
+    return _qkv_backward(do, *ctx.saved_tensors, ctx.scale), None
+
+
+_attention_qkv_train.register_autograd(_qkv_autograd, setup_context=_setup_context)
+
+
+@torch.library.custom_op("vit_fast::attention_maps", mutates_args=())
+def _maps(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
+    from vit_fast.kernels import attention as kernel
+
+    q, k = map(_last_axis_dense, (q, k))
+    with torch.cuda.device_of(q):
+        return kernel.maps(q, k, lse.contiguous(), scale, float32_precision())
+
+
+@_maps.register_fake
+def _(q, k, lse, scale):
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], k.shape[1], dtype=torch.float32)
+
+
+def _in_pytorch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale·q·kᵀ)·v for each head, the heads side by side in the result.
+
+    Vaswani et al. 2017, equation 1; computed without its scores in memory as Dao et al. 2022, FlashAttention, does.
+
+    Args:
+        q: [B, Tq, H, d], fp32, fp16, bf16, or fp64 (PyTorch only). Any strides: slices of a packed QKV are not copied.
+        k, v: [B, Tk, H, d], of lengths of their own, Tk ≥ 1.
+        scale: what multiplies the scores, 1/√d for None.
+
+    The kernels take d = 16, 32, 48, 64, 72, 80, 88, 96, 104 and 128, and a positive scale; any other runs in PyTorch.
+    Gradients are deterministic; there is no second derivative.
+
+    Returns:
+        [B, Tq, H·d], contiguous, in the dtype of q, or autocast's where it is on.
+
+    Raises:
+        ValueError: for a shape or a device that does not fit, and under use_backend("triton") for a head width or scale
+            that no kernel takes. TypeError: for a dtype that does not fit.
+    """
+    check(q, k)
+    check_shape("v", v, tuple(k.shape))
+    check_operands(q, k=k, v=v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not _runs_kernel(q, _refusal(q.shape[-1], scale)):
+        return _in_pytorch(q, k, v, scale)
+    dtype = compute_dtype(q)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if needs_grad(q, k, v):
+        return _attention_train(q, k, v, scale)[0]
+    return _attention(q, k, v, scale)
+
+
 def attention_qkv(qkv: Tensor, scale: float | None = None) -> Tensor:
-    return attention(*qkv.unbind(2), scale=scale)
+    """`attention` of packed queries, keys and values, whose gradient is one packed tensor too.
+
+    Vaswani et al. 2017, equation 1; Dao et al. 2022, FlashAttention.
+
+    Args:
+        qkv: [B, T, 3, H, d], the product of an attention block's QKV map, viewed. Dtypes and strides as `attention`.
+        scale: what multiplies the scores, 1/√d for None.
+
+    Returns:
+        [B, T, H·d], contiguous, in the dtype of qkv, or autocast's where it is on.
+
+    Raises:
+        ValueError: for a shape that does not fit, and under use_backend("triton") for a head width or scale that no
+            kernel takes. TypeError: for a dtype that is not floating.
+    """
+    check_qkv(qkv)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    if not _runs_kernel(qkv, _refusal(qkv.shape[-1], scale)):
+        return _in_pytorch(*qkv.unbind(2), scale)
+    qkv = qkv.to(compute_dtype(qkv))
+    if needs_grad(qkv):
+        return _attention_qkv_train(qkv, scale)[0]
+    return _attention(*qkv.unbind(2), scale)
 
 
 def attention_maps(
     q: Tensor, k: Tensor, queries: Tensor | None = None, scale: float | None = None, lse: Tensor | None = None
 ) -> Tensor:
+    """Rows of softmax(scale·q·kᵀ): how much each chosen query looks at each key, in each head.
+
+    Vaswani et al. 2017, equation 1. Exact, and no other row is computed.
+
+    Args:
+        q: [B, Tq, H, d].    k: [B, Tk, H, d]. Dtypes and strides as `attention`.
+        queries: [Nq] integers, the tokens of q whose rows are wanted, or None for all of them.
+        scale: what multiplies the scores, 1/√d for None.
+        lse: [B, H, Tq] fp32, the natural logarithm of the sum of each query's exponentiated scores, where it is at hand
+            (`torch.ops.vit_fast.attention_train` returns it). The kernels then skip a pass over the keys.
+
+    The kernels give no gradient: where one is wanted, `auto` runs PyTorch and use_backend("triton") raises.
+
+    Returns:
+        [B, H, Nq, Tk] in fp32 (fp64 where q is), each row's sum 1.
+
+    Raises:
+        ValueError: for a shape, a device or a query that does not fit, and under use_backend("triton") for a head width
+            or scale that no kernel takes, or where a gradient is wanted. TypeError: for a dtype that does not fit.
+    """
+    check(q, k)
+    check_operands(q, k=k)
+    if lse is not None:
+        check_shape("lse", lse, (q.shape[0], q.shape[2], q.shape[1]))
+    if queries is not None:
+        _check_queries(queries, q.shape[1])
+        q, lse = q[:, queries], None if lse is None else lse[:, :, queries]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q = q if queries is None else q[:, queries]
-    return (q.transpose(1, 2).float() * scale @ k.permute(0, 2, 3, 1).float()).softmax(-1)
+    dtype = compute_dtype(q)
+    q, k = q.to(dtype), k.to(dtype)
+    refusal = _refusal(q.shape[-1], scale)
+    if needs_grad(q, k):
+        refusal = "a gradient through attention_maps: the kernels give none"
+    if _runs_kernel(q, refusal):
+        if lse is None:
+            lse = _attention_train(q, k, k, scale)[1]  # its values cost a product that nobody reads, and no memory
+        return _maps(q, k, lse, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        wide = torch.promote_types(dtype, torch.float32)
+        return (q.transpose(1, 2).to(wide) * scale @ k.permute(0, 2, 3, 1).to(wide)).softmax(-1)
+
+
+def _check_queries(queries: Tensor, tokens: int) -> None:
+    if queries.dim() != 1 or queries.dtype not in (torch.int64, torch.int32):
+        got = f"{queries.dtype} {list(queries.shape)}"
+        raise ValueError(f"queries: got {got}, takes an int64 or int32 tensor [Nq], the index of a token each")
+    if torch.compiler.is_compiling() or not queries.numel():
+        return  # a value cannot be read while a graph is traced: the indexing itself then refuses a wrong one
+    low, high = queries.min().item(), queries.max().item()
+    if low < -tokens or high >= tokens:
+        raise ValueError(f"queries: got {low} to {high}, takes indices below {tokens}, the tokens of q")
