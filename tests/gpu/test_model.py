@@ -8,7 +8,12 @@ from tests.error_rule import assert_close_to_truth
 
 timm = pytest.importorskip("timm")
 
-NAMES = ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_clip_quickgelu_224"]  # fmt: skip
+NAMES = [
+    "vit_tiny_patch16_224",
+    "deit3_small_patch16_224",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch16_clip_quickgelu_224",
+]
 
 
 def _pair(name: str, dtype: torch.dtype):
