@@ -1,0 +1,63 @@
+# Two commands: `make demo` and `make test`. Each makes the environment .venv on first use, from the versions pinned in
+# constraints.txt, and is quick the second time. Nothing outside this folder is touched.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PINS := constraints.txt pyproject.toml setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench gpu clean
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/demo.stamp  ## train on real digits, classify, show what the model looked at (demo-output/)
+	$(BIN)/python -m vit_fast.demo
+
+test: $(VENV)/test.stamp  ## every test but the slow ones; PYTEST_ARGS="tests/ops -k mlp" chooses
+	$(BIN)/python -m tests $(PYTEST_ARGS)
+
+test-all: $(VENV)/test.stamp  ## the slow tests too
+	$(BIN)/python -m tests --slow $(PYTEST_ARGS)
+
+lint: $(VENV)/lint.stamp  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/test.stamp  ## time on this machine's CPU against timm
+	$(BIN)/python -m benchmarks.cpu_inference
+
+gpu: $(VENV)/test.stamp  ## the tests that need a GPU; skipped with a reason where there is none
+	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+
+clean:  ## remove the environment and everything that was made
+	rm -rf $(VENV) build dist demo-output *.egg-info .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/made.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python 3.10 or later is needed, $(PYTHON) is " + sys.version)'
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) setuptools
+	@touch $@
+
+# The project's own requirements bring torch and, by name, triton: the CPU build of torch has none. All in one
+# constrained install, so that no open range pulls another torch.
+$(VENV)/demo.stamp: $(PINS) $(VENV)/made.stamp
+	@echo "installing vit_fast and what the demo needs into $(VENV): PyTorch is large, this can take some minutes"
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[cli]'
+	@touch $@
+
+# After the demo's: timm brings torchvision, which must find torch installed.
+$(VENV)/test.stamp: $(PINS) $(VENV)/demo.stamp
+	@echo "installing what the tests and benchmarks need into $(VENV)"
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[cli,dev,bench]'
+	@touch $@
+
+$(VENV)/lint.stamp: constraints.txt $(VENV)/made.stamp
+	@$(PIP_INSTALL) ruff
+	@touch $@
