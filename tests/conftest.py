@@ -1,24 +1,14 @@
 import os
-import sys
-import types
 
 import pytest
 import torch
 
+from tests import mend_torchvision
 from tests.guard import poisoned_empty
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
-try:
-    import torchvision  # noqa: F401
-except RuntimeError:
-    # Beside a CPU build of torch, torchvision registers fake kernels for operators that it does not have. Its models,
-    # and timm's use of it, need none of them.
-    for name in [name for name in sys.modules if name.startswith("torchvision")]:
-        del sys.modules[name]
-    sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
-except ImportError:
-    pass
+mend_torchvision.mend()
 
 if INTERPRETING:
     from tests.mend_interpreter import mend

@@ -43,3 +43,19 @@ def poisoned_empty(*shape, dtype=None, device=None, **_) -> Tensor:
     dtype = dtype or torch.get_default_dtype()
     poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
     return guarded_empty(tuple(shape), dtype).fill_(poison)
+
+
+def vast(tensor: Tensor, stride: int) -> Tensor:
+    """A copy of a CPU tensor whose first axis has this stride, in memory that is reserved and for the most part unused.
+
+    An offset kept in 32 bits misses it: 2^31 elements away there is nothing mapped.
+    """
+    inner = tensor[0].numel()
+    count = stride * (len(tensor) - 1) + inner
+    MAP_NORESERVE = 0x4000
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    region = mmap.mmap(-1, count * tensor.dtype.itemsize, flags=flags)
+    flat = torch.frombuffer(region, dtype=tensor.dtype, count=count)
+    copy = flat.as_strided(tensor.shape, (stride, *tensor[0].contiguous().stride()))
+    copy.copy_(tensor)
+    return copy

@@ -275,7 +275,7 @@ def test_low_precision_is_as_close_to_float64_as_timm(mode):
     theirs, ours = twins(**options)
     dtype = torch.bfloat16 if mode == "bf16" else torch.float32
     theirs, ours = theirs.to(dtype), ours.to(dtype)
-    images = pictures(batch=4).to(dtype)
+    images = pictures(batch=8).to(dtype)
     truth_model = copy.deepcopy(theirs).double()
     results = []
     for model, autocast in ((truth_model, False), (theirs, mode != "bf16"), (ours, mode != "bf16")):
@@ -560,6 +560,26 @@ def test_explain_gives_the_reason():
     with pytest.raises(ValueError, match="takes a VisionTransformer"):
         vit_fast.explain(nn.Linear(2, 2))
     assert vit_fast.explain(nn.Sequential(model))[0].name == "0.patch_embed"
+    assert "head width 8: the kernels take 16" in vit_fast.explain(small(num_heads=4))[2].reason
+
+
+@pytest.mark.interpret
+def test_explain_and_maps_on_the_kernels():
+    model = small()
+    images = pictures(dtype=torch.float32)
+    maps = model.attention_maps(images)
+    with vit_fast.use_backend("triton"):
+        assert {line.backend for line in vit_fast.explain(model)} == {"triton"}
+        assert relative_error(model.attention_maps(images), maps) < 1e-5
+        with pytest.raises(ValueError, match="head width: got 8"):
+            small(num_heads=4)(images)
+        assert "use_backend('triton') raises" in vit_fast.explain(small(num_heads=4))[2].reason
+        # What no kernel does, PyTorch does, and the draws stay those of the seed.
+        dropping = small(attn_drop_rate=0.2, drop_path_rate=0.5).train()
+        torch.manual_seed(1)
+        logits = dropping(images)
+    torch.manual_seed(1)
+    assert relative_error(logits.detach(), dropping(images).detach()) < 1e-5
 
 
 # --- compile, export, copies

@@ -11,7 +11,7 @@ ACTIVATIONS = {
 
 
 def patch_embed(images, weight, bias, position, prefix):
-    tokens = F.conv2d(images, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+    tokens = F.conv2d(images, weight, bias, stride=weight.shape[-2:]).flatten(2).transpose(1, 2)
     count = 0 if prefix is None else len(prefix)
     if position is not None and len(position) == tokens.shape[1]:
         tokens = tokens + position

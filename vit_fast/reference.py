@@ -27,9 +27,9 @@ def patch_embed(
     table has R + N rows, or N, and then the prefix tokens have no position of their own.
     """
     batch, channels, rows, columns = images.shape
-    width, _, size, _ = weight.shape
-    patches = images.reshape(batch, channels, rows // size, size, columns // size, size)
-    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * size * size)  # [B, N, C·P·P]
+    width, _, high, wide = weight.shape
+    patches = images.reshape(batch, channels, rows // high, high, columns // wide, wide)
+    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * high * wide)  # [B, N, C·P·P]
     tokens = patches @ weight.reshape(width, -1).T
     if bias is not None:
         tokens = tokens + bias

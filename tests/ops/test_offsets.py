@@ -1,0 +1,63 @@
+"""Tensors that reach past 2^31 elements: every kernel that walks over tokens or images counts in 64 bits."""
+
+import pytest
+import torch
+
+from tests.guard import vast
+from vit_fast.ops import attention, attention_qkv, linear_residual, ln_linear, mlp, patch_embed, use_backend
+
+STRIDE = 1_100_000_000  # of the first axis: the third row starts past 2^31
+
+WEIGHTS = {
+    "ln_linear": lambda x: ln_linear(x, *_norm(), torch.full((16, 16), 0.1, dtype=x.dtype), None),
+    "linear_residual": lambda x: linear_residual(x, torch.full((16, 16), 0.1, dtype=x.dtype), None, x),
+    "mlp": lambda x: mlp(x, *_norm(), *(torch.full((16, 16), 0.1, dtype=x.dtype), None) * 2),
+}
+
+
+def _norm():
+    return torch.linspace(0.5, 1.5, 16).half(), torch.linspace(-1, 1, 16).half()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("op", WEIGHTS)
+def test_rows_far_apart(op):
+    """Forward and the input's gradient, which reads x again, equal those of the same rows side by side."""
+    x = torch.randn(3, 16, dtype=torch.float16)
+    upstream = torch.randn(3, 16, dtype=torch.float16)
+    results = []
+    for rows in (x, vast(x, STRIDE)):
+        rows.requires_grad_()
+        with use_backend("triton"):
+            y = WEIGHTS[op](rows)
+        y.backward(vast(upstream, STRIDE) if rows.stride(0) == STRIDE else upstream)
+        results.append((y.detach(), rows.grad))
+    assert all(torch.equal(near, far) for near, far in zip(*results))
+
+
+@pytest.mark.interpret
+def test_images_far_apart():
+    images = torch.randn(3, 1, 4, 4, dtype=torch.float16)
+    weight = torch.randn(16, 1, 2, 2, dtype=torch.float16, requires_grad=True)
+    results = []
+    for batch in (images, vast(images, STRIDE)):
+        with use_backend("triton"):
+            tokens = patch_embed(batch, weight, None)
+        (gradient,) = torch.autograd.grad(tokens, weight, torch.ones_like(tokens))
+        results.append((tokens.detach(), gradient))
+    assert all(torch.equal(near, far) for near, far in zip(*results))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("packed", [True, False])
+def test_heads_far_apart(packed):
+    qkv = torch.randn(3, 5, 3, 2, 16, dtype=torch.float16)
+    upstream = torch.randn(3, 5, 32, dtype=torch.float16)
+    results = []
+    for batch in (qkv, vast(qkv, STRIDE)):
+        batch.requires_grad_()
+        with use_backend("triton"):
+            out = attention_qkv(batch) if packed else attention(*batch.unbind(2))
+        out.backward(vast(upstream, STRIDE) if batch.stride(0) == STRIDE else upstream)
+        results.append((out.detach(), batch.grad))
+    assert all(torch.equal(near, far) for near, far in zip(*results))
