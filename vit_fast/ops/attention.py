@@ -251,8 +251,8 @@ def attention_maps(
         q: [B, Tq, H, d].    k: [B, Tk, H, d]. Dtypes and strides as `attention`.
         queries: [Nq] integers, the tokens of q whose rows are wanted, or None for all of them.
         scale: what multiplies the scores, 1/√d for None.
-        lse: [B, H, Tq] fp32, the natural logarithm of the sum of each query's exponentiated scores, where it is at hand
-            (`torch.ops.vit_fast.attention_train` returns it). The kernels then skip a pass over the keys.
+        lse: [B, H, Tq] fp32, the logarithm to base 2 of the sum of each query's exponentiated scores, where it is at
+            hand (`torch.ops.vit_fast.attention_train` returns it). The kernels then skip a pass over the keys.
 
     The kernels give no gradient: where one is wanted, `auto` runs PyTorch and use_backend("triton") raises.
 
@@ -280,7 +280,7 @@ def attention_maps(
         if lse is None:
             lse = _attention_train(q, k, k, scale)[1]  # its values cost a product that nobody reads, and no memory
         return _maps(q, k, lse, scale)
-    with torch.autocast(q.device.type, enabled=False):
+    with backend.without_autocast(q):
         wide = torch.promote_types(dtype, torch.float32)
         return (q.transpose(1, 2).to(wide) * scale @ k.permute(0, 2, 3, 1).to(wide)).softmax(-1)
 

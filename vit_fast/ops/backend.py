@@ -126,6 +126,11 @@ def _autocasting(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """A block in which products on tensors like `x` keep their dtype."""
+    return torch.autocast(x.device.type, enabled=False) if _autocasting(x) else contextlib.nullcontext()
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a product on `x`: autocast's where it is on, and that of `x` elsewhere."""
     if _autocasting(x) and x.dtype != torch.float64:

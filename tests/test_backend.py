@@ -1,0 +1,298 @@
+"""Which code runs a call: use_backend, VIT_FAST_BACKEND, what is refused, and what is said."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vit_fast import ops, use_backend
+from vit_fast.ops import backend
+
+B, T, D, H, F = 2, 5, 32, 2, 48
+
+
+def operands(dtype=torch.float32, device="cpu"):
+    """One small call of each op: name → (function, arguments)."""
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    x, scale, shift = draw(B, T, D), draw(D), draw(D)
+    heads = [draw(B, T, H, D // H) for _ in range(3)]
+    mlp = x, scale, shift, draw(F, D), draw(F), draw(D, F), draw(D)
+    return {
+        "patch_embed": (ops.patch_embed, (draw(B, 3, 8, 8), draw(D, 3, 4, 4), draw(D), draw(T, D), draw(1, D))),
+        "ln_linear": (ops.ln_linear, (x, scale, shift, draw(F, D), draw(F))),
+        "attention": (ops.attention, heads),
+        "attention_qkv": (ops.attention_qkv, (torch.stack(heads, 2),)),
+        "attention_maps": (ops.attention_maps, heads[:2]),
+        "linear_residual": (ops.linear_residual, (x, draw(D, D), draw(D), draw(B, T, D), scale)),
+        "mlp": (ops.mlp, mlp),
+    }
+
+
+OPS = sorted(operands())
+
+
+class Namespaces(TorchDispatchMode):
+    """The namespaces of the ops that were called: "aten" is PyTorch, "vit_fast" a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.namespace)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def device_of_capability(monkeypatch):
+    """Tensors on a GPU that is not there: fake ones, for which PyTorch keeps shapes, dtypes and devices only."""
+
+    def forget():
+        backend.why_not_triton.cache_clear()
+        backend._say_once.cache_clear()
+
+    def make(*capability):
+        forget()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        return FakeTensorMode()
+
+    yield make
+    forget()
+
+
+class Graphs:
+    """A compiler for torch.compile that leaves each graph as it is, and notes it whenever it runs."""
+
+    def __init__(self):
+        self.compiled, self.ran = 0, []
+
+    def __call__(self, graph, _):
+        self.compiled += 1
+        targets = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+
+        def run(*arguments):
+            self.ran.append(targets)
+            return graph(*arguments)
+
+        return run
+
+
+def python(code: str, **environment) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+# --- choosing
+
+
+def test_nested_blocks_restore_what_was_before():
+    before = backend._backend
+    with use_backend("torch"):
+        with use_backend("auto"):
+            assert backend._backend == "auto"
+        assert backend._backend == "torch"
+    assert backend._backend == before
+
+
+def test_an_error_inside_restores_too():
+    before = backend._backend
+    with pytest.raises(KeyError), use_backend("torch"):
+        raise KeyError
+    assert backend._backend == before
+
+
+@pytest.mark.parametrize("name", ["cuda", "Triton", "", None])
+def test_another_name_is_refused(name):
+    before = backend._backend
+    refusal = r"use_backend\(name\): got .*takes one of 'auto', 'triton', 'torch'"
+    with pytest.raises(ValueError, match=refusal), use_backend(name):
+        pass
+    assert backend._backend == before
+
+
+def test_the_variable_chooses_and_use_backend_overrides_it():
+    code = """
+import torch, vit_fast
+from vit_fast.ops import backend
+x = torch.ones(1, 2, 4)
+call = lambda: vit_fast.ops.ln_linear(x, x[0, 0], x[0, 0], torch.ones(3, 4), None)
+with vit_fast.use_backend("auto"):
+    call()
+try:
+    call()
+except RuntimeError as error:
+    print("refused:", error)
+"""
+    done = python(code, VIT_FAST_BACKEND="triton", TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    assert "refused: use_backend('triton') got a tensor on cpu" in done.stdout
+
+
+def test_a_bad_variable_is_refused_on_import():
+    done = python("import vit_fast", VIT_FAST_BACKEND="gpu")
+    assert done.returncode != 0
+    assert "ValueError: VIT_FAST_BACKEND: got 'gpu', takes one of 'auto', 'triton', 'torch'" in done.stderr
+
+
+# --- what runs where
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_auto_on_a_cpu_is_pytorch(name):
+    op, arguments = operands()[name]
+    with use_backend("auto"), Namespaces() as seen:
+        op(*arguments)
+    assert "vit_fast" not in seen.names
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", OPS)
+def test_triton_runs_kernels(name):
+    op, arguments = operands()[name]
+    with use_backend("triton"), Namespaces() as seen:
+        op(*arguments)
+    assert "vit_fast" in seen.names
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_triton_on_a_cpu_tensor_raises_and_never_falls_back(name, monkeypatch):
+    op, arguments = operands()[name]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with use_backend("triton"), pytest.raises(RuntimeError, match=r"a tensor on cpu.*TRITON_INTERPRET=1"):
+        op(*arguments)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_triton_refuses_float64(name):
+    op, arguments = operands(torch.float64)[name]
+    op(*arguments)  # PyTorch takes it
+    with (
+        use_backend("triton"),
+        pytest.raises(TypeError, match=r"takes float32, float16 and bfloat16, got torch\.float64"),
+    ):
+        op(*arguments)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_meta_tensors_pass(name):
+    """Shapes of a model too large for this machine can be asked for."""
+    op, arguments = operands(device="meta")[name]
+    assert op(*arguments).device.type == "meta"
+
+
+def test_an_old_gpu_runs_in_pytorch_and_the_log_says_so_once(device_of_capability, caplog):
+    with caplog.at_level(logging.WARNING, logger="vit_fast"), device_of_capability(7, 5):
+        for op, arguments in operands(device="cuda").values():
+            with Namespaces() as seen:
+                op(*arguments)
+            assert "vit_fast" not in seen.names
+    assert caplog.messages == ["vit_fast runs in PyTorch: compute capability 7.5, the kernels need 8.0"]
+
+
+def test_triton_on_an_old_gpu_raises(device_of_capability):
+    with device_of_capability(7, 5):
+        op, arguments = operands(device="cuda")["ln_linear"]
+        with use_backend("triton"), pytest.raises(RuntimeError, match=r"compute capability 7\.5"):
+            op(*arguments)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_auto_on_a_gpu_runs_kernels(name, device_of_capability):
+    with device_of_capability(9, 0):
+        op, arguments = operands(device="cuda")[name]
+        with Namespaces() as seen:
+            result = op(*arguments)
+    assert "vit_fast" in seen.names
+    assert result.device.type == "cuda"
+
+
+def test_auto_on_a_gpu_leaves_float64_to_pytorch(device_of_capability):
+    with device_of_capability(9, 0):
+        op, arguments = operands(torch.float64, "cuda")["mlp"]
+        with Namespaces() as seen:
+            op(*arguments)
+    assert "vit_fast" not in seen.names
+
+
+def test_a_gpu_without_triton_runs_in_pytorch(device_of_capability, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "triton", None)  # as where it is not installed
+    with caplog.at_level(logging.WARNING, logger="vit_fast"), device_of_capability(9, 0):
+        op, arguments = operands(device="cuda")["mlp"]
+        with Namespaces() as seen:
+            op(*arguments)
+        assert "vit_fast" not in seen.names
+        with use_backend("triton"), pytest.raises(RuntimeError, match="triton is not installed"):
+            op(*arguments)
+    assert caplog.messages == ["vit_fast runs in PyTorch: triton is not installed"]
+
+
+# --- torch.compile
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", OPS)
+def test_a_compiled_call_follows_the_backend(name):
+    """The same compiled function is compiled anew when the choice changes, and again finds what it had compiled."""
+    torch.compiler.reset()
+    op, arguments = operands()[name]
+    graphs = Graphs()
+    compiled = torch.compile(lambda *arguments: op(*arguments), fullgraph=True, backend=graphs)
+    for choice in ("torch", "triton", "torch", "triton"):
+        with use_backend(choice):
+            compiled(*arguments)
+    assert [any("vit_fast" in target for target in ran) for ran in graphs.ran] == [False, True, False, True]
+    assert graphs.compiled == 2
+
+
+def test_nothing_of_the_choice_is_in_the_graph(device_of_capability, recwarn):
+    """On a GPU the capability is asked for once, by Python: neither a graph break, nor a warning, nor a node."""
+    torch.compiler.reset()
+    with device_of_capability(9, 0):
+        op, arguments = operands(device="cuda")["ln_linear"]
+        graphs = Graphs()
+        torch.compile(op, fullgraph=True, backend=graphs)(*arguments)
+    assert graphs.ran == [{"vit_fast.ln_linear.default", "<built-in function getitem>"}]
+    assert not [str(warning.message) for warning in recwarn if "lru_cache" in str(warning.message)]
+
+
+@pytest.mark.interpret
+def test_backward_runs_where_forward_ran():
+    """The choice is recorded with the call: after the block, and in autograd's own thread, it still holds."""
+    op, arguments = operands()["ln_linear"]
+    arguments = [argument.requires_grad_() for argument in arguments]
+    with use_backend("triton"):
+        output = op(*arguments)
+    with use_backend("torch"), Namespaces() as seen:
+        output.backward(torch.randn_like(output))
+    assert "vit_fast" in seen.names
+
+
+# --- precision
+
+
+def test_tf32_is_used_when_pytorch_allows_it():
+    """By each of PyTorch's three ways to say so; the newest last, for after it the oldest raises."""
+    code = """
+import torch
+from vit_fast.ops.backend import float32_precision
+matmul = torch.backends.cuda.matmul
+print(float32_precision())
+for precision in ("high", "highest"):
+    torch.set_float32_matmul_precision(precision)
+    print(float32_precision())
+for allowed in (True, False):
+    matmul.allow_tf32 = allowed
+    print(float32_precision())
+matmul.fp32_precision = "tf32"
+print(float32_precision())
+"""
+    done = python(code)
+    assert done.stdout.split() == ["ieee", "tf32", "ieee", "tf32", "ieee", "tf32"], done.stderr
