@@ -265,6 +265,9 @@ def test_the_kernels_in_low_precision(mode):
         with vit_fast.use_backend(backend), autocast:
             results.append(run(model, images.double() if model is truth_model else images))
     truth, unfused, kernels = results
+    assert_close_to_truth(kernels["logits"], unfused["logits"], truth["logits"], "logits")
     for key in truth:
+        # In norm over the whole tensor: through a model some row of a gradient cancels to almost nothing, and there the
+        # ratio of two rounding errors says nothing. A row that is wrong still shows: one of 96 is 10 % of the norm.
         if key != "images":
-            assert_close_to_truth(kernels[key], unfused[key], truth[key], key)
+            assert_close_to_truth(*(found[key].flatten() for found in (kernels, unfused, truth)), key)

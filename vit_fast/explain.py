@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vit_fast.layers import AttentionPoolLatent, Block
 from vit_fast.model import VisionTransformer
 from vit_fast.ops import backend
+from vit_fast.ops.attention import HEAD_WIDTHS
 
 
 class Line(NamedTuple):
@@ -46,7 +47,7 @@ def explain(model: nn.Module) -> Explanation:
         ValueError: where nothing of vit_fast is found in `model`.
     """
     lines = Explanation(
-        Line(f"{name}.{part}".strip("."), op, *_choice(op, tensor, aside))
+        Line(f"{name}.{part}".strip("."), op, *_choice(tensor, aside))
         for name, module in model.named_modules()
         for part, op, tensor, aside in _parts(module)
     )
@@ -63,7 +64,8 @@ def _parts(module: nn.Module) -> Iterator[tuple[str, str, Tensor, str]]:
         tensor, aside = next(module.parameters()), module.attention_aside()
         plain = not aside and type(module.attn.q_norm) is nn.Identity and type(module.attn.k_norm) is nn.Identity
         yield "attn", "ln_linear", tensor, aside
-        yield "attn", "attention_qkv" if plain else "attention", tensor, module.attention_op_aside()
+        refusal = module.attention_op_aside() or _head_width(module.attn.head_dim)
+        yield "attn", "attention_qkv" if plain else "attention", tensor, refusal
         yield "attn", "linear_residual", tensor, aside
         aside = module.mlp_aside()
         if aside or type(module.mlp.norm) is nn.Identity:
@@ -72,16 +74,23 @@ def _parts(module: nn.Module) -> Iterator[tuple[str, str, Tensor, str]]:
             yield "mlp", "ln_linear", tensor, ""
             yield "mlp", "linear_residual", tensor, ""
     elif isinstance(module, AttentionPoolLatent):
-        yield "", "attention", module.latent, ""
+        yield "", "attention", module.latent, _head_width(module.head_dim)
         yield "mlp", "mlp", module.latent, module.mlp_aside()
 
 
-def _choice(op: str, tensor: Tensor, aside: str) -> tuple[str, str]:
-    """The backend of an op on a tensor of this device and dtype, and the reason."""
+def _head_width(width: int) -> str:
+    if width in HEAD_WIDTHS:
+        return ""
+    forced = "; use_backend('triton') raises" if backend._backend == "triton" else ""
+    return f"head width {width}: the kernels take {', '.join(map(str, HEAD_WIDTHS))}{forced}"
+
+
+def _choice(tensor: Tensor, aside: str) -> tuple[str, str]:
+    """The backend of an op on a tensor of this device and dtype, and the reason for it."""
     if aside:
         return "torch", aside
     if backend.use_triton(tensor):
-        return "triton", f"a tensor on {tensor.device.type}"
+        return "triton", "Triton's interpreter" if tensor.device.type == "cpu" else f"a tensor on {tensor.device.type}"
     reason = backend.why_not_triton(tensor.device)
     if backend._backend == "torch":
         reason = "use_backend('torch')"

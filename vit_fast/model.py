@@ -573,7 +573,8 @@ class VisionTransformer(nn.Module):
             images: [B, C, rows, columns].
 
         Returns:
-            [B, T, T] in fp32 (or fp64): row i the share that each input token has in token i of the last layer; rows sum to one.
+            [B, T, T] in fp32 (or fp64): row i holds the share that each input token has in token i of the last layer.
+            Rows sum to one.
         """
         flow = None
         with self._per_layer(images) as walk:
@@ -589,7 +590,8 @@ class VisionTransformer(nn.Module):
         Without a class token it is the mean over the patch tokens, which the model pools.
 
         Returns:
-            [B, rows, columns] in fp32 (or fp64), on the grid of patches. It sums to less than one: prefix tokens have their share.
+            [B, rows, columns] in fp32 (or fp64), on the grid of patches. Prefix tokens have their share too, so a map
+            sums to less than one.
         """
         flow, count = self.attention_rollout(images), self.num_prefix_tokens
         row = flow[:, 0] if self.has_class_token else flow[:, count:].mean(dim=1)
