@@ -99,10 +99,14 @@ def save(folder: str | Path, model: nn.Module, config: Config, training: dict[st
     everything = {f"model.{name}": tensor for name, tensor in weights.items()} | training
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=2)
     write_text(folder / CONFIG, text + "\n")
-    with replacing(folder / TRAINING) as beside:
-        save_file(everything, beside, {"format": "pt", "state": json.dumps(state)})
-    with replacing(folder / WEIGHTS) as beside:
-        save_file(weights, beside, {"format": "pt"})
+    _write_tensors(folder / TRAINING, everything, {"state": json.dumps(state)})
+    _write_tensors(folder / WEIGHTS, weights, {})
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    with replacing(path) as beside:
+        save_file(tensors, beside, {"format": "pt", **header})
+        beside.chmod((path.parent / CONFIG).stat().st_mode)  # safetensors makes files that only their owner may read
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Config]:

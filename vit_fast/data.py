@@ -129,7 +129,7 @@ def _digits(preprocessing: dict, hflip: float) -> Data:
     classes = [str(digit) for digit in range(10)]
     # A pen shifts, leans and grows a little; it does not write in mirrors.
     augment = _augmentations(
-        ("RandomAffine", {"degrees": 10.0, "translate": (0.125, 0.125), "scale": (0.9, 1.1), "shear": 10.0, "p": 1.0}),
+        ("RandomAffine", {"degrees": 10.0, "translate": (1 / 16, 1 / 16), "scale": (0.95, 1.05), "p": 1.0}),
         ("RandomHorizontalFlip", {"p": hflip}),
     )
     return Data(

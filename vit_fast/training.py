@@ -124,7 +124,7 @@ def train(
         resume: the folder of a checkpoint to go on from. Settings other than `FREE_ON_RESUME` must be as they were.
         on_step: called after each step. It may raise KeyboardInterrupt, which counts as Ctrl-C.
         on_epoch: called after each epoch with its line of the history: epoch, step, lr, train_loss, held_out_loss,
-            held_out_accuracy, seconds.
+            held_out_accuracy, images_per_second (of training).
 
     Raises:
         ValueError: for an output that cannot be written or holds another run, data that does not fit, a picture that
@@ -140,7 +140,7 @@ def train(
         run.restore(Path(resume))
     with _Interrupt() as interrupt:
         while run.epoch < config.epochs:
-            started = time.monotonic()
+            started, images_before = time.monotonic(), run.images
             for images, labels in run.batches():
                 run.train_step(images, labels)
                 if on_step is not None:
@@ -151,11 +151,13 @@ def train(
                 if interrupt.wanted:
                     run.save(output)
                     raise KeyboardInterrupt
+            seconds = time.monotonic() - started
+            speed = (run.images - images_before) / seconds
             loss, accuracy = evaluate(run.model, run.held_out(interrupt), run.device, run.amp)
             if interrupt.wanted:
                 run.save(output)
                 raise KeyboardInterrupt
-            record = run.finish_epoch(loss, accuracy, time.monotonic() - started)
+            record = run.finish_epoch(loss, accuracy, speed)
             run.save(output)
             if on_epoch is not None:
                 on_epoch(record)
@@ -350,7 +352,7 @@ class _Run:
         steps = self.config.epochs * len(self.sampler)
         return Step(self.step, steps, self.epoch, self.last_loss, self._last_lr(), images)
 
-    def finish_epoch(self, held_out_loss: float, accuracy: float, seconds: float) -> dict:
+    def finish_epoch(self, held_out_loss: float, accuracy: float, speed: float) -> dict:
         record = {
             "epoch": self.epoch,
             "step": self.step,
@@ -358,7 +360,7 @@ class _Run:
             "train_loss": self.loss_sum.item() / self.images,
             "held_out_loss": held_out_loss,
             "held_out_accuracy": accuracy,
-            "seconds": round(seconds, 3),
+            "images_per_second": round(speed, 1),
         }
         self.history.append(record)
         self.epoch, self.batch, self.images = self.epoch + 1, 0, 0

@@ -1,0 +1,410 @@
+"""The command line: `vit-fast train | classify | attend | models | env`. `vit-fast COMMAND --help` tells the rest."""
+
+import functools
+import json
+import math
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f"vit-fast: {error}; the command line needs more: pip install 'vit-fast[cli]'") from None
+
+import torch
+
+import vit_fast
+from vit_fast import checkpoint, inference, training
+from vit_fast.ops.backend import why_not_triton
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Vision Transformers on fused Triton kernels: train one, classify pictures with it, see what it looked at.",
+)
+# Errors that a user can mend. Anything else is a bug of ours, and shows its traceback.
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError)
+TOP = 5
+BATCH = 32
+
+
+def _plain_errors(command):
+    """Errors become one red line on stderr and exit code 1; Ctrl-C becomes exit code 130."""
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            _say_error("stopped")
+            raise typer.Exit(130) from None
+        except USER_ERRORS as error:
+            _say_error(str(error) or type(error).__name__)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def _say_error(message: str) -> None:
+    message = " ".join(message.split())
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] [red]{escape(message)}[/]")
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+DEFAULTS = {field.name: field.default for field in training.dataclasses.fields(training.Config)}
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … (default: cuda where there is one)", show_default=False)]
+
+
+@app.command()
+@_plain_errors
+def train(
+    context: typer.Context,
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="'digits', or a folder of pictures with one subfolder a class.")
+    ],
+    output: Annotated[
+        str | None, typer.Option(help="Folder for checkpoint and history (default: that of --resume).")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A name of `vit-fast models` (default: vit_tiny_patch16_224, a smaller one for digits)."),
+    ] = DEFAULTS["model"],
+    model_kwargs: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A further argument of the model; may be repeated.")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes of the head (default: those of the data).")] = None,
+    img_size: Annotated[int | None, typer.Option(help="Side of the model's input (default: the model's own).")] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = DEFAULTS["epochs"],
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Pictures in a step.")] = DEFAULTS["batch_size"],
+    lr: Annotated[float, typer.Option(help="Learning rate after the warm-up.")] = DEFAULTS["lr"],
+    min_lr: Annotated[float, typer.Option(help="Learning rate at the end of the cosine.")] = DEFAULTS["min_lr"],
+    warmup_lr: Annotated[float, typer.Option(help="Learning rate at the start.")] = DEFAULTS["warmup_lr"],
+    warmup_epochs: Annotated[float, typer.Option(help="Epochs of linear warm-up.")] = DEFAULTS["warmup_epochs"],
+    weight_decay: Annotated[float, typer.Option(help="None is put on norms, biases and positions.")] = DEFAULTS[
+        "weight_decay"
+    ],
+    smoothing: Annotated[float, typer.Option(help="Label smoothing.")] = DEFAULTS["smoothing"],
+    clip_grad: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for no limit.")] = DEFAULTS[
+        "clip_grad"
+    ],
+    drop_path: Annotated[float, typer.Option(help="Stochastic depth of the last block.")] = DEFAULTS["drop_path"],
+    hflip: Annotated[
+        float | None,
+        typer.Option(help="Probability of a mirrored picture (default: 0.5, for digits 0).", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = DEFAULTS["seed"],
+    amp: Annotated[
+        bool | None, typer.Option("--amp/--no-amp", help="bfloat16 products (default: on a GPU that has them).")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", "-j", help="Processes that decode pictures (default: up to 4, for digits none)."),
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Go on from this checkpoint, with its settings.")
+    ] = None,
+    device: Device = "",
+) -> None:
+    """Train a model, and leave a checkpoint and its history in a folder. Ctrl-C leaves a good one, to --resume."""
+    given = {
+        "model": model,
+        "model_kwargs": dict(map(_name_and_value, model_kwargs or ())),
+        "num_classes": num_classes,
+        "img_size": img_size,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "min_lr": min_lr,
+        "warmup_lr": warmup_lr,
+        "warmup_epochs": warmup_epochs,
+        "weight_decay": weight_decay,
+        "smoothing": smoothing,
+        "clip_grad": clip_grad or None,
+        "drop_path": drop_path,
+        "hflip": hflip,
+        "seed": seed,
+        "amp": amp,
+        "workers": workers,
+        "device": device,
+    }
+    if resume is not None:  # what is not typed is as it was; what is typed and differs is refused by `train`
+        typed = {name for name in given if context.get_parameter_source(name).name == "COMMANDLINE"}
+        settings = training.read_settings(resume)
+        given = settings | {name: value for name, value in given.items() if name in typed or name not in settings}
+        output = output or resume
+    if output is None:
+        raise ValueError("--output: a folder for the checkpoint is needed")
+    config = training.Config(**given | {"data": data, "output": output})
+    console = _console()
+    with _TrainingProgress(console, config.epochs) as progress:
+        try:
+            result = training.train(config, resume, progress.on_step, progress.on_epoch)
+        except KeyboardInterrupt:
+            if progress.steps:
+                again = f"vit-fast train {data} --resume {output}"
+                console.print(f"stopped at step {progress.steps}; go on with [bold]{escape(again)}[/]")
+            raise
+    console.print(f"held-out accuracy: {100 * result.accuracy:.1f} %")
+    console.print(f"checkpoint: {escape(str(result.output))}")
+
+
+def _name_and_value(text: str) -> tuple[str, object]:
+    """NAME=VALUE, the value read as JSON where it is JSON (8, 0.1, true, [224, 160]) and as text elsewhere."""
+    name, sign, value = text.partition("=")
+    if not sign or not name.isidentifier():
+        raise ValueError(f"--model-kwargs: got {text!r}, takes NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+class _TrainingProgress:
+    """A bar with loss, images a second and time left, and a line an epoch; in a pipe the lines alone."""
+
+    def __init__(self, console: Console, epochs: int):
+        self.console, self.epochs, self.steps = console, epochs, 0
+        self.bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("loss {task.fields[loss]:.3f} · {task.fields[rate]:,.0f} images/s · left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = None
+
+    def __enter__(self):
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self.bar.stop()
+
+    def on_step(self, step: training.Step) -> None:
+        now = time.monotonic()
+        if self.task is None:
+            self.rate, self.last = math.nan, now
+            self.task = self.bar.add_task("", total=step.steps, epoch=step.epoch + 1, loss=step.loss, rate=0.0)
+        elif now > self.last:
+            rate = step.images / (now - self.last)
+            self.rate = rate if math.isnan(self.rate) else 0.95 * self.rate + 0.05 * rate
+        self.last, self.steps = now, step.step
+        rate = 0.0 if math.isnan(self.rate) else self.rate
+        self.bar.update(self.task, completed=step.step, epoch=step.epoch + 1, loss=step.loss, rate=rate)
+
+    def on_epoch(self, record: dict) -> None:
+        self.last = time.monotonic()
+        self.console.print(
+            f"epoch {record['epoch'] + 1:>{len(str(self.epochs))}}/{self.epochs}   loss {record['train_loss']:.3f}   "
+            f"held out {100 * record['held_out_accuracy']:5.1f} %   {record['images_per_second']:,.0f} images/s"
+        )
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or a name of `vit-fast models` with --checkpoint.")
+]
+Checkpoint = Annotated[
+    str | None, typer.Option("--checkpoint", metavar="FILE.safetensors", help="Weights for a model given by its name.")
+]
+
+
+def _open_model(model: str, weights: str | None, device: str) -> tuple[torch.nn.Module, tuple[str, ...]]:
+    """The model that the command line names, in evaluation mode, and its classes."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if weights is not None:
+        tensors, _ = checkpoint.read_tensors(weights)
+        head = tensors.get("head.weight")
+        network = vit_fast.create_model(model, None if head is None else len(head))
+        try:
+            checkpoint.load_weights(network, tensors)
+        except ValueError as error:
+            raise ValueError(str(error).replace("the weights:", f"{weights} in {model}:")) from None
+        return network.to(device).eval(), tuple(map(str, range(network.num_classes)))
+    path = Path(model)
+    if path.is_dir():
+        network, config = checkpoint.load(path, device)
+        return network, config.classes
+    if path.is_file():
+        checkpoint.read_tensors(path)  # says what is wrong with the file itself, first
+        raise ValueError(
+            f"{path}: a file of weights does not say which model it is for; give its name, and --checkpoint"
+        )
+    if os.sep in model:
+        raise ValueError(f"{model}: no such checkpoint folder")
+    vit_fast.create_model(model, device="meta")  # an unknown name: the nearest are offered
+    raise ValueError(f"{model}: its weights are not here; give them with --checkpoint FILE.safetensors")
+
+
+@app.command()
+@_plain_errors
+def classify(
+    model: ModelArgument,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Picture files, and folders of them.")],
+    weights: Checkpoint = None,
+    topk: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = TOP,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list, for machines.")] = False,
+    device: Device = "",
+) -> None:
+    """Name what is on pictures: the most probable classes of each.
+
+    A picture that cannot be read is named on stderr, the others are classified, and the exit code is 1.
+    """
+    paths = inference.find_images(images)
+    network, classes = _open_model(model, weights, device)
+    results, failed = [], False
+    for start in range(0, len(paths), BATCH):
+        opened = {}
+        for path in paths[start : start + BATCH]:
+            try:
+                opened[path] = inference.open_image(path, network.in_chans)
+            except (ValueError, OSError) as error:
+                failed = True
+                _say_error(str(error))
+        for path, row in zip(opened, network.predict(list(opened.values())).cpu()):
+            top = row.topk(min(topk, len(classes)))
+            ranked = zip(top.indices.tolist(), top.values.tolist())
+            ranked = [{"class": classes[index], "probability": probability} for index, probability in ranked]
+            results.append({"image": str(path), "top": ranked})
+    if as_json:
+        print(json.dumps(results, indent=2))
+    elif results:
+        _console().print(_classes_table(results))
+    if failed:
+        raise typer.Exit(1)
+
+
+def _classes_table(results: list[dict]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("image", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for result in results:
+        for rank, one in enumerate(result["top"]):
+            bar = "█" * round(20 * one["probability"])
+            style = "bold" if rank == 0 else "dim"
+            cells = (result["image"] if rank == 0 else "", one["class"], f"{100 * one['probability']:.1f} %", bar)
+            table.add_row(*map(escape, cells), style=style, end_section=one is result["top"][-1])
+    return table
+
+
+@app.command()
+@_plain_errors
+def attend(
+    model: ModelArgument,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Picture files, and folders of them.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE.png", help="Where the figure goes.")],
+    weights: Checkpoint = None,
+    device: Device = "",
+) -> None:
+    """Draw what a model looked at: the picture, the attention rolled out, each head of the last layer, side by side."""
+    from vit_fast import maps
+
+    paths = inference.find_images(images)
+    maps.check_picture_path(output)
+    network, classes = _open_model(model, weights, device)
+    looked = [maps.look(network, path) for path in paths]
+    tops = [one.probabilities.max(dim=0) for one in looked]
+    titles = [f"{classes[top.indices]}  ({100 * top.values:.1f} %)" for top in tops]
+    maps.draw_attention(looked, titles, output)
+    _console().print(escape(output))
+
+
+@app.command()
+@_plain_errors
+def models(
+    pattern: Annotated[
+        str, typer.Argument(metavar="[PATTERN]", help="Part of a name, or a pattern such as 'deit*_224'.")
+    ] = "",
+) -> None:
+    """List the architectures that can be built by name. In a pipe: the names alone, one a line."""
+    names = vit_fast.list_models(pattern)
+    if not names:
+        vit_fast.create_model(pattern)  # says what is nearest, or what the name misses
+    if not sys.stdout.isatty():
+        print("\n".join(names))
+        return
+    from vit_fast.zoo import entries
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("name", "image", "patch", "width", "depth", "heads"):
+        table.add_column(column, justify="left" if column == "name" else "right", no_wrap=True)
+    for name in names:
+        args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **entries()[name]["args"]}
+        size = entries()[name]["pretrained_cfg"]["input_size"][-1]
+        numbers = (size, args["patch_size"], args["embed_dim"], args["depth"], args["num_heads"])
+        table.add_row(escape(name), *map(str, numbers))
+    console = _console()
+    console.print(table)
+    console.print(f"{len(names)} architectures")
+
+
+@app.command()
+@_plain_errors
+def env(device: Device = "") -> None:
+    """Show device, versions and backend, and whether a small run of every kernel agrees with PyTorch here."""
+    from importlib import metadata
+
+    from vit_fast import verify
+
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    console = _console()
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    if place.type == "cuda":
+        capability = "{}.{}".format(*torch.cuda.get_device_capability(place))
+        facts.add_row("device", f"{place}, {torch.cuda.get_device_name(place)}, compute capability {capability}")
+    else:
+        facts.add_row("device", f"{place}, {platform.machine()}, {torch.get_num_threads()} threads")
+    facts.add_row("python", f"{platform.python_version()} on {platform.system()}")
+    for name in ("vit-fast", "torch", "triton", "safetensors", "numpy"):
+        try:
+            facts.add_row(name, metadata.version(name))
+        except metadata.PackageNotFoundError:
+            facts.add_row(name, "not installed")
+    reason = why_not_triton(place)
+    facts.add_row("backend", f"PyTorch ({reason})" if reason else "Triton")
+    console.print(facts)
+    with console.status("running every kernel once …"):
+        lines, how = verify.report(place)
+    if not lines:
+        console.print(f"\nkernels: not run, {escape(how)}")
+        return
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, title=f"kernels, {how}", title_justify="left", title_style="bold"
+    )
+    for column in ("op", "dtype", "error", "agrees with PyTorch"):
+        table.add_column(column, justify="right" if column == "error" else "left")
+    for line in lines:
+        verdict = "[green]ok[/]" if line["agrees"] else "[bold red]NOT[/]"
+        table.add_row(line["op"], line["dtype"], f"{line['error']:.1e}", verdict)
+    console.print(table)
+    console.print("error: the largest ‖kernel − fp64‖ / ‖fp64‖ of the output and every gradient")
+    if not all(line["agrees"] for line in lines):
+        raise ValueError(
+            "a kernel does not agree with PyTorch on this device; VIT_FAST_BACKEND=torch runs without them"
+        )
+
+
+def main() -> None:
+    """The entry point of `vit-fast`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
