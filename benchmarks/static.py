@@ -19,15 +19,16 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-
 from vit_fast.kernels import attention, linear_residual, ln_linear, mlp, patch_embed, tile_table
 
 # Bytes of shared memory that one block may have.
@@ -44,6 +45,7 @@ SHARED_LIMIT = {
     "gfx1100": 65_536,
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OPS = ("patch_embed", "ln_linear", "attention", "linear_residual", "mlp")
 HEAD_WIDTHS = (16, 32, 48, 64, 72, 80, 88, 96, 104, 128)
 FREE_OF_SPILLS = ("sm_80", "sm_90")
 SPILL_LIMIT = 64
@@ -69,121 +71,68 @@ class Row:
     error: str = ""
 
 
-def empty(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable]]:
+    """(op, variant, a call that launches), ViT-B at 224 and batch 64: every operand there, then only what is needed."""
+    B, T, D, F, H = 64, 197, 768, 3072, 12
+    M = B * T
 
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
 
-def calls(dtype: torch.dtype) -> dict[str, list[tuple[str, object]]]:
-    """op → (variant, function that launches): ViT-B at 224 and batch 64, each optional operand once there, once not."""
-    batch, tokens, width, hidden = 64, 197, 768, 3072
-    rows = batch * tokens
-    fp32 = torch.float32
-
-    def vector(n, there=True):
-        return empty(n, dtype=dtype) if there else None
-
-    def statistics():
-        return empty(rows, dtype=fp32), empty(rows, dtype=fp32)
-
-    x, hidden_x, w = (
-        empty(rows, width, dtype=dtype),
-        empty(rows, hidden, dtype=dtype),
-        empty(3 * width, width, dtype=dtype),
-    )
-    fc1, fc2, proj = (empty(*s, dtype=dtype) for s in ((hidden, width), (width, hidden), (width, width)))
-    images, patch = empty(batch, 3, 224, 224, dtype=dtype), empty(width, 3, 16, 16, dtype=dtype)
-    found = {"ln_linear": [], "linear_residual": [], "mlp": [], "patch_embed": [], "attention": []}
+    x, y, hidden, norm = empty(M, D), empty(M, 3 * D), empty(M, F), (empty(D), empty(D))
+    qkv, proj, fc1, fc2 = empty(3 * D, D), empty(D, D), empty(F, D), empty(D, F)
+    images, patch = empty(B, 3, 224, 224), empty(D, 3, 16, 16)
+    statistics = empty(M, dtype=torch.float32), empty(M, dtype=torch.float32)
     for there in (True, False):
-        mode = "all operands" if there else "only what is needed"
-        bias, scale, drop = vector(3 * width, there), vector(width, there), empty(batch, dtype=dtype) if there else None
-        found["ln_linear"] += [
-            (mode, lambda b=bias: ln_linear.forward(x, vector(width), vector(width), w, b, 1e-6, "ieee")),
-            (
-                mode,
-                lambda b=bias: ln_linear.backward(
-                    empty(rows, 3 * width, dtype=dtype), x, *statistics(), vector(width), vector(width), w, b, "ieee"
-                ),
-            ),
-        ]
-        end = (vector(width, there), x, scale, drop, tokens, "ieee")
-        found["linear_residual"] += [
-            (mode, lambda end=end: linear_residual.forward(x, proj, *end)),
-            (mode, lambda end=end: linear_residual.backward(x, x, proj, end[0], *end[2:])),
-        ]
-        found["patch_embed"] += [
-            (
-                mode,
-                lambda t=there: patch_embed.forward(
-                    images, patch, vector(width, t), empty(tokens, width, dtype=dtype) if t else None,
-                    empty(1, width, dtype=dtype) if t else None, dtype, "ieee",
-                ),
-            ),
-            (
-                mode,
-                lambda: patch_embed.backward(
-                    empty(batch, 196, width, dtype=dtype), images, patch, None, None, None, "ieee"
-                ),
-            ),
-        ]  # fmt: skip
+        variant = "all operands" if there else "no optional operand"
+
+        def optional(*shape, there=there):
+            return empty(*shape) if there else None
+
+        b, scale, drop = optional(D), optional(D), optional(B)
+        yield "ln_linear", variant, partial(ln_linear.forward, x, *norm, qkv, optional(3 * D), 1e-6, "ieee")
+        yield "ln_linear", variant, partial(ln_linear.backward, y, x, *statistics, *norm, qkv, optional(3 * D), "ieee")
+        yield "linear_residual", variant, partial(linear_residual.forward, x, proj, b, x, scale, drop, T, "ieee")
+        yield "linear_residual", variant, partial(linear_residual.backward, x, x, proj, b, scale, drop, T, "ieee")
+        tables = optional(D), optional(T, D), optional(1, D)
+        yield "patch_embed", variant, partial(patch_embed.forward, images, patch, *tables, dtype, "ieee")
+        tokens = empty(B, T if there else T - 1, D)
+        yield "patch_embed", variant, partial(patch_embed.backward, tokens, images, patch, *tables, "ieee")
+        parameters = *norm, fc1, optional(F), fc2, b, scale, drop
         for activation in ("gelu", "gelu_tanh", "quick_gelu"):
-            linear1, linear2 = (fc1, vector(hidden, there)), (fc2, vector(width, there))
-            norm = (vector(width), vector(width))
-            found["mlp"] += [
-                (
-                    f"{activation}, {mode}",
-                    lambda a=activation, t=training, n=norm, one=linear1, two=linear2, s=scale, d=drop: mlp.forward(
-                        x, *n, *one, *two, s, d, a, 1e-6, tokens, "ieee", t
-                    ),
-                )
-                for training in (False, True)
-            ]
-            found["mlp"].append(
-                (
-                    f"{activation}, {mode}",
-                    lambda a=activation, n=norm, one=linear1, two=linear2, s=scale, d=drop: mlp.backward(
-                        x, x, hidden_x, *statistics(), *n, *one, *two, s, d, a, tokens, "ieee"
-                    ),
-                )
-            )
-    for head_width in HEAD_WIDTHS:
-        qkv, heads = (
-            empty(batch, tokens, 3, 12, head_width, dtype=dtype),
-            empty(batch, tokens, 12 * head_width, dtype=dtype),
-        )
-        lse = empty(batch, 12, tokens, dtype=fp32)
-        q, k, v = qkv.unbind(2)
-        found["attention"] += [
-            (f"d = {head_width}", lambda q=q, k=k, v=v: attention.forward(q, k, v, 0.125, "ieee", True)),
-            (
-                f"d = {head_width}",
-                lambda q=q, k=k, v=v, o=heads, lse=lse: attention.backward(o, q, k, v, o, lse, q, k, v, 0.125, "ieee"),
-            ),
-            (f"d = {head_width}", lambda q=q, k=k, lse=lse: attention.maps(q, k, lse, 0.125, "ieee")),
-        ]
-    return found
+            named = f"{activation}, {variant}"
+            for training in (False, True):
+                yield "mlp", named, partial(mlp.forward, x, *parameters, activation, 1e-6, T, "ieee", training)
+            yield "mlp", named, partial(mlp.backward, x, x, hidden, *statistics, *parameters, activation, T, "ieee")
+    for d in HEAD_WIDTHS:
+        variant = f"head width {d}"
+        q, k, v = empty(B, T, 3, H, d).unbind(2)
+        o, lse = empty(B, T, H * d), empty(B, H, T, dtype=torch.float32)
+        yield "attention", variant, partial(attention.forward, q, k, v, 0.125, "ieee", True)
+        yield "attention", variant, partial(attention.backward, o, q, k, v, o, lse, q, k, v, 0.125, "ieee")
+        yield "attention", variant, partial(attention.maps, q, k, lse, 0.125, "ieee")
 
 
 def launches(ops: list[str], arch: str, dtype: str) -> list[tuple[str, str, JITFunction, tuple, dict]]:
-    """(op, variant, kernel, arguments, keyword arguments) of every launch that the ops make, each kernel's once."""
-    caught, seen = [], set()
+    """(op, variant, kernel, arguments, keyword arguments) of every launch that the ops make."""
+    found, caught = [], []
 
     def catch(self, *args, grid, warmup, **kwargs):
-        key = (op, self.__name__, variant, repr({k: v for k, v in kwargs.items() if not torch.is_tensor(v)}))
-        if key not in seen:
-            seen.add(key)
-            caught.append((op, variant, self, args, kwargs))
+        caught.append((self, args, kwargs))
 
     original_run, original_architecture = JITFunction.run, tile_table.architecture
     JITFunction.run, tile_table.architecture = catch, lambda device: arch
     tile_table.lookup.cache_clear()
     try:
-        for op, variants in calls(DTYPES[dtype]).items():
-            for variant, call in variants if op in ops else ():
+        for op, variant, call in calls(DTYPES[dtype]):
+            if op in ops:
                 call()
+                found += [(op, variant, *launch) for launch in caught]
+                caught.clear()
     finally:
         JITFunction.run, tile_table.architecture = original_run, original_architecture
         tile_table.lookup.cache_clear()
-    return caught
+    return found
 
 
 def compile_for(arch: str, kernel: JITFunction, args: tuple, kwargs: dict):
@@ -253,7 +202,7 @@ def row(arch: str, dtype: str, launch: tuple) -> Row:
         found = None
     process.join()
     found = found or {"error": f"the compiler's process ended with {process.exitcode}"}
-    name = f"{kernel.fn.__module__.rsplit('.', 1)[-1]}.{kernel.__name__.strip('_')}"
+    name = f"{kernel.fn.__module__.rsplit('.', 1)[-1]}.{kernel.__name__.strip('_').removesuffix('_kernel')}"
     return Row(op, name, variant, arch, dtype, " ".join(sizes), shared_limit=SHARED_LIMIT[arch], **found)
 
 
@@ -277,28 +226,26 @@ def faults(r: Row) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=["sm_90"], choices=SHARED_LIMIT, metavar="ARCH")
-    parser.add_argument("--op", nargs="+", default=None, metavar="OP", help="patch_embed, ln_linear, attention, …")
+    parser.add_argument("--op", nargs="+", default=OPS, choices=OPS, metavar="OP")
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=DTYPES, metavar="DTYPE")
     parser.add_argument("--check", action="store_true", help="fail where a kernel breaks a rule")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the rows there")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter and the compiler cannot share a process")
-    ops = options.op or ["patch_embed", "ln_linear", "attention", "linear_residual", "mlp"]
-
     jobs = [
         (arch, dtype, launch)
         for arch in options.arch
         for dtype in options.dtype
-        for launch in launches(ops, arch, dtype)
+        for launch in launches(options.op, arch, dtype)
     ]
-    print(f"{'kernel':40} {'variant':34} {'arch':7} dtype {'tile':22} regs spill  shared matrix instructions")
+    print(f"{'op':15} {'kernel':30} {'variant':31} {'arch':7} dtype {'tile':22} regs spill  shared matrix instructions")
     rows, failed = [], 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for r in pool.map(lambda job: row(*job), jobs):
             rows.append(r)
             print(
-                f"{r.op + ': ' + r.kernel:40} {r.variant:34} {r.arch:7} {r.dtype:5} {r.entry:22} {r.registers:4} "
+                f"{r.op:15} {r.kernel:30} {r.variant:31} {r.arch:7} {r.dtype:5} {r.entry:22} {r.registers:4} "
                 f"{r.spill_bytes:5} {r.shared_bytes:7} {r.matrix_instruction:6} {r.instructions:6}",
                 flush=True,
             )
