@@ -6,8 +6,9 @@ The launch functions run on tensors without memory, their launches are caught wh
 is compiled for the architecture asked for with that architecture's tiles and the hints of a real launch, in a child
 process: some faults of the compiler end their process. Nothing is run, nothing here is a measurement.
 
---check fails on a compile error, on more shared memory than a block may have, on any spill in fp16 and bf16 on sm_80 and
-sm_90 or more than 64 bytes a thread elsewhere, and on a product of 64 rows and 4 warps or more without wgmma on sm_90.
+--check fails on a compile error, on more shared memory than a block may have, on any spill in fp16 and bf16 on sm_80
+and sm_90 or more than 64 bytes a thread elsewhere, and on a product of 64 rows and 4 warps or more without wgmma on
+sm_90.
 """
 
 import argparse
