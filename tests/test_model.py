@@ -598,6 +598,23 @@ def test_compiles_into_one_graph(training):
     assert model.patch_embed.proj.weight.grad is not None
 
 
+@pytest.mark.interpret
+def test_a_compiled_model_keeps_its_kernels():
+    """torch 2.11 says that it exports while it compiles: a choice that believed it would leave the kernels out."""
+    model = small().eval()
+    images, found = pictures(dtype=torch.float32), set()
+
+    def keep(graph, example_inputs):
+        found.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    with vit_fast.use_backend("triton"), torch.no_grad():
+        logits = torch.compile(model, fullgraph=True, backend=keep)(images)
+    assert relative_error(logits, model(images).detach()) < 1e-5
+    for op in ("patch_embed", "ln_linear", "attention", "linear_residual", "mlp"):
+        assert any(f"vit_fast.{op}" in target for target in found), (op, found)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_exports_with_free_batch_and_height(dynamic, strict):
