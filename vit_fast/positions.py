@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vit_fast.ops.backend import exporting
+
 
 def sincos_position(rows: int, columns: int, width: int, temperature: float = 10_000.0) -> Tensor:
     """The fixed table of Vaswani et al. 2017, section 3.5, in two dimensions: float64 [rows·columns, width].
@@ -21,7 +23,7 @@ def sincos_position(rows: int, columns: int, width: int, temperature: float = 10
 def resample_positions(table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int], prefix: int) -> Tensor:
     """A position table [1, prefix + N, D] for another grid: bicubic, antialiased, in fp32, as timm does."""
     # Under torch.export there is no way out early: it would bind the graph to the example's size.
-    if not torch.compiler.is_exporting() and grid[0] == old_grid[0] and grid[1] == old_grid[1]:
+    if not exporting() and grid[0] == old_grid[0] and grid[1] == old_grid[1]:
         return table
     tokens, patches = table[:, :prefix], table[:, prefix:]
     image = patches.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)

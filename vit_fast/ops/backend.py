@@ -94,10 +94,17 @@ def _why_not_forced(device: torch.device) -> str:
     return "" if interpreting() else why_not_triton(device) + hint
 
 
-# torch.compile takes what these two return as constants and does not trace them: it would trace past functools.cache,
-# with a warning, into calls that ask the driver. The attribute is what torch.compiler.assume_constant_result sets; that
-# imports torch._dynamo, which would double the time of `import vit_fast`.
-_auto._dynamo_marked_constant = _why_not_forced._dynamo_marked_constant = True
+def exporting() -> bool:
+    """Whether torch.export traces."""
+    return torch.compiler.is_exporting()
+
+
+# torch.compile takes what these return as constants and does not trace them. It would trace past functools.cache, with
+# a warning, into calls that ask the driver, and in torch 2.11 it finds is_exporting() true whatever it traces. The
+# attribute is what torch.compiler.assume_constant_result sets; that function imports torch._dynamo, which would double
+# the time of `import vit_fast`.
+for _constant in (_auto, _why_not_forced, exporting):
+    _constant._dynamo_marked_constant = True
 
 
 def use_triton(x: Tensor) -> bool:
@@ -110,7 +117,7 @@ def use_triton(x: Tensor) -> bool:
         RuntimeError: under use_backend("triton") where no kernel can run.
         TypeError: under use_backend("triton") for a dtype that no kernel takes.
     """
-    if _backend == "torch" or torch.compiler.is_exporting() or x.numel() == 0:
+    if _backend == "torch" or exporting() or x.numel() == 0:
         return False
     if _backend == "auto":
         return x.dtype in DTYPES and _auto(x.device)
