@@ -1,0 +1,164 @@
+"""Pictures in: what is read, what is refused, and that it becomes what timm makes of it."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vit_fast
+from tests.small_runs import bomb, picture
+from vit_fast.inference import find_images, open_image, preprocess
+
+SETTINGS = {"img_size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+
+
+def noise(rows: int, columns: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(rows).integers(0, 256, (rows, columns, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+@pytest.mark.parametrize(
+    ("rows", "columns", "img_size"),
+    [
+        (53, 37, 32),  # smaller, upright
+        (37, 53, 48),  # larger, lying
+        (100, 63, (32, 48)),  # an input that is no square
+        (32, 32, 32),  # nothing to resize
+    ],
+)
+def test_a_picture_becomes_what_timm_makes_of_it(rows, columns, img_size, crop_pct, interpolation):
+    from timm.data import create_transform
+
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    settings = {**SETTINGS, "img_size": img_size, "crop_pct": crop_pct, "interpolation": interpolation}
+    statistics = {key: settings[key] for key in ("mean", "std", "crop_pct", "interpolation")}
+    image = noise(rows, columns)
+    theirs = create_transform((3, *size), is_training=False, **statistics)(image)
+    assert torch.allclose(preprocess(image, **settings)[0], theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bicubic", "bilinear"])
+def test_a_tensor_of_pictures_is_within_two_levels_of_pillow(interpolation):
+    image = noise(50, 70)
+    settings = {**SETTINGS, "mean": (0.0,), "std": (1.0,), "interpolation": interpolation}
+    one, other = preprocess(image, **settings), preprocess(np.asarray(image)[None], **settings)
+    assert (one - other).abs().max() <= 2.01 / 255
+
+
+def test_a_list_an_array_and_a_file_of_one_picture_are_the_same(tmp_path):
+    image = noise(32, 32)
+    image.save(tmp_path / "a.png")
+    whole = torch.from_numpy(np.asarray(image).copy())[None]
+    batch = preprocess([image, tmp_path / "a.png", str(tmp_path / "a.png")], **SETTINGS)
+    assert batch.shape == (3, 3, 32, 32)
+    for row in (*batch, preprocess(whole, **SETTINGS)[0]):
+        assert torch.equal(row, batch[0])
+    assert preprocess([], **SETTINGS).shape == (0, 3, 32, 32)
+
+
+def test_one_channel(tmp_path):
+    image = noise(20, 20)
+    image.save(tmp_path / "a.png")
+    settings = {**SETTINGS, "img_size": 20, "in_chans": 1}
+    from_file = preprocess(tmp_path / "a.png", **settings)
+    grey = torch.from_numpy(np.asarray(image.convert("L")).copy()) / 255
+    assert torch.allclose(from_file[0, 0], (grey - 0.4) / 0.3, atol=1e-5)  # the mean of three means, of three stds
+    assert torch.equal(preprocess(np.asarray(image)[None], **settings), from_file)
+
+
+def test_exif_orientation_is_honoured(tmp_path):
+    image = noise(8, 16)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side: to be turned by 270 degrees
+    image.save(tmp_path / "a.png", exif=exif)
+    opened = open_image(tmp_path / "a.png")
+    assert opened.size == (8, 16)
+    assert np.array_equal(np.asarray(opened), np.asarray(image.transpose(Image.Transpose.ROTATE_270)))
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(levels * 257).save(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png", in_chans=1)), levels)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "gif", "ppm", "tif"])
+def test_formats(tmp_path, suffix):
+    opened = open_image(picture(tmp_path / f"a.{suffix}"))
+    assert (opened.mode, opened.size) == ("RGB", (12, 10))
+
+
+def _cut(path):
+    data = picture(path.with_name("whole.png"), size=(64, 64)).read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def _icon(path):
+    Image.new("RGB", (16, 16)).save(path, format="ICO")
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: path.write_text("no picture"), "no picture that can be read"),
+        (lambda path: path.write_bytes(b""), "no picture that can be read"),
+        (_icon, "no picture that can be read"),  # Pillow knows the format; it is not one of ours
+        (_cut, "damaged or cut off"),
+        (bomb, "pixels"),
+    ],
+    ids=["text", "empty", "another format", "cut off", "bomb"],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path, make, says):
+    path = tmp_path / "bad.png"
+    make(path)
+    with pytest.raises(ValueError, match=says) as caught:
+        preprocess([path], **SETTINGS)
+    assert str(path) in str(caught.value)
+
+
+def test_the_limit_of_pixels_is_a_limit(tmp_path):
+    path = picture(tmp_path / "a.png", size=(20, 20))
+    assert open_image(path, max_pixels=400).size == (20, 20)
+    with pytest.raises(ValueError, match="20 x 20 pixels, takes 399"):
+        open_image(path, max_pixels=399)
+
+
+@pytest.mark.parametrize(
+    ("images", "change", "error", "says"),
+    [
+        (torch.zeros(1, 3, 8, 8), {}, TypeError, r"uint8 \[B, rows, columns, 3\]"),
+        (torch.zeros(8, 8, 3, dtype=torch.uint8), {}, TypeError, "uint8"),
+        (3, {}, TypeError, "got int"),
+        ([], {"interpolation": "cubic"}, ValueError, "takes one of nearest"),
+        ([], {"crop_pct": 0.0}, ValueError, "crop_pct: got 0.0"),
+        ([], {"in_chans": 4}, ValueError, "in_chans: got 4"),
+        ([], {"mean": (0.1, 0.2)}, ValueError, "mean: got 2 values"),
+    ],
+)
+def test_bad_arguments(images, change, error, says):
+    with pytest.raises(error, match=says):
+        preprocess(images, **SETTINGS | change)
+
+
+def test_predict_takes_every_kind_of_picture(tmp_path):
+    model = vit_fast.VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1, num_classes=3)
+    image = noise(20, 30)
+    image.save(tmp_path / "a.png")
+    answer = model.predict([image, tmp_path / "a.png"])
+    assert answer.shape == (2, 3)
+    assert answer.dtype == torch.float32
+    assert torch.allclose(answer.sum(dim=1), torch.ones(2))
+    assert torch.equal(answer[0], answer[1])
+    assert torch.allclose(model.predict(np.asarray(image)[None])[0], answer[0], atol=1e-2)  # resized by torch
+
+
+def test_find_images(tmp_path):
+    one, two = picture(tmp_path / "b" / "x.PNG"), picture(tmp_path / "a.jpg")
+    (tmp_path / "notes.txt").write_text("")
+    assert find_images([tmp_path]) == [two, one]
+    assert find_images([one, two]) == [one, two]
+    (tmp_path / "empty").mkdir()
+    for path, says in ((tmp_path / "empty", "holds no picture"), (tmp_path / "gone.png", "no such file")):
+        with pytest.raises(ValueError, match=says):
+            find_images([path])

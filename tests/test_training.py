@@ -1,0 +1,229 @@
+"""Training: it learns, it is what the settings say, and it goes on from any step to the same bits."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vit_fast
+from tests.small_runs import TINY_FLAGS, colour_folder, equal_states, tiny_config
+from vit_fast import checkpoint, training
+
+STEPS = 6  # of a tiny epoch on digits
+
+
+def stop_after(step: int):
+    def on_step(report):
+        if report.step == step:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+def without_speed(history):
+    return [{key: value for key, value in record.items() if key != "images_per_second"} for record in history]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    result = training.train(tiny_config(folder, epochs=2))
+    return result, checkpoint.load_training(folder)
+
+
+@pytest.mark.parametrize("stops", [(1,), (4,), (STEPS,), (STEPS + 3,), (2, 5, STEPS + 1)], ids=str)
+def test_a_run_goes_on_to_the_same_bits(tmp_path, uninterrupted, stops):
+    whole, (weights, tensors, state) = uninterrupted
+    config, resume = tiny_config(tmp_path, epochs=2), None
+    for stop in stops:
+        with pytest.raises(KeyboardInterrupt):
+            training.train(config, resume, on_step=stop_after(stop))
+        resume = tmp_path
+        stopped = checkpoint.load_training(tmp_path)
+        assert stopped[2]["epoch"] * STEPS + stopped[2]["batch"] == stop
+        assert not equal_states(stopped[0], weights)
+    torch.manual_seed(99)  # what the generator did in between does not matter
+    result = training.train(config, resume)
+    assert equal_states(result.model.state_dict(), whole.model.state_dict())
+    again = checkpoint.load_training(tmp_path)
+    assert equal_states(again[0], weights)
+    assert equal_states(again[1], tensors)  # the optimiser and the generators
+    assert without_speed(again[2].pop("history")) == without_speed(whole.history)
+    assert again[2] == {key: value for key, value in state.items() if key != "history"}
+    assert equal_states(checkpoint.load(tmp_path)[0].state_dict(), weights)
+    lines = (tmp_path / training.HISTORY).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result.history
+
+
+def test_the_seed_is_what_makes_a_run(tmp_path, uninterrupted):
+    same = training.train(tiny_config(tmp_path / "same", epochs=2))
+    assert equal_states(same.model.state_dict(), uninterrupted[0].model.state_dict())
+    other = training.train(tiny_config(tmp_path / "other", epochs=2, seed=1))
+    assert not equal_states(other.model.state_dict(), uninterrupted[0].model.state_dict())
+
+
+def test_ctrl_c_leaves_a_good_checkpoint(tmp_path):
+    command = [sys.executable, "-u", "-m", "vit_fast.cli", "train", "digits", "--epochs", "1000", *TINY_FLAGS.split()]
+    child = subprocess.Popen(
+        [*command, "--output", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert child.stdout.readline().startswith("epoch    1/1000")
+    os.kill(child.pid, signal.SIGINT)
+    output, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert errors == "error: stopped\n"
+    assert f"go on with vit-fast train digits --resume {tmp_path}" in " ".join(output.split())
+    model, _ = checkpoint.load(tmp_path)
+    weights, _, state = checkpoint.load_training(tmp_path)
+    assert equal_states(model.state_dict(), weights)
+    assert state["epoch"] >= 1
+    # It is of the very step at which the run stopped, and a run goes on from it.
+    settings = training.read_settings(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(
+            training.Config(output=str(tmp_path), **settings),
+            tmp_path,
+            on_step=stop_after(state["epoch"] * STEPS + state["batch"] + 1),
+        )
+
+
+def test_a_folder_is_learned(tmp_path):
+    data = colour_folder(tmp_path / "data")
+    config = training.Config(
+        str(data),
+        str(tmp_path / "run"),
+        model_kwargs={"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1},
+        img_size=16,
+        num_classes=3,
+        epochs=12,
+        batch_size=8,
+        lr=0.01,
+        warmup_epochs=1,
+        workers=1,
+    )
+    result = training.train(config)
+    assert result.accuracy == 1.0
+    model, saved = checkpoint.load(tmp_path / "run")
+    assert saved.classes == ("green", "red", "class 2")
+    answer = model.predict([data / "red" / "0.png", data / "green" / "0.png"])
+    assert answer.argmax(dim=1).tolist() == [1, 0]
+    loss, accuracy = training.evaluate(model, [], torch.device("cpu"))
+    assert (loss, accuracy) == (0.0, 0.0)
+
+
+def test_the_record_of_an_epoch_is_what_the_model_does(tmp_path):
+    """The held-out accuracy that training reports is that of `predict` on the same pictures."""
+    from vit_fast.data import load_data
+
+    result = training.train(tiny_config(tmp_path, epochs=3, lr=0.005))
+    model, config = checkpoint.load(tmp_path)
+    held_out = load_data("digits", config.preprocessing).held_out
+    pixels = held_out.pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
+    probabilities = model.predict(pixels)
+    right = (probabilities.argmax(dim=1) == held_out.labels).float().mean().item()
+    loss = -probabilities[torch.arange(len(held_out)), held_out.labels].log().mean().item()
+    assert result.accuracy == pytest.approx(right, abs=1e-6)
+    assert result.history[-1]["held_out_loss"] == pytest.approx(loss, rel=1e-4)
+    assert [record["step"] for record in result.history] == [6, 12, 18]
+
+
+def test_the_schedule_of_the_learning_rate():
+    config = training.Config("digits", "", epochs=10, lr=1.0, min_lr=0.1, warmup_lr=0.01, warmup_epochs=2)
+    rates = [training.learning_rate(config, step, 5) for step in range(51)]
+    assert rates[0] == 0.01
+    assert rates[5] == pytest.approx((1.0 + 0.01) / 2)  # half of the way up
+    assert rates[10] == 1.0
+    assert rates[30] == pytest.approx((1.0 + 0.1) / 2)  # half of the cosine
+    assert rates[50] == pytest.approx(0.1)
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert training.learning_rate(dataclasses.replace(config, warmup_epochs=0), 0, 5) == 1.0
+
+
+def test_no_decay_on_norms_biases_positions_and_tokens():
+    model = vit_fast.VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1, reg_tokens=1, init_values=0.1, num_classes=2
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, spared = (
+        {names[id(parameter)] for parameter in group["params"]} for group in training.parameter_groups(model, 0.05)
+    )
+    assert decayed == {
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.attn.proj.weight",
+        "blocks.0.mlp.fc1.weight",
+        "blocks.0.mlp.fc2.weight",
+        "head.weight",
+    }
+    assert decayed | spared == set(names.values())
+    frozen = vit_fast.VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1, pos_embed="sincos2d", num_classes=2
+    )
+    groups = training.parameter_groups(frozen, 0.05)
+    assert not any(frozen.pos_embed is parameter for group in groups for parameter in group["params"])
+
+
+def test_mixed_precision(tmp_path):
+    result = training.train(tiny_config(tmp_path, amp=True))
+    assert all(parameter.dtype == torch.float32 for parameter in result.model.parameters())
+    assert math.isfinite(result.history[0]["train_loss"])
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    config = tiny_config(tmp_path, lr=1e38, warmup_epochs=0, clip_grad=None)
+    with pytest.raises(FloatingPointError, match="try a lower lr"):
+        training.train(config)
+
+
+def test_what_a_run_refuses(tmp_path, uninterrupted):
+    whole = uninterrupted[0]
+    config = tiny_config(whole.output, epochs=2)
+    with pytest.raises(ValueError, match="holds a checkpoint already"):
+        training.train(config)
+    with pytest.raises(ValueError, match=r"lr was 0\.001, got 0\.5; seed was 42, got 7"):
+        training.train(dataclasses.replace(config, lr=0.5, seed=7), whole.output)
+    other = dataclasses.replace(config, data=str(colour_folder(tmp_path / "data")))
+    with pytest.raises(ValueError, match="not the data that"):
+        training.train(dataclasses.replace(other, output=str(tmp_path / "new")), whole.output)
+    with pytest.raises(ValueError, match="no such file"):
+        training.train(tiny_config(tmp_path / "run"), tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="output: cannot write to"):
+        training.train(tiny_config(tmp_path / "file" / "run"))
+    with pytest.raises(ValueError, match="num_classes: got 9, the data has 10"):
+        training.train(tiny_config(tmp_path / "nine", num_classes=9))
+    with pytest.raises(ValueError, match="the setting drop_path"):
+        training.train(tiny_config(tmp_path / "kwargs", model_kwargs={"drop_path_rate": 0.1}))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"lr": -1.0},
+        {"lr": math.nan},
+        {"smoothing": 1.0},
+        {"clip_grad": 0.0},
+        {"drop_path": 1.0},
+        {"hflip": 1.5},
+        {"seed": -1},
+        {"workers": -1},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(settings):
+    name, value = next(iter(settings.items()))
+    with pytest.raises(ValueError, match=f"{name}: got {value}, takes"):
+        training.Config("digits", "", **settings)
