@@ -1,16 +1,18 @@
 """Softmax attention that never writes its scores, on strided views of queries, keys and values.
 
-forward    S = scale·q·kᵀ     P = exp(S − lse),  lse = log Σₙ exp(S)     o = P·v
-           one pass over the keys: m is the largest score so far, l = Σ exp(S − m), both mended when m grows
-backward   D = Σ o∘do          dS = P∘(do·vᵀ − D)
+forward    S = c·q·kᵀ, c = scale·log₂e     P = 2^(S − lse),  lse = log₂ Σₙ 2^S     o = P·v
+           one pass over the keys: m is the largest score so far, l = Σ 2^(S − m), both mended when m grows
+backward   Δ = Σ o∘do          dS = P∘(do·vᵀ − Δ)
            dq = scale·dS·k     dk = scale·dSᵀ·q     dv = Pᵀ·do
-shapes     q [B, Tq, H, d]   k, v [B, Tk, H, d], any strides but 1 in d   o [B, Tq, H·d]   lse, D [B, H, Tq] float32
-saved      q, k, v, o and lse, in units of the natural logarithm: P [B, H, Tq, Tk] is computed again, twice, because
-           each gradient is the sum of one program over the other axis: no atomics, and the same bits in every run
-limit      4·B·H·Tq·Tk·d operations and B·H·Tq·Tk exponentials forward, 14 and 2 backward; T tokens move 4·T·H·d elements
+shapes     q [B, Tq, H, d]   k, v [B, Tk, H, d], any strides but 1 in d   o [B, Tq, H·d]   lse, Δ [B, H, Tq]
+saved      q, k, v, o and lse. P [B, H, Tq, Tk] is computed again, twice, because each gradient is the sum of one
+           program over the other axis: no atomics, and the same bits in every run. What lse loses by rounding is an
+           error of a whole row of P: it stays in base 2, in float32 for half precision and in float64 for float32
+limit      4·B·H·Tq·Tk·d operations and B·H·Tq·Tk exponentials forward, 14 and 2 times that product backward;
+           4·B·T·H·d elements moved forward
 
-d is cut in a main piece, a power of two, and a tail: 80 = 64 + 16 and not 128. A tile [rows, d] is a tuple of its pieces,
-(main,) or (main, tail).
+d is cut in a main piece, a power of two, and a tail: 80 = 64 + 16 and not 128. A tile [rows, d] is a tuple of its
+pieces, (main,) or (main, tail).
 """
 
 import math
@@ -21,12 +23,10 @@ import triton.language as tl
 
 from .tile_table import lookup
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
 
 @triton.jit
 def head_view(x, b, h, ALIGN: tl.constexpr):
-    """One head of one image of a [B, T, H, d] view (pointer, and strides of B, T and H): its pointer and token stride."""
+    """One head of one image of a view [B, T, H, d], (pointer, strides of B, T and H): its pointer and token stride."""
     ptr, stride_b, stride_t, stride_h = x
     offset = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
     return ptr + tl.multiple_of(offset, ALIGN), stride_t
@@ -104,8 +104,21 @@ def add_product(sums, weights, x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def probabilities(s, lse, scale_log2):
+    """2^(scale·s − lse) of scores and a log-sum-exp that broadcasts to them."""
+    if lse.dtype == tl.float64:
+        # In the units of the scores lse is near to them, so that their difference is exact, however large they are.
+        reference = lse / scale_log2
+        high = reference.to(tl.float32)
+        exponent = (s - high - (reference - high).to(tl.float32)) * scale_log2
+    else:
+        exponent = s * scale_log2 - lse
+    return tl.exp2(exponent)
+
+
+@triton.jit
 def tile_of_head(T, H, BLOCK: tl.constexpr):
-    """This program's head (b·H + h, b, h) and rows: the tiles of one head follow each other, to share its keys in L2."""
+    """This program's head, b·H + h, b and h, and its rows: one head's tiles run together, to share its keys in L2."""
     program = tl.program_id(0)
     tiles = tl.cdiv(T, BLOCK)
     head = program // tiles
@@ -122,7 +135,7 @@ def _forward_kernel(
     H,
     Tq,
     Tk,
-    scale,
+    scale_log2,
     D: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -132,9 +145,9 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     head, b, h, rows = tile_of_head(Tq, H, BLOCK_M)
-    scale_log2 = scale * LOG2E
     q_tile = load_head(head_view(q, b, h, ALIGN), rows, Tq, D, MAIN, TAIL, ALIGN)  # [BLOCK_M, d]
     k_view, v_view = head_view(k, b, h, ALIGN), head_view(v, b, h, ALIGN)
+    LSE_DTYPE: tl.constexpr = tl.float64 if q_tile[0].dtype == tl.float32 else tl.float32
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = zero_head(BLOCK_M, MAIN, TAIL)
@@ -143,7 +156,7 @@ def _forward_kernel(
         s = dot_rows(q_tile, load_head(k_view, keys, Tk, D, MAIN, TAIL, ALIGN), PRECISION)  # [BLOCK_M, BLOCK_N]
         s = tl.where(keys[None, :] < Tk, s, -float("inf"))
         higher = tl.maximum(highest, tl.max(s, 1))
-        p = tl.exp2(s * scale_log2 - (higher * scale_log2)[:, None])
+        p = probabilities(s, (higher.to(LSE_DTYPE) * scale_log2)[:, None], scale_log2)
         shrink = tl.exp2((highest - higher) * scale_log2)
         total = total * shrink + tl.sum(p, 1)
         sums = scale_head(sums, shrink[:, None])
@@ -152,7 +165,7 @@ def _forward_kernel(
     o_tile = scale_head(sums, (1.0 / total)[:, None])
     store_head(head_view(o, b, h, ALIGN), o_tile, rows, Tq, D, MAIN, TAIL, ALIGN)
     if lse_ptr is not None:
-        lse = highest * scale + tl.log(total)
+        lse = highest.to(LSE_DTYPE) * scale_log2 + tl.log2(total)
         tl.store(lse_ptr + head * Tq + rows, lse, mask=rows < Tq)
 
 
@@ -170,6 +183,7 @@ def _query_grad_kernel(
     Tq,
     Tk,
     scale,
+    scale_log2,
     D: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -186,7 +200,7 @@ def _query_grad_kernel(
     if TAIL:
         delta += tl.sum(o_tile[1].to(tl.float32) * do_tile[1].to(tl.float32), 1)
     tl.store(delta_ptr + head * Tq + rows, delta, mask=rows < Tq)
-    lse_log2 = tl.load(lse_ptr + head * Tq + rows, mask=rows < Tq, other=0.0) * LOG2E
+    lse = tl.load(lse_ptr + head * Tq + rows, mask=rows < Tq, other=0.0)
     k_view, v_view = head_view(k, b, h, ALIGN), head_view(v, b, h, ALIGN)
     sums = zero_head(BLOCK_M, MAIN, TAIL)
     for start in range(0, Tk, BLOCK_N):
@@ -194,8 +208,8 @@ def _query_grad_kernel(
         k_tile = load_head(k_view, keys, Tk, D, MAIN, TAIL, ALIGN)  # [BLOCK_N, d]
         v_tile = load_head(v_view, keys, Tk, D, MAIN, TAIL, ALIGN)
         s = dot_rows(q_tile, k_tile, PRECISION)  # [BLOCK_M, BLOCK_N]
-        # The score of a key outside is 0, and exp(0 − lse) may be infinite: no product with a zero mends that.
-        p = tl.where(keys[None, :] < Tk, tl.exp2(s * (scale * LOG2E) - lse_log2[:, None]), 0.0)
+        # The score of a key outside is 0, and 2^(0 − lse) may be infinite: no product with a zero mends that.
+        p = tl.where(keys[None, :] < Tk, probabilities(s, lse[:, None], scale_log2), 0.0)
         ds = p * (dot_rows(do_tile, v_tile, PRECISION) - delta[:, None])
         sums = add_product(sums, ds, k_tile, PRECISION)
     store_head(head_view(dq, b, h, ALIGN), scale_head(sums, scale), rows, Tq, D, MAIN, TAIL, ALIGN)
@@ -215,6 +229,7 @@ def _key_grad_kernel(
     Tq,
     Tk,
     scale,
+    scale_log2,
     D: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -233,11 +248,11 @@ def _key_grad_kernel(
         q_tile = load_head(q_view, rows, Tq, D, MAIN, TAIL, ALIGN)  # [BLOCK_M, d]
         do_tile = load_head(do_view, rows, Tq, D, MAIN, TAIL, ALIGN)
         # A query outside has a score, lse, do and delta of 0, so that its p is 1 and what it adds is 0.
-        lse_log2 = tl.load(lse_ptr + head * Tq + rows, mask=rows < Tq, other=0.0) * LOG2E
+        lse = tl.load(lse_ptr + head * Tq + rows, mask=rows < Tq, other=0.0)
         delta = tl.load(delta_ptr + head * Tq + rows, mask=rows < Tq, other=0.0)
         # Scores are made with the keys as rows: no accumulator is ever transposed to be an operand.
         s = dot_rows(k_tile, q_tile, PRECISION)  # [BLOCK_N, BLOCK_M]
-        p = tl.exp2(s * (scale * LOG2E) - lse_log2[None, :])
+        p = probabilities(s, lse[None, :], scale_log2)
         dv_sums = add_product(dv_sums, p, do_tile, PRECISION)
         ds = p * (dot_rows(v_tile, do_tile, PRECISION) - delta[None, :])
         dk_sums = add_product(dk_sums, ds, q_tile, PRECISION)
@@ -254,7 +269,7 @@ def _maps_kernel(
     H,
     Tq,
     Tk,
-    scale,
+    scale_log2,
     D: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -266,12 +281,12 @@ def _maps_kernel(
     head, b, h, rows = tile_of_head(Tq, H, BLOCK_M)
     q_tile = load_head(head_view(q, b, h, ALIGN), rows, Tq, D, MAIN, TAIL, ALIGN)  # [BLOCK_M, d]
     k_view = head_view(k, b, h, ALIGN)
-    lse_log2 = tl.load(lse_ptr + head * Tq + rows, mask=rows < Tq, other=0.0) * LOG2E
+    lse = tl.load(lse_ptr + head * Tq + rows, mask=rows < Tq, other=0.0)
     maps_ptrs = maps_ptr + ((head * Tq + rows) * Tk)[:, None]
     for start in range(0, Tk, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         s = dot_rows(q_tile, load_head(k_view, keys, Tk, D, MAIN, TAIL, ALIGN), PRECISION)  # [BLOCK_M, BLOCK_N]
-        p = tl.exp2(s * (scale * LOG2E) - lse_log2[:, None])
+        p = probabilities(s, lse[:, None], scale_log2)
         tl.store(maps_ptrs + keys[None, :], p, mask=(rows[:, None] < Tq) & (keys[None, :] < Tk))
 
 
@@ -296,11 +311,19 @@ def _view(x: torch.Tensor) -> tuple:
     return x, *x.stride()[:-1]
 
 
+def _log2(scale: float) -> float:
+    """What multiplies the scores, so that 2^ takes the place of exp."""
+    return scale * math.log2(math.e)
+
+
 def forward(q, k, v, scale: float, precision: str, with_lse: bool):
-    """o [B, Tq, H·d], and lse [B, H, Tq] or None."""
+    """o [B, Tq, H·d], and lse [B, H, Tq], to base 2, or None."""
     B, Tq, H, d = q.shape
     o = torch.empty((B, Tq, H, d), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device) if with_lse else None
+    lse = None
+    if with_lse:
+        dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
+        lse = torch.empty((B, H, Tq), dtype=dtype, device=q.device)
     arguments = _arguments("attention_forward", precision, q, k, v, o)
     _forward_kernel[(B * H * triton.cdiv(Tq, arguments["BLOCK_M"]),)](
         q=_view(q),
@@ -310,7 +333,7 @@ def forward(q, k, v, scale: float, precision: str, with_lse: bool):
         lse_ptr=lse,
         Tq=Tq,
         Tk=k.shape[1],
-        scale=scale,
+        scale_log2=_log2(scale),
         **arguments,
     )
     return o.view(B, Tq, H * d), lse
@@ -334,6 +357,7 @@ def backward(do, q, k, v, o, lse, dq, dk, dv, scale: float, precision: str) -> N
         Tq=Tq,
         Tk=Tk,
         scale=scale,
+        scale_log2=_log2(scale),
         **arguments,
     )
     arguments = _arguments("attention_key_grad", precision, q, k, v, do, dk, dv)
@@ -349,6 +373,7 @@ def backward(do, q, k, v, o, lse, dq, dk, dv, scale: float, precision: str) -> N
         Tq=Tq,
         Tk=Tk,
         scale=scale,
+        scale_log2=_log2(scale),
         **arguments,
     )
 
@@ -359,6 +384,6 @@ def maps(q, k, lse, scale: float, precision: str):
     rows = torch.empty((B, H, Tq, Tk), dtype=torch.float32, device=q.device)
     arguments = _arguments("attention_maps", precision, q, k)
     _maps_kernel[(B * H * triton.cdiv(Tq, arguments["BLOCK_M"]),)](
-        q=_view(q), k=_view(k), lse_ptr=lse, maps_ptr=rows, Tq=Tq, Tk=Tk, scale=scale, **arguments
+        q=_view(q), k=_view(k), lse_ptr=lse, maps_ptr=rows, Tq=Tq, Tk=Tk, scale_log2=_log2(scale), **arguments
     )
     return rows

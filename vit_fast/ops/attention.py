@@ -75,7 +75,7 @@ def _fake_output(q: Tensor) -> Tensor:
 
 def _fake_lse(q: Tensor) -> Tensor:
     batch, tokens, heads, _ = q.shape
-    return q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    return q.new_empty(batch, heads, tokens, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32)
 
 
 @torch.library.custom_op("vit_fast::attention", mutates_args=())
@@ -251,8 +251,8 @@ def attention_maps(
         q: [B, Tq, H, d].    k: [B, Tk, H, d]. Dtypes and strides as `attention`.
         queries: [Nq] integers, the tokens of q whose rows are wanted, or None for all of them.
         scale: what multiplies the scores, 1/√d for None.
-        lse: [B, H, Tq] fp32, the logarithm to base 2 of the sum of each query's exponentiated scores, where it is at
-            hand (`torch.ops.vit_fast.attention_train` returns it). The kernels then skip a pass over the keys.
+        lse: [B, H, Tq], fp32 or fp64, the logarithm to base 2 of the sum of each query's exponentiated scores, where it
+            is at hand: `torch.ops.vit_fast.attention_train` returns it. The kernels then skip a pass over the keys.
 
     The kernels give no gradient: where one is wanted, `auto` runs PyTorch and use_backend("triton") raises.
 
