@@ -48,6 +48,8 @@ def _plain_errors(command):
         except KeyboardInterrupt:
             _say_error("stopped")
             raise typer.Exit(130) from None
+        except typer.Exit:  # a RuntimeError itself
+            raise
         except USER_ERRORS as error:
             _say_error(str(error) or type(error).__name__)
             raise typer.Exit(1) from None

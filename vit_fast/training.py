@@ -138,6 +138,7 @@ def train(
     run = _Run(config)
     if resume is not None:
         run.restore(Path(resume))
+        run.save(output)  # a checkpoint from the start, should the output be another folder
     with _Interrupt() as interrupt:
         while run.epoch < config.epochs:
             started, images_before = time.monotonic(), run.images

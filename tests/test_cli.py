@@ -1,0 +1,305 @@
+"""The command line as a person types it."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import vit_fast
+from tests.small_runs import TINY_FLAGS, bomb, colour_folder, picture
+from vit_fast import checkpoint, cli, training
+
+ZOO_MODEL = "test_vit"  # the smallest there is
+
+
+def run(*arguments) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command, the texts without line breaks."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.stdout.split()), " ".join(result.stderr.split())
+
+
+def in_a_shell(line: str, folder, **environment) -> subprocess.CompletedProcess:
+    """The installed command, typed in a folder."""
+    command = [sys.executable, "-m", "vit_fast.cli", *shlex.split(line)]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which a person has trained a small model on a folder of pictures."""
+    folder = tmp_path_factory.mktemp("work")
+    colour_folder(folder / "pictures")
+    done = in_a_shell(
+        "train pictures --epochs 8 --output run --img-size 16 --model-kwargs patch_size=8 -b 8 --lr 0.01 -j 0"
+        " --warmup-epochs 1 --model-kwargs embed_dim=16 --model-kwargs depth=2 --model-kwargs num_heads=2",
+        folder,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def zoo_weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("zoo") / "weights.safetensors"
+    model = vit_fast.create_model(ZOO_MODEL, 7)
+    safetensors.torch.save_file(model.state_dict(), path)
+    return path, model
+
+
+def test_train_says_what_it_does(trained):
+    folder, output = trained
+    lines = output.splitlines()
+    assert len(lines) == 10
+    assert re.fullmatch(r"epoch 8/8   loss \d\.\d{3}   held out 100\.0 %   [\d,]+ images/s", lines[7])
+    assert lines[8:] == ["held-out accuracy: 100.0 %", "checkpoint: run"]
+    assert len((folder / "run" / training.HISTORY).read_text().splitlines()) == 8
+
+
+def test_classify_prints_a_table(trained):
+    folder, _ = trained
+    code, output, errors = run("classify", folder / "run", folder / "pictures" / "red" / "1.png")
+    assert (code, errors) == (0, "")
+    assert re.search(r"1\.png red \d+\.\d % █+ green \d+\.\d %", output)
+
+
+def test_classify_for_machines(trained):
+    folder, _ = trained
+    done = in_a_shell("classify run pictures/green pictures/red/0.png --json", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    answer = json.loads(done.stdout)
+    assert [one["image"] for one in answer] == [f"pictures/green/{i}.png" for i in range(10)] + ["pictures/red/0.png"]
+    assert [one["top"][0]["class"] for one in answer] == ["green"] * 10 + ["red"]
+    model, config = checkpoint.load(folder / "run")
+    for one in answer:
+        probabilities = model.predict(folder / one["image"])[0]
+        for rank in one["top"]:
+            expected = probabilities[config.classes.index(rank["class"])].item()
+            assert rank["probability"] == pytest.approx(expected, abs=1e-6)
+        assert sum(rank["probability"] for rank in one["top"]) == pytest.approx(1, abs=1e-6)
+
+
+def test_classify_with_a_name_and_weights(zoo_weights, tmp_path):
+    weights, model = zoo_weights
+    image = picture(tmp_path / "a.png", size=(50, 40))
+    code, output, _ = run("classify", ZOO_MODEL, image, "--checkpoint", weights, "--json")
+    top = json.loads(output)[0]["top"]
+    expected = model.eval().predict(image)[0]
+    assert (code, len(top)) == (0, 5)
+    assert [int(one["class"]) for one in top] == expected.topk(5).indices.tolist()
+
+
+def test_one_broken_picture_harms_no_other(trained, tmp_path):
+    folder, _ = trained
+    (tmp_path / "broken.png").write_text("")
+    code, output, errors = run("classify", folder / "run", tmp_path, folder / "pictures" / "red" / "0.png", "--json")
+    assert code == 1
+    assert [one["top"][0]["class"] for one in json.loads(output)] == ["red"]
+    assert re.fullmatch(r"error: \S+broken\.png: no picture that can be read, takes JPEG.*", errors)
+
+
+def test_attend(trained, zoo_weights, tmp_path):
+    folder, _ = trained
+    images = [folder / "pictures" / "red" / f"{index}.png" for index in range(2)]
+    code, output, errors = run("attend", folder / "run", *images, "-o", tmp_path / "a.png")
+    assert (code, errors) == (0, "")
+    assert output == str(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as figure:
+        assert figure.width > figure.height > 300  # two rows of picture, rollout and two heads
+        assert len(figure.convert("RGB").getcolors(1 << 24)) > 100
+    code, _, _ = run("attend", ZOO_MODEL, images[0], "-o", tmp_path / "b.svg", "--checkpoint", zoo_weights[0])
+    assert code == 0
+    assert "<svg" in (tmp_path / "b.svg").read_text()
+
+
+def test_the_maps_that_are_drawn_are_the_models(trained):
+    from vit_fast import maps
+
+    folder, _ = trained
+    model, _ = checkpoint.load(folder / "run")
+    path = folder / "pictures" / "red" / "0.png"
+    looked = maps.look(model, path)
+    assert looked.picture.shape == (16, 16, 3)
+    assert looked.heads.shape == (2, 2, 2)
+    assert torch.allclose(looked.probabilities, model.predict(path)[0])
+    images = looked.picture.permute(2, 0, 1)[None] / 127.5 - 1  # mean and std of the model are 0.5
+    expected = model.attention_maps(images, layers=[-1])[0, 0, :, 0, 1:].reshape(2, 2, 2)
+    assert torch.allclose(looked.heads, expected, atol=1e-5)
+    assert torch.allclose(looked.rollout, model.rollout_map(images)[0], atol=1e-5)
+
+
+def test_resume(tmp_path):
+    code, _, _ = run("train", "digits", "--epochs", 1, "--output", tmp_path / "one", *TINY_FLAGS.split(), "--seed", 3)
+    assert code == 0
+    code, output, _ = run("train", "digits", "--resume", tmp_path / "one", "--output", tmp_path / "two")
+    assert code == 0
+    assert output.startswith("held-out accuracy")  # nothing was left to do: the settings are those of the first run
+    assert (tmp_path / "two" / checkpoint.WEIGHTS).read_bytes() == (tmp_path / "one" / checkpoint.WEIGHTS).read_bytes()
+    code, _, errors = run("train", "digits", "--resume", tmp_path / "one", "--seed", 4)
+    assert (code, errors) == (1, "error: resume: a run goes on with its own settings: seed was 3, got 4")
+
+
+def test_models():
+    code, output, _ = run("models", "deit3_s*")
+    assert (code, output.split()) == (0, ["deit3_small_patch16_224", "deit3_small_patch16_384"])
+    assert run("models")[1].split() == vit_fast.list_models()
+    code, _, errors = run("models", "vit_bse_patch16_224")
+    assert code == 1
+    assert "the nearest are vit_base_patch16_224" in errors
+
+
+def test_env_runs_every_kernel():
+    code, output, errors = run("env", "--device", "cpu")
+    assert (code, errors) == (0, "")
+    assert f"torch {torch.__version__}" in output
+    assert "backend PyTorch (a tensor on cpu" in output
+    for name in vit_fast.ops.__all__:
+        if name != "use_backend":
+            assert re.search(rf"\b{name} float32 \d\.\de-\d+ ok", output), name
+
+
+def test_env_tells_a_wrong_kernel(monkeypatch):
+    from vit_fast import verify
+
+    wrong = [{"op": "mlp", "dtype": "float32", "error": 0.1, "agrees": False}]
+    monkeypatch.setattr(verify, "report", lambda device: (wrong, "in a test"))
+    code, output, errors = run("env", "--device", "cpu")
+    assert code == 1
+    assert "mlp float32 1.0e-01 NOT" in output
+    assert errors.startswith("error: a kernel does not agree with PyTorch")
+
+
+@pytest.mark.interpret
+def test_verify_sees_a_wrong_kernel(monkeypatch):
+    from vit_fast import ops, verify
+    from vit_fast.ops import backend
+
+    monkeypatch.setattr(verify, "CASES", {"mlp": verify.CASES["mlp"]})
+    assert [line["agrees"] for line in verify.verify("cpu")] == [True]
+    call, shapes = verify.CASES["mlp"]
+
+    def wrong(*tensors):
+        factor = 1 + 1e-5 * (backend._backend == "triton")
+        return call(*tensors) * factor
+
+    monkeypatch.setattr(verify, "CASES", {"mlp": (wrong, shapes)})
+    assert [line["agrees"] for line in verify.verify("cpu")] == [False]
+    monkeypatch.setattr(verify, "CASES", {"mlp": (lambda *tensors: wrong(*tensors) * float("nan"), shapes)})
+    assert [line["agrees"] for line in verify.verify("cpu")] == [False]
+    assert ops.mlp is not wrong
+
+
+def test_help_names_the_flags_of_timm():
+    result = CliRunner().invoke(cli.app, ["train", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    flags = "--batch-size -b --lr --weight-decay --warmup-epochs --smoothing --clip-grad --drop-path --img-size"
+    flags += " --num-classes --seed --amp --resume --workers -j --model --model-kwargs --epochs --output --hflip"
+    assert not [flag for flag in flags.split() if flag not in result.stdout]
+
+
+def _pickle(folder):
+    torch.save({"w": torch.ones(1)}, folder / "weights.pt")
+    return f"classify {ZOO_MODEL} pictures/red/0.png --checkpoint weights.pt"
+
+
+def _cut_off(folder):
+    path = folder / "run" / checkpoint.WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+    return "classify run pictures/red/0.png"
+
+
+def _no_picture(folder):
+    (folder / "a.png").write_text("text")
+    return "attend run a.png -o b.png"
+
+
+def _bomb(folder):
+    bomb(folder / "a.png")
+    return "classify run a.png"
+
+
+def _one_class(folder):
+    picture(folder / "data" / "cats" / "a.png")
+    return "train data --epochs 1 --output new"
+
+
+def _no_class(folder):
+    (folder / "data").mkdir()
+    return "train data --epochs 1 --output new"
+
+
+def _line(line):
+    return lambda folder: line
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (_pickle, "weights.pt: refused, a pickle can run any code"),
+        (_cut_off, "model.safetensors: cut off, or no safetensors file"),
+        (_no_picture, "a.png: no picture that can be read"),
+        (_bomb, "a.png: refused, it has"),
+        (_one_class, "data: takes two subfolders or more, one a class, found one class, 'cats'"),
+        (_no_class, "data: takes two subfolders or more, one a class, found none"),
+        (_line("train gone --epochs 1 --output new"), "gone: there is no such folder"),
+        (_line("train digits --epochs 1"), "--output: a folder for the checkpoint is needed"),
+        (_line("train digits --epochs 1 --output pictures/red/0.png/new"), "output: cannot write to"),
+        (_line("train digits --epochs 1 --output run"), "run holds a checkpoint already"),
+        (_line("train digits --epochs 1 --output new --model vit_tny_patch16_224"), "the nearest are vit_tiny_patch16"),
+        (_line("train digits --epochs 1 --output new --model-kwargs depth"), "got 'depth', takes NAME=VALUE"),
+        (_line("train digits --epochs 1 --output new --model-kwargs num_heads=3"), "num_heads: got 3, takes a divisor"),
+        (_line("train digits --epochs 0 --output new"), "epochs: got 0, takes 1 or more"),
+        (_line("train digits --resume pictures"), "training.safetensors: no such file"),
+        (_line("classify vit_tny pictures"), "got 'vit_tny', no architecture of that name"),
+        (_line(f"classify {ZOO_MODEL} pictures"), "its weights are not here; give them with --checkpoint"),
+        (_line("classify run/gone pictures"), "run/gone: no such checkpoint folder"),
+        (_line("classify run/model.safetensors pictures"), "does not say which model it is for"),
+        (_line("classify pictures pictures"), "pictures: no checkpoint"),
+        (_line("classify run gone.png"), "gone.png: no such file or folder"),
+        (_line(f"classify {ZOO_MODEL} pictures --checkpoint run/model.safetensors"), "weights are of another"),
+        (_line("attend run pictures -o a.txt"), "a.txt: got the suffix '.txt', takes one of ."),
+        (_line("attend run pictures -o gone/a.png"), "output: cannot write gone/a.png: No such file"),
+        (_line("env --device gpu"), "gpu"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_exit_code_1(trained, tmp_path, monkeypatch, make, says):
+    source, _ = trained
+    for name in ("run", "pictures"):
+        subprocess.run(["cp", "-r", str(source / name), str(tmp_path / name)], check=True)
+    monkeypatch.chdir(tmp_path)
+    line = make(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(cli.app, shlex.split(line))
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ")
+    assert says in result.stderr
+    assert not result.stdout
+    new = [path for path in sorted(tmp_path.rglob("*")) if path not in before]
+    assert new in ([], [tmp_path / "new"])  # at most an empty folder for the output
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path):
+    (tmp_path / "typer.py").write_text("raise ImportError('No module named typer')")
+    done = in_a_shell("models", tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "vit-fast: No module named typer; the command line needs more: pip install 'vit-fast[cli]'"
+    )
+
+
+def test_the_package_alone_imports_nothing_of_the_command_line():
+    code = (
+        "import sys, vit_fast, vit_fast.inference, vit_fast.data, vit_fast.training;"
+        "print([n for n in ('PIL', 'typer', 'rich', 'sklearn', 'kornia', 'matplotlib', 'triton') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
