@@ -433,8 +433,7 @@ class VisionTransformer(nn.Module):
         """
         one_of("output_fmt", output_fmt, ("NCHW", "NLC"))
         chosen, last = take_indices(len(self.blocks), indices)
-        grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-        x = self._embed(x)
+        images, x = x, self._embed(x)
         found = []
         for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             x = self._run_block(block, x, attn_mask, is_causal)
@@ -443,6 +442,7 @@ class VisionTransformer(nn.Module):
         count = self.num_prefix_tokens
         prefix, found = [y[:, :count] for y in found], [y[:, count:] for y in found]
         if output_fmt == "NCHW":
+            grid = self.patch_embed.dynamic_feat_size(images.shape[-2:])
             found = [y.reshape(y.shape[0], *grid, -1).permute(0, 3, 1, 2).contiguous() for y in found]
         if output_dict:
             result = {"image_intermediates": found}
