@@ -288,10 +288,12 @@ def test_low_precision_is_as_close_to_float64_as_timm(mode):
         assert_close_to_truth(fused[name], unfused[name], truth[name], name)
 
 
-def test_dtype_of_every_stage_is_that_of_timm():
-    theirs, ours = (model.float() for model in twins())
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True}], ids=str)
+def test_dtype_of_every_stage_is_that_of_timm(options):
+    theirs, ours = (model.float() for model in twins(**options))
     images = pictures().float()
     with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(ours(images).detach(), theirs(images).detach()) < torch.finfo(torch.bfloat16).eps * 4
         assert ours.forward_features(images).dtype == theirs.forward_features(images).dtype == torch.float32
         assert ours(images).dtype == theirs(images).dtype == torch.bfloat16
     assert ours.bfloat16()(images.bfloat16()).dtype == torch.bfloat16
