@@ -195,7 +195,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     Gradients are deterministic; there is no second derivative.
 
     Returns:
-        [B, Tq, H·d], contiguous, in the dtype of q, or autocast's where it is on.
+        [B, Tq, H·d] in the dtype of q, or autocast's where it is on.
 
     Raises:
         ValueError: for a shape or a device that does not fit, and under use_backend("triton") for a head width or scale
@@ -224,7 +224,7 @@ def attention_qkv(qkv: Tensor, scale: float | None = None) -> Tensor:
         scale: what multiplies the scores, 1/√d for None.
 
     Returns:
-        [B, T, H·d], contiguous, in the dtype of qkv, or autocast's where it is on.
+        [B, T, H·d] in the dtype of qkv, or autocast's where it is on.
 
     Raises:
         ValueError: for a shape that does not fit, and under use_backend("triton") for a head width or scale that no
