@@ -23,7 +23,7 @@ MAP_NORESERVE = 0x4000  # Linux; Python has no name for it before 3.13
 # The interpreter's tiles are 32 x 16 (queries x keys), 16 x 32 for the gradients of keys: 33 tokens cross both.
 
 
-def _draw(batch: int, queries: int, heads: int, width: int, keys: int | None = None, scores=1.0, offset=0.0):
+def shaped(batch: int, queries: int, heads: int, width: int, keys: int | None = None, scores=1.0, offset=0.0):
     """Queries, keys and values; `scores` is the standard deviation of what softmax sees, or `offset` its mean."""
 
     def draw():
@@ -38,28 +38,28 @@ def _draw(batch: int, queries: int, heads: int, width: int, keys: int | None = N
     return draw
 
 
-def _draw_qkv(batch: int, tokens: int, heads: int, width: int):
+def shaped_qkv(batch: int, tokens: int, heads: int, width: int):
     return lambda: {"qkv": torch.randn(batch, tokens, 3, heads, width, dtype=torch.float64)}
 
 
 # Where one key takes all, softmax has no slope: see test_no_slope.
 FLAT = {"constant": ("q", "k")}
 SEPARATE = [
-    Case("one token: o is v", _draw(5, 1, 2, 16), **FLAT),
-    Case("last query of a tile", _draw(1, 32, 2, 32)),
-    Case("first query of a second tile", _draw(1, 33, 1, 32)),
-    Case("last key of a tile", _draw(2, 3, 1, 16, keys=16)),
-    Case("first key of a second tile", _draw(4, 3, 2, 16, keys=17)),
-    Case("many queries on one key", _draw(3, 40, 1, 16, keys=1), **FLAT),
-    Case("a scale of its own", _draw(2, 7, 2, 48, keys=9), {"scale": 0.3}),
-    Case("scores around ten thousand", _draw(2, 19, 2, 16, keys=21, offset=1e4)),
-    Case("scores around minus ten thousand", _draw(2, 19, 2, 16, keys=21, offset=-1e4)),
+    Case("one token: o is v", shaped(5, 1, 2, 16), **FLAT),
+    Case("last query of a tile", shaped(1, 32, 2, 32)),
+    Case("first query of a second tile", shaped(1, 33, 1, 32)),
+    Case("last key of a tile", shaped(2, 3, 1, 16, keys=16)),
+    Case("first key of a second tile", shaped(4, 3, 2, 16, keys=17)),
+    Case("many queries on one key", shaped(3, 40, 1, 16, keys=1), **FLAT),
+    Case("a scale of its own", shaped(2, 7, 2, 48, keys=9), {"scale": 0.3}),
+    Case("scores around ten thousand", shaped(2, 19, 2, 16, keys=21, offset=1e4)),
+    Case("scores around minus ten thousand", shaped(2, 19, 2, 16, keys=21, offset=-1e4)),
 ]
-WIDTHS = [Case(f"heads of {width}", _draw_qkv(2, 17, 2, width)) for width in HEAD_WIDTHS]
-PACKED = [*WIDTHS, Case("packed past every tile", _draw_qkv(1, 49, 1, 16), {"scale": 0.5})]
+WIDTHS = [Case(f"heads of {width}", shaped_qkv(2, 17, 2, width)) for width in HEAD_WIDTHS]
+PACKED = [*WIDTHS, Case("packed past every tile", shaped_qkv(1, 49, 1, 16), {"scale": 0.5})]
 
 
-def _packed(f):
+def unpacked(f):
     return lambda qkv, scale=None: f(*qkv.unbind(2), scale)
 
 
@@ -74,14 +74,14 @@ def test_output_and_gradients(case, mode, backend, guarded_memory):
 @pytest.mark.parametrize("mode", DTYPES)
 @pytest.mark.parametrize("case", named(PACKED))
 def test_packed_output_and_gradients(case, mode, backend, guarded_memory):
-    hold_to_the_rule(attention_qkv, _packed(reference.attention), _packed(unfused.attention), case, mode, backend)
+    hold_to_the_rule(attention_qkv, unpacked(reference.attention), unpacked(unfused.attention), case, mode, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(backend):
     hold_to_the_rule(attention, reference.attention, unfused.attention, SEPARATE[4], "autocast", backend)
     hold_to_the_rule(
-        attention_qkv, _packed(reference.attention), _packed(unfused.attention), WIDTHS[1], "autocast", backend
+        attention_qkv, unpacked(reference.attention), unpacked(unfused.attention), WIDTHS[1], "autocast", backend
     )
 
 
@@ -99,7 +99,7 @@ def test_one_query(mode, backend):
         return lambda q, k, v: f(q, k.view(v.shape), v)
 
     def draw():
-        q, k, v = _draw(5, 1, 3, 16, keys=keys)().values()
+        q, k, v = shaped(5, 1, 3, 16, keys=keys)().values()
         return {"q": q, "k": k.flatten(), "v": v}
 
     ours, truth, peer = map(flat, (attention, reference.attention, unfused.attention))
@@ -115,7 +115,7 @@ def test_no_slope(keys, mode, backend):
     The error rule would ask for the zero itself; a difference of two sums of d numbers, in two orders, has none.
     """
     dtype = MODES[mode]
-    q, k, v = (t.to(dtype).requires_grad_() for t in _draw(2, 7, 1, 16, keys=keys)().values())
+    q, k, v = (t.to(dtype).requires_grad_() for t in shaped(2, 7, 1, 16, keys=keys)().values())
     with torch.no_grad():
         q[..., 0], k[..., 0], k[:, 0, :, 0] = 100.0, -100.0, 100.0  # the first key's score is 5,000 above all others
     do = torch.randn(2, 7, 16).to(dtype)
@@ -143,7 +143,7 @@ VIEWS = {
 def test_strided_views(view, backend):
     """Views are read as they are, upstream gradients too: the results are those of dense copies, to the bit."""
     place = VIEWS[view]
-    views = [place(t.float()) for t in _draw(2, 18, 2, 48, keys=17)().values()]
+    views = [place(t.float()) for t in shaped(2, 18, 2, 48, keys=17)().values()]
     upstream = torch.randn(2, 96, 18).transpose(1, 2)
 
     def run(tensors, do):
@@ -165,7 +165,7 @@ def test_strided_views(view, backend):
 @pytest.mark.parametrize("width", [32, 72])
 def test_between_guard_pages(width, at_start, guarded_memory):
     """Nothing is read or written outside: the end or the start of every tensor is at a page that no one may touch."""
-    tensors = [guarded(t.float().requires_grad_(), at_start) for t in _draw(2, 17, 3, width, keys=33)().values()]
+    tensors = [guarded(t.float().requires_grad_(), at_start) for t in shaped(2, 17, 3, width, keys=33)().values()]
     with use_backend("triton"):
         o = attention(*tensors)
         gradients = torch.autograd.grad(o, tensors, guarded(torch.randn(o.shape), at_start))
@@ -190,7 +190,7 @@ def test_offsets_pass_two_to_the_31():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_images_do_not_mix(backend):
     """NaN or infinity in one image harms no other; images in another order give the same results in that order."""
-    (qkv,) = _draw_qkv(4, 17, 2, 16)().values()
+    (qkv,) = shaped_qkv(4, 17, 2, 16)().values()
     qkv = qkv.float()
     order = torch.tensor([2, 0, 3, 1])
 
@@ -215,7 +215,7 @@ def test_images_do_not_mix(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_again(backend):
     """Two backward passes on the same numbers agree to the bit."""
-    qkv = _draw_qkv(2, 33, 2, 16)()["qkv"].float().requires_grad_()
+    qkv = shaped_qkv(2, 33, 2, 16)()["qkv"].float().requires_grad_()
     with use_backend(backend):
         o = attention_qkv(qkv)
         do = torch.randn_like(o)
@@ -228,7 +228,7 @@ def test_same_bits_again(backend):
 @pytest.mark.parametrize("width", [16, 72])
 def test_maps(width, mode, backend):
     """Rows are those of the reference, in the order asked for, and sum to one."""
-    q, k, _ = (t.to(MODES[mode]) for t in _draw(2, 35, 2, width, keys=18)().values())
+    q, k, _ = (t.to(MODES[mode]) for t in shaped(2, 35, 2, width, keys=18)().values())
     queries = torch.tensor([34, 0, -2, 0])
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"), use_backend(backend):
         rows = attention_maps(q, k, queries)
@@ -250,7 +250,7 @@ def test_maps(width, mode, backend):
 @pytest.mark.interpret
 def test_maps_from_lse():
     """The log-sum-exp that training saves gives the rows without another pass over the keys."""
-    q, k, v = (t.float() for t in _draw(2, 33, 2, 16, keys=17)().values())
+    q, k, v = (t.float() for t in shaped(2, 33, 2, 16, keys=17)().values())
     queries = torch.tensor([32, 1])
     with use_backend("triton"):
         _, lse = torch.ops.vit_fast.attention_train(q, k, v, 0.25)
@@ -262,7 +262,7 @@ def test_maps_from_lse():
 
 
 def test_gradient_through_maps():
-    q, k, _ = (t.requires_grad_() for t in _draw(1, 3, 1, 16)().values())
+    q, k, _ = (t.requires_grad_() for t in shaped(1, 3, 1, 16)().values())
     assert torch.autograd.gradcheck(lambda q, k: attention_maps(q, k, torch.tensor([2, 0])), (q, k))
 
 
@@ -324,8 +324,8 @@ def test_empty(backend):
 
 @pytest.mark.interpret
 def test_opcheck():
-    q, k, v = (t.float().requires_grad_() for t in _draw(2, 3, 2, 16, keys=4)().values())
-    qkv = _draw_qkv(1, 3, 2, 16)()["qkv"].float().requires_grad_()
+    q, k, v = (t.float().requires_grad_() for t in shaped(2, 3, 2, 16, keys=4)().values())
+    qkv = shaped_qkv(1, 3, 2, 16)()["qkv"].float().requires_grad_()
     ops = torch.ops.vit_fast
     torch.library.opcheck(ops.attention_train.default, (q, k, v, 0.25))
     torch.library.opcheck(ops.attention_qkv_train.default, (qkv, 0.25))
