@@ -92,7 +92,7 @@ def _choice(tensor: Tensor, aside: str) -> tuple[str, str]:
     if backend.use_triton(tensor):
         return "triton", "Triton's interpreter" if tensor.device.type == "cpu" else f"a tensor on {tensor.device.type}"
     reason = backend.why_not_triton(tensor.device)
-    if backend._backend == "torch":
+    if backend.chosen_backend() == "torch":
         reason = "use_backend('torch')"
     elif not reason:
         reason = f"the kernels do not take {tensor.dtype}"

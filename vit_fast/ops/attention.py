@@ -4,8 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vit_fast.ops import backend
-from vit_fast.ops.backend import check_operands, check_rank, check_shape, compute_dtype, float32_precision, needs_grad
+from vit_fast.ops.backend import (
+    check_operands,
+    check_rank,
+    check_shape,
+    chosen_backend,
+    compute_dtype,
+    float32_precision,
+    needs_grad,
+    use_triton,
+    without_autocast,
+)
 
 HEAD_WIDTHS = (16, 32, 48, 64, 72, 80, 88, 96, 104, 128)  # those that the kernels take
 
@@ -40,9 +49,9 @@ def _runs_kernel(x: Tensor, refusal: str) -> bool:
     Raises:
         ValueError: the refusal, under use_backend("triton"), which never runs PyTorch.
     """
-    if not backend.use_triton(x):
+    if not use_triton(x):
         return False
-    if refusal and backend._backend == "triton":
+    if refusal and chosen_backend() == "triton":
         raise ValueError(f"{refusal}; use_backend('auto') or 'torch' runs it in PyTorch")
     return not refusal
 
@@ -280,7 +289,7 @@ def attention_maps(
         if lse is None:
             lse = _attention_train(q, k, k, scale)[1]  # its values cost a product that nobody reads, and no memory
         return _maps(q, k, lse, scale)
-    with backend.without_autocast(q):
+    with without_autocast(q):
         wide = torch.promote_types(dtype, torch.float32)
         return (q.transpose(1, 2).to(wide) * scale @ k.permute(0, 2, 3, 1).to(wide)).softmax(-1)
 

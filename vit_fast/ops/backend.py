@@ -48,6 +48,11 @@ def use_backend(name: str):
         _backend = before
 
 
+def chosen_backend() -> str:
+    """What `use_backend` or VIT_FAST_BACKEND chose: "auto", "triton" or "torch"."""
+    return _backend
+
+
 def interpreting() -> bool:
     """Whether Triton's interpreter was asked for, by TRITON_INTERPRET=1."""
     return os.environ.get("TRITON_INTERPRET") == "1"
