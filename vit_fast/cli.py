@@ -322,8 +322,11 @@ def attend(
     maps.check_picture_path(output)
     network, classes = _open_model(model, weights, device)
     looked = [maps.look(network, path) for path in paths]
-    tops = [one.probabilities.max(dim=0) for one in looked]
-    titles = [f"{classes[top.indices]}  ({100 * top.values:.1f} %)" for top in tops]
+    titles = []
+    for one in looked:
+        probability, index = one.probabilities.max(dim=0)
+        name = classes[index] if len(classes[index]) <= 14 else classes[index][:13] + "…"
+        titles.append(f"{name} · {100 * probability:.1f} %")
     maps.draw_attention(looked, titles, output)
     _console().print(escape(output))
 

@@ -12,10 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 LEAST_ACCURACY = 0.97
 LARGEST_DIFFERENCE = 1e-4  # of a probability, between PyTorch and the kernels, both in fp32
-SHOWN = (0, 3, 5, 8)  # digits of the attention picture
-TRAIN = ("--epochs", "80", "--lr", "0.002", "--seed", "42")
+SHOWN = (3, 5, 8)  # digits of the attention picture
+TRAIN = ("--epochs", "70", "--batch-size", "32", "--lr", "0.002", "--seed", "42")
 
 
 def main() -> None:
@@ -24,6 +26,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="also write the attention picture here")
     arguments = parser.parse_args()
     started = time.monotonic()
+    torch.set_num_threads(1)  # so small a model gains little from a second, and waits long for one that is kept busy
     output = arguments.output
     model, digits = output / "model", output / "digits"
     for folder in (model, digits):  # of an earlier demo
@@ -41,7 +44,7 @@ def main() -> None:
     vit_fast("classify", model, digits, "--topk", 2)
 
     print("3. Classify one of them with the Triton kernels, interpreted on the CPU by a process of its own.\n")
-    compare(model, files[SHOWN[1]])
+    compare(model, files[SHOWN[0]])
 
     print("\n4. See what the model looked at.\n")
     picture, curve = output / "attention.png", output / "training.png"

@@ -1,5 +1,6 @@
 """Pictures of what a model looked at, and of how it learned (matplotlib, without a display)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from vit_fast.inference import open_image, preprocess, to_pixels
 
-PANELS_A_ROW = 8
+PANELS_A_LINE = 8
 PANEL = 1.5  # inches
+GLOW = (1.0, 0.58, 0.12)  # of attention, red, green, blue
 INK, PAPER, ACCENT, SECOND = "#1f2430", "#ffffff", "#c8443a", "#2f6db3"
 
 
@@ -94,8 +96,8 @@ def draw_attention(looked: Sequence[Looked], titles: Sequence[str], path: str | 
     """
     plt = _pyplot()
     panels = 2 + len(looked[0].heads)
-    columns = min(panels, PANELS_A_ROW)
-    lines = -(-panels // columns)
+    lines = math.ceil(panels / PANELS_A_LINE)
+    columns = math.ceil(panels / lines)
     figure, axes = plt.subplots(
         lines * len(looked),
         columns,
@@ -120,7 +122,7 @@ def draw_attention(looked: Sequence[Looked], titles: Sequence[str], path: str | 
 
 
 def _show(axis, picture: Tensor, heat: Tensor | None = None) -> None:
-    """A picture; with `heat`, in grey under the colours of its attention."""
+    """A picture; with `heat`, in grey under its attention, which covers it the more the stronger it is."""
     rows, columns = picture.shape[:2]
     smooth = "nearest" if max(rows, columns) <= 64 else "antialiased"
     extent = (0, columns, rows, 0)
@@ -128,9 +130,10 @@ def _show(axis, picture: Tensor, heat: Tensor | None = None) -> None:
         axis.imshow(picture.numpy(), interpolation=smooth, extent=extent)
         return
     grey = picture.float().mean(dim=2) / 255
-    axis.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=1, interpolation=smooth, extent=extent)
+    axis.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=1.15, interpolation=smooth, extent=extent)
     heat = heat / heat.max().clamp(min=torch.finfo(torch.float32).tiny)
-    axis.imshow(heat.numpy(), cmap="inferno", vmin=0, vmax=1, interpolation="nearest", extent=extent, alpha=0.62)
+    cover = torch.cat([torch.tensor(GLOW).expand(*heat.shape, 3), 0.85 * heat.unsqueeze(2)], dim=2)
+    axis.imshow(cover.numpy(), interpolation="nearest", extent=extent)
 
 
 def draw_history(history: Sequence[dict], path: str | Path) -> None:
