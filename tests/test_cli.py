@@ -236,6 +236,15 @@ def _no_class(folder):
     return "train data --epochs 1 --output new"
 
 
+def _broken(workers):
+    def make(folder):
+        for path in (folder / "pictures" / "red").iterdir():
+            path.write_bytes(path.read_bytes()[:60])
+        return f"train pictures --epochs 1 --output new --img-size 16 {TINY_FLAGS} -j {workers}"
+
+    return make
+
+
 def _line(line):
     return lambda folder: line
 
@@ -249,6 +258,8 @@ def _line(line):
         (_bomb, "a.png: refused, it has"),
         (_one_class, "data: takes two subfolders or more, one a class, found one class, 'cats'"),
         (_no_class, "data: takes two subfolders or more, one a class, found none"),
+        (_broken(0), ".png: the picture is damaged or cut off"),
+        (_broken(1), ".png: the picture is damaged or cut off"),
         (_line("train gone --epochs 1 --output new"), "gone: there is no such folder"),
         (_line("train digits --epochs 1"), "--output: a folder for the checkpoint is needed"),
         (_line("train digits --epochs 1 --output pictures/red/0.png/new"), "output: cannot write to"),

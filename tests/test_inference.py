@@ -156,6 +156,7 @@ def test_predict_takes_every_kind_of_picture(tmp_path):
 def test_find_images(tmp_path):
     one, two = picture(tmp_path / "b" / "x.PNG"), picture(tmp_path / "a.jpg")
     (tmp_path / "notes.txt").write_text("")
+    picture(tmp_path / "._a.jpg")  # a hidden file, as some systems leave them
     assert find_images([tmp_path]) == [two, one]
     assert find_images([one, two]) == [one, two]
     (tmp_path / "empty").mkdir()

@@ -1,10 +1,12 @@
 """The command line: `vit-fast train | classify | attend | models | env`. `vit-fast COMMAND --help` tells the rest."""
 
+import dataclasses
 import functools
 import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -66,7 +68,7 @@ def _console() -> Console:
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
-DEFAULTS = {field.name: field.default for field in training.dataclasses.fields(training.Config)}
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(training.Config)}
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … (default: cuda where there is one)", show_default=False)]
 
 
@@ -156,7 +158,7 @@ def train(
             result = training.train(config, resume, progress.on_step, progress.on_epoch)
         except KeyboardInterrupt:
             if progress.steps:
-                again = f"vit-fast train {data} --resume {output}"
+                again = shlex.join(["vit-fast", "train", data, "--resume", output])
                 console.print(f"stopped at step {progress.steps}; go on with [bold]{escape(again)}[/]")
             raise
     console.print(f"held-out accuracy: {100 * result.accuracy:.1f} %")

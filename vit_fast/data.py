@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vit_fast.inference import SUFFIXES, open_image, to_pixels
+from vit_fast.inference import SUFFIXES, open_image, pictures_in, to_pixels
 
 HELD_OUT = 5  # one picture in five
 DIGITS_SIDE = 8
@@ -151,10 +151,7 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
     Raises:
         ValueError: for one class or none, or a class without a picture.
     """
-    classes = {
-        subfolder.name: sorted(path for path in subfolder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        for subfolder in _subfolders(folder)
-    }
+    classes = {subfolder.name: pictures_in(subfolder) for subfolder in _subfolders(folder)}
     if len(classes) < 2:
         found = f"one class, {next(iter(classes))!r}" if classes else "none"
         raise ValueError(f"{folder}: takes two subfolders or more, one a class, found {found}")

@@ -188,6 +188,12 @@ def _picture(picture, in_chans: int):
     raise TypeError(f"images: got {type(picture).__name__}, takes {takes}")
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The files under a folder, at any depth, whose suffix is one of `SUFFIXES`; hidden ones are left out."""
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
+    return sorted(file for file in files if file.is_file())
+
+
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
     """The picture files that `paths` name: files as they are, folders searched through for `SUFFIXES`, in order.
 
@@ -201,7 +207,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
                 raise ValueError(f"{path}: no such file or folder")
             found.append(path)
             continue
-        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        inside = pictures_in(path)
         if not inside:
             raise ValueError(f"{path}: the folder holds no picture ({', '.join(SUFFIXES)})")
         found += inside

@@ -46,7 +46,7 @@ class Config:
     model_kwargs: dict = field(default_factory=dict)  # further arguments of create_model
     num_classes: int | None = None  # None is as many as the data has
     img_size: int | None = None  # None is that of the model
-    epochs: int = 30
+    epochs: int = 100
     batch_size: int = 64
     lr: float = 1e-3
     min_lr: float = 0.0
@@ -258,6 +258,19 @@ class _Interrupt:
             signal.signal(signal.SIGINT, self.before)
 
 
+class _ErrorsAsValues(torch.utils.data.Dataset):
+    """Gives the error of a picture that cannot be read as a value: raised in a worker, it arrives as a traceback."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitems__(self, indices: list[int]):
+        try:
+            return self.dataset.__getitems__(indices)
+        except (ValueError, OSError) as error:
+            return error
+
+
 def _as_it_is(batch):
     return batch
 
@@ -294,8 +307,8 @@ class _Run:
         workers = self.config.workers
         if workers is None:
             workers = 0 if self.config.data == "digits" else min(4, os.cpu_count() or 1)
-        return torch.utils.data.DataLoader(
-            dataset,
+        loader = torch.utils.data.DataLoader(
+            _ErrorsAsValues(dataset),
             batch_sampler=batches,
             collate_fn=_as_it_is,  # the data sets give whole batches
             num_workers=workers,
@@ -303,6 +316,10 @@ class _Run:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # workers' seeds: not from the generator that the run depends on
         )
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
 
     def batches(self):
         """What is left of this epoch: (uint8 images, classes)."""
