@@ -1,6 +1,6 @@
 """Inference on a CPU in fp32: the time of vit_fast over that of timm, on the same weights and images.
 
-python -m benchmarks.cpu_inference [--model vit_base_patch16_224] [--batch-size 4] [--pairs 15] [--threads N]
+python -m benchmarks.cpu_inference [--model NAME] [--batch-size 4] [--pairs 15] [--threads N] [--results FILE.json]
 
 Both models run in turn, ours first in every second pair, and each pair gives one ratio: what else happens on the
 machine meets both. The median of the ratios is the figure, its quartiles say how far to trust it. Nothing is timed
@@ -8,9 +8,13 @@ before both have given the same logits.
 """
 
 import argparse
+import datetime
 import importlib.metadata
+import json
+import pathlib
 import platform
 import statistics
+import subprocess
 import time
 
 import torch
@@ -24,18 +28,54 @@ import timm  # noqa: E402
 import vit_fast  # noqa: E402
 
 
+def cpu_name() -> str:
+    facts = pathlib.Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Of the tree that was measured, "+" where it was changed since."""
+    describe = ("git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+")
+    folder = pathlib.Path(__file__).parent
+    return subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def models_of_one_mind(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Ours and timm's, with the same weights."""
+    torch.manual_seed(0)
+    theirs = timm.create_model(name).eval()
+    for parameter in theirs.parameters():  # a head of zeros, as timm starts it, would make any two models agree
+        mean, std = (0.5, 0.3) if parameter.dim() == 1 else (0.0, 0.05)
+        torch.nn.init.normal_(parameter, mean, std)
+    ours = vit_fast.create_model(name, num_classes=theirs.num_classes).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def check_same(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The distance of the logits over their norm; an end where it is more than rounding."""
+    distance = ((ours - theirs).norm() / theirs.norm()).item()
+    if not distance < 1e-5:
+        raise SystemExit(f"the models disagree: relative distance of the logits {distance:.1e}")
+    return distance
+
+
 def seconds(model: torch.nn.Module, images: torch.Tensor) -> float:
     start = time.perf_counter()
     model(images)
     return time.perf_counter() - start
 
 
-def check_same(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The distance of the logits over their norm; an error where it is more than rounding."""
-    distance = ((ours - theirs).norm() / theirs.norm()).item()
-    if not distance < 1e-5:
-        raise SystemExit(f"the models disagree: relative distance of the logits {distance:.1e}")
-    return distance
+def time_pairs(ours, theirs, images, count: int) -> list[tuple[float, float]]:
+    """Seconds of ours and of timm's, pair by pair."""
+    pairs = []
+    for index in range(count):
+        order = (ours, theirs) if index % 2 else (theirs, ours)
+        times = {model: seconds(model, images) for model in order}
+        pairs.append((times[ours], times[theirs]))
+    return pairs
 
 
 def main() -> None:
@@ -44,38 +84,40 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--threads", type=int, help="PyTorch's threads (its own choice)")
+    parser.add_argument("--results", type=pathlib.Path, metavar="FILE.json", help="keep the figures here too")
     arguments = parser.parse_args()
     if arguments.pairs < 2:
         parser.error(f"--pairs: got {arguments.pairs}, takes 2 or more")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    torch.manual_seed(0)
-    theirs = timm.create_model(arguments.model).eval()
-    ours = vit_fast.create_model(arguments.model, num_classes=theirs.num_classes).eval()
-    for parameter in theirs.parameters():  # a head of zeros, as timm starts it, would make any two models agree
-        mean, std = (0.5, 0.3) if parameter.dim() == 1 else (0.0, 0.05)
-        torch.nn.init.normal_(parameter, mean, std)
-    ours.load_state_dict(theirs.state_dict())
+    ours, theirs = models_of_one_mind(arguments.model)
     images = torch.randn(arguments.batch_size, *theirs.pretrained_cfg["input_size"])
-
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "timm", "vit-fast"))
-    print(f"{arguments.model}, batch {arguments.batch_size}, fp32, {torch.get_num_threads()} threads")
-    print(f"{platform.machine()}, {versions}")
     with torch.inference_mode():
-        print(f"logits agree: relative distance {check_same(ours(images), theirs(images)):.1e}")
-        for model in (ours, theirs):  # warm
-            model(images)
-        pairs = []
-        for index in range(arguments.pairs):
-            first, second = (ours, theirs) if index % 2 else (theirs, ours)
-            times = {model: seconds(model, images) for model in (first, second)}
-            pairs.append((times[ours], times[theirs]))
-    ratios = [a / b for a, b in pairs]
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    for name, column in (("vit_fast", 0), ("timm", 1)):
-        print(f"{name:9} {statistics.median(pair[column] for pair in pairs) * 1e3:8.1f} ms, median")
-    print(f"ours over timm's, median of {arguments.pairs} pairs: {median:.3f} (quartiles {low:.3f} to {high:.3f})")
+        distance = check_same(ours(images), theirs(images))
+        pairs = time_pairs(ours, theirs, images, arguments.pairs)
+    low, median, high = statistics.quantiles([a / b for a, b in pairs], n=4, method="inclusive")
+    milliseconds = [round(1e3 * statistics.median(column), 1) for column in zip(*pairs)]
+    record = {
+        "model": arguments.model,
+        "batch_size": arguments.batch_size,
+        "dtype": "float32",
+        "device": f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "vit-fast")},
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": commit(),
+        "distance_of_logits": distance,
+        "pairs": arguments.pairs,
+        "vit_fast_ms": milliseconds[0],
+        "timm_ms": milliseconds[1],
+        "ratio": round(median, 4),
+        "ratio_quartiles": [round(low, 4), round(high, 4)],
+    }
+    for name, value in record.items():
+        print(f"{name:18} {value}")
+    print(f"ours over timm's, median of pairs: {median:.3f}")
+    if arguments.results:
+        arguments.results.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
