@@ -36,13 +36,12 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """Of the tree that was measured, "+" where it was changed since."""
+    """Of the tree that was measured, "+" where it was changed since; "" outside a clone."""
     describe = ("git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+")
-    folder = pathlib.Path(__file__).parent
-    return subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(describe, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
-def models_of_one_mind(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+def models_alike(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Ours and timm's, with the same weights."""
     torch.manual_seed(0)
     theirs = timm.create_model(name).eval()
@@ -91,7 +90,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    ours, theirs = models_of_one_mind(arguments.model)
+    ours, theirs = models_alike(arguments.model)
     images = torch.randn(arguments.batch_size, *theirs.pretrained_cfg["input_size"])
     with torch.inference_mode():
         distance = check_same(ours(images), theirs(images))
