@@ -6,6 +6,6 @@ A top-level package called `kernels` would overwrite the distribution of that na
 from setuptools import find_packages, setup
 
 setup(
-    packages=find_packages(include=["vit_fast", "vit_fast.*"]) + ["vit_fast.kernels"],
+    packages=[*find_packages(include=["vit_fast", "vit_fast.*"]), "vit_fast.kernels"],
     package_dir={"vit_fast": "vit_fast", "vit_fast.kernels": "kernels"},
 )
