@@ -174,7 +174,7 @@ def _finish_kernel(
     N,
     K,
     stride_weight,
-    SPLITS: tl.constexpr,
+    SPLITS,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):

@@ -62,6 +62,34 @@ def _statistics_kernel(x_ptr, mean_ptr, rstd_ptr, M, K, stride_x, eps, BLOCK_M: 
 
 
 @triton.jit
+def normalised_product_tile(
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    weight_ptr,
+    bias_ptr,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_weight,
+    rows,
+    cols,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile of z·Wᵀ + b in fp32."""
+    z = (x_ptr, stride_x, M, K, mean_ptr, rstd_ptr, norm_weight_ptr, norm_bias_ptr)
+    w = (weight_ptr, 1, stride_weight, K, N, None, 1)
+    y = product(normalised, z, matrix, w, rows, cols, 0, K, weight_ptr.dtype.element_ty, BLOCK_K, PRECISION)
+    if bias_ptr is not None:
+        y += load_vector(bias_ptr, cols, N)[None, :]
+    return y
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr,
     mean_ptr,
@@ -82,11 +110,10 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
 ):
     rows, cols = tile_offsets(M, N, BLOCK_M, BLOCK_N)
-    z = (x_ptr, stride_x, M, K, mean_ptr, rstd_ptr, norm_weight_ptr, norm_bias_ptr)
-    w = (weight_ptr, 1, stride_weight, K, N, None, 1)
-    y = product(normalised, z, matrix, w, rows, cols, 0, K, weight_ptr.dtype.element_ty, BLOCK_K, PRECISION)
-    if bias_ptr is not None:
-        y += load_vector(bias_ptr, cols, N)[None, :]
+    y = normalised_product_tile(
+        x_ptr, mean_ptr, rstd_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, M, N, K,
+        stride_x, stride_weight, rows, cols, BLOCK_K, PRECISION,
+    )  # fmt: skip
     store(y_ptr, N, y, rows, cols, M, N)
 
 
@@ -210,7 +237,7 @@ def _finish_kernel(
     N,
     K,
     stride_weight,
-    SPLITS: tl.constexpr,
+    SPLITS,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):

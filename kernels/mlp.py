@@ -14,8 +14,8 @@ import triton.language as tl
 from . import linear_residual, ln_linear
 from .activation import activate, activate_grad
 from .linear import input_grad_tile, linear_weight_grad
-from .ln_linear import normalised
-from .product import load_vector, matrix, product, store, tile_offsets, tiles
+from .ln_linear import normalised_product_tile
+from .product import matrix, store, tile_offsets, tiles
 from .tile_table import lookup
 
 
@@ -43,11 +43,10 @@ def _fc1_kernel(
 ):
     """act(h), and h itself where training keeps it."""
     rows, cols = tile_offsets(M, N, BLOCK_M, BLOCK_N)
-    z = (x_ptr, stride_x, M, K, mean_ptr, rstd_ptr, norm_weight_ptr, norm_bias_ptr)
-    w = (weight_ptr, 1, stride_weight, K, N, None, 1)
-    h = product(normalised, z, matrix, w, rows, cols, 0, K, weight_ptr.dtype.element_ty, BLOCK_K, PRECISION)
-    if bias_ptr is not None:
-        h += load_vector(bias_ptr, cols, N)[None, :]
+    h = normalised_product_tile(
+        x_ptr, mean_ptr, rstd_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, M, N, K,
+        stride_x, stride_weight, rows, cols, BLOCK_K, PRECISION,
+    )  # fmt: skip
     if hidden_ptr is not None:
         store(hidden_ptr, N, h, rows, cols, M, N)
         # What backward will read is h as it was rounded: the activation is that of the same number.

@@ -19,6 +19,7 @@ import vit_fast
 from tests.error_rule import assert_close_to_truth, relative_error
 from tests.test_parity import assert_same, draw, run
 from vit_fast import layers, reference
+from vit_fast.ops import backend
 
 SMALL = {
     "img_size": (8, 12),
@@ -311,15 +312,31 @@ def test_dtype_of_every_stage_is_that_of_timm(options):
         ({"pos_embed": "sincos2d", "no_embed_class": True}, "token"),
         ({"representation_size": 24, "act_layer": "quick_gelu"}, "token"),
         ({"pre_norm": True, "qkv_bias": False}, "token"),
+        ({"scale_attn_norm": True, "scale_mlp_norm": True}, "token"),
+        ({"global_pool": "max", "reg_tokens": 1}, "max"),
+        ({"global_pool": "avgmax", "fc_norm": False}, "avgmax"),
+        ({"global_pool": "map", "class_token": False}, "map"),
+        ({"global_pool": "", "num_classes": 0}, ""),
+        ({"distilled": True}, "token"),
     ],
     ids=str,
 )
 def test_the_reference_says_the_same(options, pool):
-    model = small(dtype=torch.float64, **options)
+    kind = vit_fast.model.VisionTransformerDistilled if "distilled" in options else vit_fast.VisionTransformer
+    model = kind(**{**SMALL, "dtype": torch.float64, **{k: v for k, v in options.items() if k != "distilled"}}).eval()
+    draw(model)
     images = pictures()
     activation = options.get("act_layer", "gelu")
     logits = reference.vision_transformer(images, model.state_dict(), heads=2, pool=pool, activation=activation)
     assert close(model(images), logits)
+
+
+def test_the_reference_reads_every_parameter_or_says_so():
+    parameters = small(dtype=torch.float64).state_dict()
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.gate are of another architecture"):
+        reference.vision_transformer(pictures(), {**parameters, "blocks.0.attn.gate": torch.ones(1)}, heads=2)
+    with pytest.raises(ValueError, match="pool: got 'mean'"):
+        reference.vision_transformer(pictures(), parameters, heads=2, pool="mean")
 
 
 def test_sincos_positions_are_fixed_and_saved():
@@ -327,13 +344,18 @@ def test_sincos_positions_are_fixed_and_saved():
     assert not model.pos_embed.requires_grad
     table = reference.sincos_position(2, 3, 32)
     assert torch.equal(model.pos_embed[0, :2], torch.zeros(2, 32))
-    assert torch.equal(model.pos_embed[0, 2:], table.float())
+    torch.testing.assert_close(model.pos_embed[0, 2:], table.float(), rtol=0, atol=1e-7)
     before = model.pos_embed.clone()
     model.init_weights()
     assert torch.equal(model.pos_embed, before)
     Timm(**SMALL, reg_tokens=1).load_state_dict(model.state_dict(), strict=True)
     model.set_input_size((16, 12))
     assert not model.pos_embed.requires_grad
+    torch.testing.assert_close(model.pos_embed[0, 2:], reference.sincos_position(4, 3, 32).float(), rtol=0, atol=1e-7)
+    with torch.device("meta"):
+        model = vit_fast.VisionTransformer(**SMALL, pos_embed="sincos2d", reg_tokens=1)
+    model.to_empty(device="cpu").init_weights()
+    assert torch.equal(model.pos_embed, before)
     with pytest.raises(ValueError, match="multiple of 4"):
         vit_fast.VisionTransformer(**{**SMALL, "embed_dim": 34}, pos_embed="sincos2d")
 
@@ -519,8 +541,32 @@ def test_an_overridden_position_embedding_is_called():
     assert not torch.allclose(model(images), plain(images))
 
 
+@pytest.mark.parametrize("option", [{"padding": 1}, {"dilation": 1, "stride": 3}, {"kernel_size": 2}], ids=str)
+def test_a_projection_that_cuts_no_patches_is_called_as_it_is(option):
+    model = small()
+    model.patch_embed.proj = nn.Conv2d(3, 32, **{"kernel_size": 4, "stride": 4, **option})
+    assert model.embed_aside() == "patch_embed.proj is no plain patch projection"
+
+
+def test_a_model_without_layers():
+    model = small(depth=0)
+    assert model(pictures(dtype=torch.float32)).shape == (2, 5)
+    with pytest.raises(ValueError, match="has no layer"):
+        model.attention_rollout(pictures(dtype=torch.float32))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_with_dynamic_shapes(dynamic):
+    model = small(dynamic_img_size=dynamic).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 3):
+        images = pictures(batch, torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(images), model(images))
+
+
 def test_the_log_says_it_once(caplog):
-    layers._log_aside.cache_clear()
+    backend._say_once.cache_clear()
     _, ours = twins(proj_drop_rate=0.1)
     with caplog.at_level(logging.INFO, "vit_fast"):
         ours.train()(pictures())
@@ -559,6 +605,10 @@ def test_explain_gives_the_reason():
     assert reasons["blocks.1.mlp", "mlp"] == "mlp.fc1 has a hook"
     with vit_fast.use_backend("torch"):
         assert vit_fast.explain(model.eval())[0].reason == "use_backend('torch')"
+    with vit_fast.use_backend("triton"):
+        line = vit_fast.explain(model.double())[0]
+    assert line.backend == "none"
+    assert "raises" in line.reason
     with pytest.raises(ValueError, match="takes a VisionTransformer"):
         vit_fast.explain(nn.Linear(2, 2))
     assert vit_fast.explain(nn.Sequential(model))[0].name == "0.patch_embed"
@@ -775,6 +825,10 @@ def test_bad_images_for_any_size():
         ({"img_size": 2}, "takes at least one patch"),
         ({"patch_size": 0}, "patch_size: got 0"),
         ({"depth": -1}, "depth: got -1"),
+        ({"mlp_ratio": -1}, "mlp_ratio: got -1, takes"),
+        ({"mlp_ratio": 0}, "mlp_ratio: got 0, takes"),
+        ({"drop_path_rate": 1.5}, "drop_path_rate: got 1.5, takes 0 or more and less than 1"),
+        ({"init_values": math.nan}, "init_values: got nan, takes a finite number"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -16,7 +16,7 @@ class Line(NamedTuple):
 
     name: str  # the module, as in `model.named_modules()`
     op: str  # of vit_fast.ops
-    backend: str  # "triton" or "torch"
+    backend: str  # "triton", "torch", or "none" where the call raises
     reason: str  # why this backend
 
 
@@ -47,7 +47,7 @@ def explain(model: nn.Module) -> Explanation:
         ValueError: where nothing of vit_fast is found in `model`.
     """
     lines = Explanation(
-        Line(f"{name}.{part}".strip("."), op, *_choice(tensor, aside))
+        Line(f"{name}.{part}".strip("."), op, *_choice(op, tensor, aside))
         for name, module in model.named_modules()
         for part, op, tensor, aside in _parts(module)
     )
@@ -81,16 +81,22 @@ def _parts(module: nn.Module) -> Iterator[tuple[str, str, Tensor, str]]:
 def _head_width(width: int) -> str:
     if width in HEAD_WIDTHS:
         return ""
-    forced = "; use_backend('triton') raises" if backend._backend == "triton" else ""
+    forced = "; use_backend('triton') raises" if backend.chosen_backend() == "triton" else ""
     return f"head width {width}: the kernels take {', '.join(map(str, HEAD_WIDTHS))}{forced}"
 
 
-def _choice(tensor: Tensor, aside: str) -> tuple[str, str]:
+def _choice(op: str, tensor: Tensor, aside: str) -> tuple[str, str]:
     """The backend of an op on a tensor of this device and dtype, and the reason for it."""
     if aside:
         return "torch", aside
-    if backend.use_triton(tensor):
-        return "triton", "Triton's interpreter" if tensor.device.type == "cpu" else f"a tensor on {tensor.device.type}"
+    try:
+        if backend.use_triton(op, tensor):
+            return (
+                "triton",
+                "Triton's interpreter" if tensor.device.type == "cpu" else f"a tensor on {tensor.device.type}",
+            )
+    except (TypeError, RuntimeError) as error:
+        return "none", f"raises {type(error).__name__}: {error}"
     reason = backend.why_not_triton(tensor.device)
     if backend.chosen_backend() == "torch":
         reason = "use_backend('torch')"

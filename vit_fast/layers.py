@@ -22,7 +22,7 @@ from torch.nn.modules import module as nn_module
 from vit_fast import ops
 from vit_fast.arguments import pair
 from vit_fast.initialise import trunc_normal_tf_
-from vit_fast.ops.backend import compute_dtype, log
+from vit_fast.ops.backend import compute_dtype, say_aside
 from vit_fast.positions import resample_patch_weight
 
 LAYER_NORM = functools.partial(nn.LayerNorm, eps=1e-6)
@@ -374,13 +374,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         reason = "a mask is given" if attn_mask is not None or is_causal else self.attention_aside()
         if reason:
-            say_aside(reason)
+            say_aside("a block, module by module,", reason)
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         else:
             x = self._fused_attention(x)
         reason = self.mlp_aside()
         if reason:
-            say_aside(reason)
+            say_aside("a block, module by module,", reason)
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return self._fused_mlp(x)
 
@@ -507,7 +507,7 @@ class AttentionPoolLatent(nn.Module):
         norm, mlp = self.norm, self.mlp
         reason = self.mlp_aside()
         if reason:
-            say_aside(f"the attention pool's {reason}")
+            say_aside("the attention pool, module by module,", reason)
             return (x + mlp(norm(x)))[:, 0]
         return ops.mlp(
             x,
@@ -567,14 +567,3 @@ def why_aside(*submodules: tuple[str, nn.Module, tuple[type, ...]]) -> str:
         if kind is nn.Dropout and module.p and module.training:
             return f"{name} is active"
     return ""
-
-
-@functools.cache
-def _log_aside(reason: str) -> None:
-    log.warning("%s: that part of a model runs module by module in PyTorch; vit_fast.explain(model) lists them", reason)
-
-
-def say_aside(reason: str) -> None:
-    """One log line a reason for the process."""
-    if not torch.compiler.is_compiling():
-        _log_aside(reason)

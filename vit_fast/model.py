@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vit_fast import ops
-from vit_fast.arguments import activation_name, device_of, known_layer, norm_factory, one_of, take_indices
+from vit_fast.arguments import activation_name, known_layer, norm_factory, one_of, take_indices
 from vit_fast.initialise import init_children, trunc_normal_
 from vit_fast.layers import (
     ACTIVATIONS,
@@ -29,9 +29,9 @@ from vit_fast.layers import (
     Mlp,
     PatchDropout,
     PatchEmbed,
-    say_aside,
     why_aside,
 )
+from vit_fast.ops.backend import say_aside
 from vit_fast.positions import resample_positions, sincos_position
 
 POOLS = ("", "token", "avg", "avgmax", "max", "map")
@@ -142,6 +142,21 @@ class VisionTransformer(nn.Module):
         for name, number in (("num_classes", num_classes), ("depth", depth), ("reg_tokens", reg_tokens)):
             if number < 0:
                 raise ValueError(f"{name}: got {number}, takes 0 or more")
+        rates = {
+            "drop_rate": drop_rate,
+            "pos_drop_rate": pos_drop_rate,
+            "patch_drop_rate": patch_drop_rate,
+            "proj_drop_rate": proj_drop_rate,
+            "attn_drop_rate": attn_drop_rate,
+            "drop_path_rate": drop_path_rate,
+        }
+        for name, rate in rates.items():
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name}: got {rate}, takes 0 or more and less than 1")
+        if not 1 <= embed_dim * mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio: got {mlp_ratio}, takes a number that gives a hidden width of 1 or more")
+        if init_values is not None and not math.isfinite(init_values):
+            raise ValueError(f"init_values: got {init_values}, takes a finite number or None")
         if embed_dim % num_heads:
             raise ValueError(f"num_heads: got {num_heads}, takes a divisor of embed_dim, {embed_dim}")
         norm_layer = norm_factory("norm_layer", norm_layer)
@@ -183,7 +198,7 @@ class VisionTransformer(nn.Module):
         self.patch_drop = PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate else nn.Identity()
         self.norm_pre = norm_layer(embed_dim, **dd) if pre_norm else nn.Identity()
 
-        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        path_rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.Sequential(
             *[
                 Block(
@@ -203,7 +218,7 @@ class VisionTransformer(nn.Module):
                     norm_layer,
                     **dd,
                 )
-                for rate in rates
+                for rate in path_rates
             ]
         )
         reduction = self.patch_embed.feat_ratio()
@@ -237,13 +252,19 @@ class VisionTransformer(nn.Module):
             self.init_weights(needs_reset=False)
 
     def _new_pos_embed(self, dd: dict) -> nn.Parameter:
-        """The position table, still without values where it is learned."""
+        """The position table, without values yet where it is learned; the fixed one has them and takes no gradient."""
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-        if not self.fixed_pos_embed:
-            return nn.Parameter(torch.empty(1, self.patch_embed.num_patches + prefix, self.embed_dim, **dd))
-        table = sincos_position(*self.patch_embed.grid_size, self.embed_dim)
-        table = torch.cat([table.new_zeros(prefix, self.embed_dim), table])[None]
-        return nn.Parameter(table.to(device=device_of(dd), dtype=dd["dtype"] or torch.get_default_dtype()), False)
+        table = nn.Parameter(torch.empty(1, self.patch_embed.num_patches + prefix, self.embed_dim, **dd))
+        if self.fixed_pos_embed:
+            self._write_sincos(table.requires_grad_(False))
+        return table
+
+    @torch.no_grad()
+    def _write_sincos(self, table: Tensor) -> None:
+        """The sine-cosine positions of this grid, zeros for the prefix tokens."""
+        positions = sincos_position(*self.patch_embed.grid_size, self.embed_dim)
+        table.zero_()
+        table[0, table.shape[1] - len(positions) :].copy_(positions)
 
     def _new_head(self, dd: dict) -> nn.Module:
         return nn.Linear(self.head_hidden_size, self.num_classes, **dd) if self.num_classes else nn.Identity()
@@ -259,7 +280,9 @@ class VisionTransformer(nn.Module):
         """
         mode = mode or self.weight_init_mode
         one_of("mode", mode, [name for name in WEIGHT_INITS if name != "skip"])
-        if self.pos_embed is not None and not self.fixed_pos_embed:
+        if self.fixed_pos_embed:
+            self._write_sincos(self.pos_embed)
+        elif self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=0.02)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
@@ -313,10 +336,12 @@ class VisionTransformer(nn.Module):
         return {"device": parameter.device, "dtype": parameter.dtype}
 
     def set_input_size(self, img_size=None, patch_size=None) -> None:
-        """Change the image size, the patch size or both; positions and patch projection are resampled."""
+        """Change the image size, the patch size or both; patch projection and learned positions are resampled."""
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)
-        if self.pos_embed is not None and self.patch_embed.grid_size != old_grid:
+        if self.fixed_pos_embed:
+            self.pos_embed = self._new_pos_embed(self._dd())
+        elif self.pos_embed is not None and self.patch_embed.grid_size != old_grid:
             prefix = 0 if self.no_embed_class else self.num_prefix_tokens
             table = resample_positions(self.pos_embed.detach(), self.patch_embed.grid_size, old_grid, prefix)
             self.pos_embed = nn.Parameter(table, self.pos_embed.requires_grad)
@@ -353,9 +378,15 @@ class VisionTransformer(nn.Module):
             return "_pos_embed is replaced"
         if type(embed) is not PatchEmbed:
             return f"patch_embed is a {type(embed).__name__}"
+        proj = embed.proj
+        if type(proj) is nn.Conv2d and not (
+            proj.kernel_size == proj.stride == embed.patch_size
+            and (proj.padding, proj.dilation, proj.groups) == ((0, 0), (1, 1), 1)
+        ):
+            return "patch_embed.proj is no plain patch projection"
         return why_aside(
             ("patch_embed", embed, (PatchEmbed,)),
-            ("patch_embed.proj", embed.proj, (nn.Conv2d,)),
+            ("patch_embed.proj", proj, (nn.Conv2d,)),
             ("patch_embed.norm", embed.norm, NONE),
             ("pos_drop", self.pos_drop, DROPOUT),
         )
@@ -364,7 +395,7 @@ class VisionTransformer(nn.Module):
         """Images → tokens [B, T, D] that the first block reads (equation 1)."""
         reason = self.embed_aside()
         if reason:
-            say_aside(reason)
+            say_aside("patch_embed, module by module,", reason)
             x = self._pos_embed(self.patch_embed(images))
         else:
             x = self._fused_embed(images)
@@ -576,6 +607,8 @@ class VisionTransformer(nn.Module):
             [B, T, T] in fp32 (or fp64): row i holds the share that each input token has in token i of the last layer.
             Rows sum to one.
         """
+        if not len(self.blocks):
+            raise ValueError("attention_rollout: the model has no layer")
         flow = None
         with self._per_layer(images) as walk:
             for _, block, x in walk:

@@ -132,10 +132,15 @@ def sincos_position(rows: int, columns: int, width: int, temperature: float = 10
     → [rows·columns, D] in float64, patch (r, c) at row r·columns + c, its channels sin(c·ω), cos(c·ω), sin(r·ω),
     cos(r·ω) with ωᵢ = temperature^(−i/(D/4)).
     """
-    omega = temperature ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    row = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)[:, None] * omega
-    column = torch.arange(columns, dtype=torch.float64).repeat(rows)[:, None] * omega
-    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
+    quarter = width // 4
+    table = torch.zeros(rows * columns, width, dtype=torch.float64)
+    for r in range(rows):
+        for c in range(columns):
+            for i in range(quarter):
+                omega = temperature ** (-i / quarter)
+                channels = math.sin(c * omega), math.cos(c * omega), math.sin(r * omega), math.cos(r * omega)
+                table[r * columns + c, i::quarter] = torch.tensor(channels, dtype=torch.float64)
+    return table
 
 
 def rollout(maps: Tensor) -> Tensor:
@@ -150,20 +155,50 @@ def rollout(maps: Tensor) -> Tensor:
 
 
 def block(x: Tensor, p: dict[str, Tensor], heads: int, activation: str, eps: float) -> Tensor:
-    """Equations 2 and 3 of [1] with timm's parameter names. x [B, T, D] → [B, T, D]."""
-    qkv = ln_linear(x, p["norm1.weight"], p["norm1.bias"], p["attn.qkv.weight"], p.get("attn.qkv.bias"), eps)
+    """Equations 2 and 3 of [1] with timm's parameter names. x [B, T, D] → [B, T, D]. It takes from p what it reads."""
+
+    def norm(y: Tensor, name: str) -> Tensor:  # for the norms that not every model has
+        return layer_norm(y, p.pop(f"{name}.weight"), p.pop(f"{name}.bias"), eps) if f"{name}.weight" in p else y
+
+    qkv = linear(norm(x, "norm1"), p.pop("attn.qkv.weight"), p.pop("attn.qkv.bias", None))
     q, k, v = qkv.reshape(*x.shape[:2], 3, heads, -1).unbind(2)  # three of [B, T, H, d]
-    if "attn.q_norm.weight" in p:
-        q = layer_norm(q, p["attn.q_norm.weight"], p["attn.q_norm.bias"], eps)
-        k = layer_norm(k, p["attn.k_norm.weight"], p["attn.k_norm.bias"], eps)
-    x = linear_residual(attention(q, k, v), p["attn.proj.weight"], p.get("attn.proj.bias"), x, p.get("ls1.gamma"))
-    names = ("norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")
-    return mlp(x, *(p.get(name) for name in names), p.get("ls2.gamma"), None, activation, eps)
+    y = norm(attention(norm(q, "attn.q_norm"), norm(k, "attn.k_norm"), v), "attn.norm")
+    x = linear_residual(y, p.pop("attn.proj.weight"), p.pop("attn.proj.bias", None), x, p.pop("ls1.gamma", None))
+    hidden = activate(linear(norm(x, "norm2"), p.pop("mlp.fc1.weight"), p.pop("mlp.fc1.bias", None)), activation)
+    hidden = norm(hidden, "mlp.norm")
+    return linear_residual(hidden, p.pop("mlp.fc2.weight"), p.pop("mlp.fc2.bias", None), x, p.pop("ls2.gamma", None))
+
+
+def pool_tokens(x: Tensor, pool: str, prefix: int) -> Tensor:
+    """[B, T, D] → [B, D]: the class token (equation 4 of [1]), or a summary of the patch tokens; "" leaves x alone."""
+    patches = x[:, prefix:]
+    if pool == "token":
+        return x[:, 0]
+    if pool == "avg":
+        return patches.mean(1)
+    if pool == "max":
+        return patches.amax(1)
+    if pool == "avgmax":
+        return (patches.mean(1) + patches.amax(1)) / 2
+    if pool == "":
+        return x
+    raise ValueError(f"pool: got {pool!r}, takes 'token', 'avg', 'max', 'avgmax', 'map' or ''")
+
+
+def attention_pool(x: Tensor, p: dict[str, Tensor], heads: int, activation: str, eps: float) -> Tensor:
+    """Section 3.5 of Zhai et al. 2022: one learned query reads the tokens, then a residual MLP. [B, T, D] → [B, D]."""
+    batch, tokens, width = x.shape
+    latent = p.pop("latent").expand(batch, 1, width)
+    q = linear(latent, p.pop("q.weight"), p.pop("q.bias")).reshape(batch, 1, heads, -1)
+    k, v = linear(x, p.pop("kv.weight"), p.pop("kv.bias")).reshape(batch, tokens, 2, heads, -1).unbind(2)
+    y = linear(attention(q, k, v), p.pop("proj.weight"), p.pop("proj.bias"))
+    names = ("norm.weight", "norm.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")
+    return mlp(y, *(p.pop(name) for name in names), activation=activation, eps=eps)[:, 0]
 
 
 def vision_transformer(
     images: Tensor,
-    p: dict[str, Tensor],
+    parameters: dict[str, Tensor],
     *,
     heads: int,
     pool: str = "token",
@@ -173,23 +208,44 @@ def vision_transformer(
     """The whole model on a state dict with timm's names: equations 1 to 4 of [1], then the classification head.
 
     images [B, C, rows, columns] → logits [B, classes]; their softmax is the class probabilities. `pool` is "token" (the
-    class token, equation 4) or "avg" (the mean of the patch tokens).
+    class token, equation 4), "avg", "max" or "avgmax" (of the patch tokens), "map" (attention pooling) or "". With a
+    distillation token the logits of both heads are averaged (Touvron et al. 2021). Positions are not interpolated: the
+    table is for this image size. Every parameter is read, or a ValueError names what is left over.
     """
-    prefix = [p[name][0] for name in ("cls_token", "dist_token", "reg_token") if name in p]
-    position = p["pos_embed"][0] if "pos_embed" in p else None
-    prefix = torch.cat(prefix) if prefix else None
-    x = patch_embed(images, p["patch_embed.proj.weight"], p.get("patch_embed.proj.bias"), position, prefix)
-    if "norm_pre.weight" in p:
-        x = layer_norm(x, p["norm_pre.weight"], p["norm_pre.bias"], eps)
+    p = dict(parameters)
+
+    def part(start: str) -> dict[str, Tensor]:
+        return {name[len(start) :]: p.pop(name) for name in list(p) if name.startswith(start)}
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return layer_norm(x, p.pop(f"{name}.weight"), p.pop(f"{name}.bias"), eps) if f"{name}.weight" in p else x
+
+    tokens = [p.pop(name)[0] for name in ("cls_token", "dist_token", "reg_token") if name in p]
+    prefix = torch.cat(tokens) if tokens else None
+    count = 0 if prefix is None else len(prefix)
+    position = p.pop("pos_embed")[0] if "pos_embed" in p else None
+    x = patch_embed(images, p.pop("patch_embed.proj.weight"), p.pop("patch_embed.proj.bias", None), position, prefix)
+    x = norm(x, "norm_pre")
     depth = 1 + max(int(name.split(".")[1]) for name in p if name.startswith("blocks."))
+    left_over = []
     for index in range(depth):
-        start = f"blocks.{index}."
-        x = block(x, {n[len(start) :]: t for n, t in p.items() if n.startswith(start)}, heads, activation, eps)
-    if "norm.weight" in p:
-        x = layer_norm(x, p["norm.weight"], p["norm.bias"], eps)
-    x = x[:, 0] if pool == "token" else x[:, 0 if prefix is None else len(prefix) :].mean(1)
-    if "fc_norm.weight" in p:
-        x = layer_norm(x, p["fc_norm.weight"], p["fc_norm.bias"], eps)
+        layer = part(f"blocks.{index}.")
+        x = block(x, layer, heads, activation, eps)
+        left_over += [f"blocks.{index}.{name}" for name in layer]
+    x = norm(x, "norm")
+    if pool == "map":
+        pooling = part("attn_pool.")
+        pooled = attention_pool(x[:, count:], pooling, heads, activation, eps)
+        left_over += [f"attn_pool.{name}" for name in pooling]
+    else:
+        pooled = pool_tokens(x, pool, count)
+    pooled = norm(pooled, "fc_norm")
     if "pre_logits.fc.weight" in p:
-        x = torch.tanh(linear(x, p["pre_logits.fc.weight"], p["pre_logits.fc.bias"]))
-    return linear(x, p["head.weight"], p.get("head.bias")) if "head.weight" in p else x
+        pooled = torch.tanh(linear(pooled, p.pop("pre_logits.fc.weight"), p.pop("pre_logits.fc.bias")))
+    if "head.weight" in p:
+        pooled = linear(pooled, p.pop("head.weight"), p.pop("head.bias", None))
+    if "head_dist.weight" in p:
+        pooled = (pooled + linear(x[:, 1], p.pop("head_dist.weight"), p.pop("head_dist.bias"))) / 2
+    if left_over or p:
+        raise ValueError(f"parameters: {', '.join([*left_over, *p])} are of another architecture")
+    return pooled

@@ -42,7 +42,9 @@ def run(op: Callable, tensors: dict[str, Tensor | None], case: Case, upstream: T
     for name in wanted:
         tensors[name].requires_grad_()
     output = op(**tensors, **case.options)
-    gradients = torch.autograd.grad(output, [tensors[name] for name in wanted], upstream.to(output.dtype))
+    # Every other element of a wider tensor: what backward gets is often a view.
+    upstream = upstream.to(output.dtype).repeat_interleave(2, -1)[..., ::2]
+    gradients = torch.autograd.grad(output, [tensors[name] for name in wanted], upstream)
     return {"output": output.detach()} | {f"d{name}": g for name, g in zip(wanted, gradients)}
 
 
@@ -72,7 +74,7 @@ def hold_to_the_rule(
             ours = run(op, copies(place), case, upstream.to(device))
     assert ours.keys() == truth.keys()
     for name in truth:
-        assert_close_to_truth(ours[name], peer[name].to(ours[name].dtype), truth[name], name)
+        assert_close_to_truth(ours[name], peer[name], truth[name], name)
 
 
 def assert_no_second_derivative(op: Callable, args: dict[str, Tensor | None]) -> None:
@@ -81,3 +83,56 @@ def assert_no_second_derivative(op: Callable, args: dict[str, Tensor | None]) ->
         (gradient,) = torch.autograd.grad(op(**args).square().sum(), args["x"], create_graph=True)
         with pytest.raises(RuntimeError, match="no autograd formula was registered"):
             gradient.sum().backward()
+
+
+def assert_views_are_read(op: Callable, case: Case, backend: str) -> None:
+    """Every operand as a view gives what its contiguous copy gives.
+
+    Vectors are every other element, matrices are transposed in memory, activations are cut out of wider ones.
+    """
+    args = {name: None if t is None else t.float() for name, t in case.draw().items()}
+
+    def view(t: Tensor) -> Tensor:
+        if t.dim() == 1:
+            return t.repeat_interleave(2)[::2]
+        if t.dim() == 2:
+            return t.T.contiguous().T
+        return torch.cat([t, t], dim=-1).repeat_interleave(2, -2)[..., ::2, : t.shape[-1]]
+
+    with vit_fast.ops.use_backend(backend):
+        expected = op(**args, **case.options)
+        for name, t in args.items():
+            if t is not None:
+                strided = view(t)
+                assert not strided.is_contiguous() or t.numel() < 2, name
+                torch.testing.assert_close(op(**args | {name: strided}, **case.options), expected, rtol=1e-6, atol=1e-6)
+
+
+def assert_frozen_parameters(op: Callable, case: Case) -> None:
+    """Each operand alone gets the gradient that it gets among the others."""
+    args = {name: None if t is None else t.float() for name, t in case.draw().items()}
+    wanted = [name for name, t in args.items() if t is not None and name not in case.constant]
+
+    def gradients(names: list[str]) -> list[Tensor]:
+        some = {name: t.clone().requires_grad_(name in names) if t is not None else None for name, t in args.items()}
+        y = op(**some, **case.options)
+        return list(torch.autograd.grad(y, [some[name] for name in names], torch.ones_like(y)))
+
+    with vit_fast.ops.use_backend("triton"):
+        for name, expected in zip(wanted, gradients(wanted)):
+            assert torch.equal(gradients([name])[0], expected), name
+
+
+def assert_forward_mode_is_refused(op: Callable, case: Case) -> None:
+    """Without a rule for it a kernel's output would have no tangent: a gradient of zero and no word said."""
+    args = {name: None if t is None else t.float() for name, t in case.draw().items()}
+    x = args.pop(next(iter(args)))
+    with vit_fast.ops.use_backend("triton"), pytest.raises(RuntimeError, match="forward-mode differentiation"):
+        torch.func.jvp(lambda x: op(x, *args.values(), **case.options), (x,), (torch.ones_like(x),))
+
+
+def assert_dtype_under_autocast(op: Callable, case: Case, dtype: torch.dtype) -> None:
+    """What a module behind the op gets, without gradients."""
+    args = {name: None if t is None else t.float() for name, t in case.draw().items()}
+    with vit_fast.ops.use_backend("triton"), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert op(**args, **case.options).dtype == dtype

@@ -2,7 +2,18 @@ import pytest
 import torch
 
 from tests import unfused
-from tests.ops.harness import BACKENDS, MODES, Case, assert_no_second_derivative, hold_to_the_rule, named
+from tests.ops.harness import (
+    BACKENDS,
+    MODES,
+    Case,
+    assert_dtype_under_autocast,
+    assert_forward_mode_is_refused,
+    assert_frozen_parameters,
+    assert_no_second_derivative,
+    assert_views_are_read,
+    hold_to_the_rule,
+    named,
+)
 from vit_fast import reference
 from vit_fast.ops import linear_residual, use_backend
 
@@ -80,12 +91,33 @@ def test_opcheck(full):
 
 @pytest.mark.interpret
 def test_a_gradient_for_the_draw_is_never_lost():
-    """The kernels make none: the call runs in PyTorch."""
+    """The kernels make none."""
     inputs = {name: t.float() for name, t in shaped(2, 3, 16, features=16)().items()}
     inputs["drop"].requires_grad_()
-    with use_backend("triton"):
-        linear_residual(**inputs).sum().backward()
+    with use_backend("triton"), pytest.raises(ValueError, match="drop requires a gradient"):
+        linear_residual(**inputs)
+    linear_residual(**inputs).sum().backward()
     assert inputs["drop"].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views(backend):
+    assert_views_are_read(linear_residual, CASES[1], backend)
+
+
+@pytest.mark.interpret
+def test_frozen_parameters():
+    assert_frozen_parameters(linear_residual, CASES[1])
+
+
+@pytest.mark.interpret
+def test_forward_mode_is_refused():
+    assert_forward_mode_is_refused(linear_residual, CASES[1])
+
+
+@pytest.mark.interpret
+def test_dtype_under_autocast():
+    assert_dtype_under_autocast(linear_residual, CASES[1], torch.float32)
 
 
 REJECTED = {
@@ -96,6 +128,13 @@ REJECTED = {
     ),
     "a draw for three images": ({"drop": torch.ones(3)}, ValueError, r"drop: got shape \[3\], takes \[2\]"),
     "layer scale is long": ({"layer_scale": torch.ones(9)}, ValueError, r"layer_scale: got shape \[9\], takes \[8\]"),
+    "layer scale elsewhere": ({"layer_scale": torch.ones(8, device="meta")}, ValueError, "layer_scale: on meta"),
+    "a draw elsewhere": ({"drop": torch.ones(2, device="meta")}, ValueError, "drop: on meta"),
+    "a residual of integers": (
+        {"residual": torch.ones(2, 3, 8, dtype=torch.int64)},
+        TypeError,
+        "takes a floating dtype",
+    ),
     "residual elsewhere": ({"residual": torch.randn(2, 3, 8, device="meta")}, ValueError, "residual: on meta"),
 }
 

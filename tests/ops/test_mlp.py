@@ -2,7 +2,18 @@ import pytest
 import torch
 
 from tests import unfused
-from tests.ops.harness import BACKENDS, MODES, Case, assert_no_second_derivative, hold_to_the_rule, named
+from tests.ops.harness import (
+    BACKENDS,
+    MODES,
+    Case,
+    assert_dtype_under_autocast,
+    assert_forward_mode_is_refused,
+    assert_frozen_parameters,
+    assert_no_second_derivative,
+    assert_views_are_read,
+    hold_to_the_rule,
+    named,
+)
 from vit_fast import reference
 from vit_fast.ops import mlp, use_backend
 
@@ -85,6 +96,26 @@ def test_opcheck(full):
     assert_no_second_derivative(mlp, args)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views(backend):
+    assert_views_are_read(mlp, CASES[1], backend)
+
+
+@pytest.mark.interpret
+def test_frozen_parameters():
+    assert_frozen_parameters(mlp, CASES[1])
+
+
+@pytest.mark.interpret
+def test_forward_mode_is_refused():
+    assert_forward_mode_is_refused(mlp, CASES[1])
+
+
+@pytest.mark.interpret
+def test_dtype_under_autocast():
+    assert_dtype_under_autocast(mlp, CASES[1], torch.float32)
+
+
 REJECTED = {
     "an activation nobody has": ({"activation": "relu"}, ValueError, "activation: got 'relu', takes one of 'gelu'"),
     "fc2 of another width": (
@@ -94,6 +125,7 @@ REJECTED = {
     ),
     "fc1_bias is short": ({"fc1_bias": torch.randn(31)}, ValueError, r"fc1_bias: got shape \[31\], takes \[32\]"),
     "x of another width": ({"x": torch.randn(2, 3, 15)}, ValueError, r"x: got shape \[2, 3, 15\]"),
+    "a draw elsewhere": ({"drop": torch.ones(2, device="meta")}, ValueError, "drop: on meta"),
     "half a layer scale": ({"layer_scale": torch.ones(16).half()}, TypeError, "layer_scale: torch.float16"),
 }
 

@@ -8,7 +8,6 @@ from vit_fast.ops.backend import (
     check_operands,
     check_rank,
     check_shape,
-    chosen_backend,
     compute_dtype,
     float32_precision,
     needs_grad,
@@ -41,19 +40,6 @@ def _refusal(width: int, scale: float) -> str:
     if not 0 < scale < float("inf"):
         return f"scale: got {scale}, the kernels take a positive number"
     return ""
-
-
-def _runs_kernel(x: Tensor, refusal: str) -> bool:
-    """Whether a kernel runs a call on `x`, which PyTorch runs where there is a refusal.
-
-    Raises:
-        ValueError: the refusal, under use_backend("triton"), which never runs PyTorch.
-    """
-    if not use_triton(x):
-        return False
-    if refusal and chosen_backend() == "triton":
-        raise ValueError(f"{refusal}; use_backend('auto') or 'torch' runs it in PyTorch")
-    return not refusal
 
 
 def _last_axis_dense(x: Tensor) -> Tensor:
@@ -214,7 +200,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     check_shape("v", v, tuple(k.shape))
     check_operands(q, k=k, v=v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not _runs_kernel(q, _refusal(q.shape[-1], scale)):
+    if not use_triton("attention", q, refusal=_refusal(q.shape[-1], scale)):
         return _in_pytorch(q, k, v, scale)
     dtype = compute_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -241,7 +227,7 @@ def attention_qkv(qkv: Tensor, scale: float | None = None) -> Tensor:
     """
     check_qkv(qkv)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    if not _runs_kernel(qkv, _refusal(qkv.shape[-1], scale)):
+    if not use_triton("attention_qkv", qkv, refusal=_refusal(qkv.shape[-1], scale)):
         return _in_pytorch(*qkv.unbind(2), scale)
     qkv = qkv.to(compute_dtype(qkv))
     if needs_grad(qkv):
@@ -285,7 +271,7 @@ def attention_maps(
     refusal = _refusal(q.shape[-1], scale)
     if needs_grad(q, k):
         refusal = "a gradient through attention_maps: the kernels give none"
-    if _runs_kernel(q, refusal):
+    if use_triton("attention_maps", q, refusal=refusal):
         if lse is None:
             lse = _attention_train(q, k, k, scale)[1]  # its values cost a product that nobody reads, and no memory
         return _maps(q, k, lse, scale)

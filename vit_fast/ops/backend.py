@@ -8,6 +8,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 log = logging.getLogger("vit_fast")
 
@@ -104,32 +105,59 @@ def exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation runs: an op of ours has no rule for either."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 # torch.compile takes what these return as constants and does not trace them. It would trace past functools.cache, with
 # a warning, into calls that ask the driver, and in torch 2.11 it finds is_exporting() true whatever it traces. The
 # attribute is what torch.compiler.assume_constant_result sets; that function imports torch._dynamo, which would double
 # the time of `import vit_fast`.
-for _constant in (_auto, _why_not_forced, exporting):
+for _constant in (_auto, _why_not_forced, exporting, transformed):
     _constant._dynamo_marked_constant = True
 
 
-def use_triton(x: Tensor) -> bool:
-    """Whether a call whose first tensor is `x` runs a kernel.
+def say_aside(what: str, reason: str) -> None:
+    """One log line a reason for the process: something that a user set sends `what` to PyTorch."""
+    if not torch.compiler.is_compiling():
+        _say_once(f"{what} runs in PyTorch: {reason}")
 
-    Never while torch.export traces (the exported graph holds PyTorch's own ops, and runs anywhere), nor for an empty
-    tensor (there is nothing to launch).
+
+def use_triton(op: str, x: Tensor, *others: Tensor, refusal: str = "") -> bool:
+    """Whether a call of `op` on `x` runs a kernel.
+
+    Never while torch.export traces (the exported graph holds PyTorch's own ops, and runs anywhere), nor where a tensor
+    is empty (there is nothing to launch). Where the kernels do not take the dtype of a tensor, or there is another
+    `refusal`, `auto` runs PyTorch and says so, and `triton` raises.
+
+    Args:
+        op: the op's name, for messages.
+        x, others: the tensors whose dtype counts; the device is that of `x`.
+        refusal: why no kernel takes this call, or "".
 
     Raises:
         RuntimeError: under use_backend("triton") where no kernel can run.
-        TypeError: under use_backend("triton") for a dtype that no kernel takes.
+        TypeError, ValueError: under use_backend("triton") for a dtype, or another thing, that no kernel takes.
     """
-    if _backend == "torch" or exporting() or x.numel() == 0:
+    if _backend == "torch" or exporting() or x.numel() == 0 or any(t.numel() == 0 for t in others):
         return False
+    if _backend == "auto" and not _auto(x.device):
+        return False
+    error = ValueError
+    for tensor in (x, *others):
+        if tensor.dtype not in DTYPES:
+            refusal, error = f"the kernels take float32, float16 and bfloat16, got {tensor.dtype}", TypeError
+    if transformed():
+        refusal, error = "the kernels have no rule for torch.func and forward-mode differentiation", RuntimeError
     if _backend == "auto":
-        return x.dtype in DTYPES and _auto(x.device)
-    if x.dtype not in DTYPES:
-        raise TypeError(f"the triton backend takes float32, float16 and bfloat16, got {x.dtype}; use 'auto' or 'torch'")
+        if refusal:
+            say_aside(f"{op}", refusal)
+        return not refusal
     if reason := _why_not_forced(x.device):
         raise RuntimeError(f"use_backend('triton') got {reason}")
+    if refusal:
+        raise error(f"{op}: {refusal}; use_backend('auto') or 'torch' runs it in PyTorch")
     return True
 
 
@@ -153,13 +181,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`weight` in `dtype`, through autocast's own cache where there is one.
 
-    Under autocast on a GPU a product of one factor is that factor, cast and cached as any autocast weight is: PyTorch
-    offers no other way to the cache from Python. Elsewhere it is a plain cast. Differentiable both ways.
+    Under autocast on a GPU an einsum of one operand that changes nothing is a view of that operand, cast and cached as
+    any autocast weight is: PyTorch offers no other way to the cache from Python. Elsewhere, and for the patch
+    projection (autocast caches no view), it is a plain cast. Differentiable both ways.
     """
     if weight.dtype == dtype:
         return weight
-    if weight.is_cuda and torch.is_autocast_enabled("cuda") and not torch.compiler.is_compiling():
-        return torch.ops.aten.chain_matmul([weight.flatten(1)]).view(weight.shape)
+    if weight.is_cuda and weight.dim() == 2 and _autocasting(weight) and not torch.compiler.is_compiling():
+        return torch.einsum("nk->nk", weight)
     return weight.to(dtype)
 
 
@@ -167,8 +196,10 @@ def float32_precision() -> str:
     """How the kernels multiply fp32: "ieee", or "tf32" where torch.set_float32_matmul_precision allows it.
 
     Read where that call and PyTorch's newer settings both write: torch.get_float32_matmul_precision raises once the
-    newer ones were used.
+    newer ones were used. Of AMD's chips only one has tf32, and triton refuses it for the others: there it is ieee.
     """
+    if torch.version.hip:
+        return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -177,23 +208,31 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def check_device(x: Tensor, **operands: Tensor | None) -> None:
+    """Refuse an operand on another device than `x`.
+
+    Raises:
+        ValueError: naming the operand, where it is and where it must be.
+    """
+    for name, operand in operands.items():
+        if operand is not None and operand.device != x.device:
+            raise ValueError(f"{name}: on {operand.device}, the input is on {x.device}; move one of them")
+
+
 def check_operands(x: Tensor, **operands: Tensor | None) -> None:
     """Refuse an operand on another device than `x`, or of a dtype that can meet `x` in no product.
 
-    Outside autocast every operand has the dtype of `x`; under autocast any floating dtype does.
+    Outside autocast every operand has the dtype of `x`; under autocast float32, float16 and bfloat16 may meet.
 
     Raises:
         ValueError: for another device. TypeError: for another dtype. Both name the operand, what it is and must be.
     """
     if not x.is_floating_point():
         raise TypeError(f"the input: got {x.dtype}, takes a floating dtype")
-    autocast = _autocasting(x)
+    check_device(x, **operands)
+    mixes = _autocasting(x) and x.dtype in DTYPES
     for name, operand in operands.items():
-        if operand is None:
-            continue
-        if operand.device != x.device:
-            raise ValueError(f"{name}: on {operand.device}, the input is on {x.device}; move one of them")
-        if operand.dtype != x.dtype and not (autocast and operand.is_floating_point()):
+        if operand is not None and operand.dtype != x.dtype and not (mixes and operand.dtype in DTYPES):
             raise TypeError(f"{name}: {operand.dtype}, the input is {x.dtype}; cast one of them or use torch.autocast")
 
 
@@ -243,16 +282,16 @@ def check_rank(name: str, tensor: Tensor, names: str) -> None:
         raise ValueError(f"{name}: got shape {list(tensor.shape)}, takes [{', '.join(names.split())}]")
 
 
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    """Refuse an input that does not fit its linear map; (N, K) of the weight.
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> tuple[int, int]:
+    """(N, K) of a linear map whose arguments' names begin with `prefix`; refuse an input that does not fit it.
 
     Raises:
         ValueError: naming the argument, what it got and what it takes.
     """
-    check_rank("weight", weight, "N K")
+    check_rank(f"{prefix}weight", weight, "N K")
     features, width = weight.shape
     if x.dim() < 2 or x.shape[-1] != width:
-        takes = f"[..., {width}], the width of its weight {list(weight.shape)}"
+        takes = f"[..., {width}], the width of {prefix}weight {list(weight.shape)}"
         raise ValueError(f"x: got shape {list(x.shape)}, takes {takes}")
-    check_shape("bias", bias, (features,))
+    check_shape(f"{prefix}bias", bias, (features,))
     return features, width

@@ -7,12 +7,14 @@ from torch import Tensor
 from vit_fast.ops.backend import (
     as_rows,
     cast,
+    check_device,
     check_linear,
     check_operands,
     check_shape,
     compute_dtype,
     float32_precision,
     like,
+    needs_grad,
     or_empty,
     or_none,
     packed,
@@ -26,8 +28,9 @@ def check(x, weight, bias, residual, layer_scale, drop) -> None:
     check_shape("layer_scale", layer_scale, (features,))
     check_shape("drop", drop, (x.shape[0],))
     check_operands(x, weight=weight, bias=bias)
-    if residual.device != x.device:
-        raise ValueError(f"residual: on {residual.device}, the input is on {x.device}; move one of them")
+    check_device(x, residual=residual, layer_scale=layer_scale, drop=drop)
+    if not residual.is_floating_point():
+        raise TypeError(f"residual: got {residual.dtype}, takes a floating dtype")
 
 
 @torch.library.custom_op("vit_fast::linear_residual", mutates_args=())
@@ -128,10 +131,15 @@ def linear_residual(
         ValueError: for a shape or a device that does not fit. TypeError: for a dtype that does not.
     """
     check(x, weight, bias, residual, layer_scale, drop)
-    if (drop is not None and drop.requires_grad) or not use_triton(x):
+    if not use_triton("linear_residual", x, residual, refusal=refuse_drop(drop)):
         return residual_branch(F.linear(x, weight, bias), residual, layer_scale, drop)
     dtype = compute_dtype(x)
     return _linear_residual(x.to(dtype), cast(weight, dtype), bias, residual, layer_scale, drop)
+
+
+def refuse_drop(drop: Tensor | None) -> str:
+    """Why no kernel takes this draw, or ""."""
+    return "drop requires a gradient" if needs_grad(drop) else ""
 
 
 def residual_branch(branch: Tensor, residual: Tensor, layer_scale: Tensor | None, drop: Tensor | None) -> Tensor:

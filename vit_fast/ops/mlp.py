@@ -7,6 +7,8 @@ from torch import Tensor
 from vit_fast.ops.backend import (
     as_rows,
     cast,
+    check_device,
+    check_linear,
     check_operands,
     check_shape,
     compute_dtype,
@@ -18,7 +20,7 @@ from vit_fast.ops.backend import (
     packed,
     use_triton,
 )
-from vit_fast.ops.linear_residual import residual_branch
+from vit_fast.ops.linear_residual import refuse_drop, residual_branch
 
 # The same formulas as kernels/activation.py, by the names that both know.
 ACTIVATIONS = {
@@ -31,14 +33,9 @@ ACTIVATIONS = {
 def check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, activation) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, takes one of {', '.join(map(repr, ACTIVATIONS))}")
-    if fc1_weight.dim() != 2:
-        raise ValueError(f"fc1_weight: got shape {list(fc1_weight.shape)}, takes [F, D]")
-    hidden, width = fc1_weight.shape
-    if x.dim() < 2 or x.shape[-1] != width:
-        raise ValueError(f"x: got shape {list(x.shape)}, takes [B, ..., {width}], the width of fc1_weight")
+    hidden, width = check_linear(x, fc1_weight, fc1_bias, "fc1_")
     for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("fc2_bias", fc2_bias)):
         check_shape(name, vector, (width,))
-    check_shape("fc1_bias", fc1_bias, (hidden,))
     check_shape("fc2_weight", fc2_weight, (width, hidden))
     check_shape("layer_scale", layer_scale, (width,))
     check_shape("drop", drop, (x.shape[0],))
@@ -52,14 +49,16 @@ def check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
         fc2_bias=fc2_bias,
         layer_scale=layer_scale,
     )
+    check_device(x, drop=drop)
 
 
-def _run(x, vectors, weights, layer_scale, drop, activation, eps, training):
+def _forward(training: bool, x: Tensor, *operands) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The kernels on the operands of the op: y, then what training keeps (elsewhere the hidden layer is None)."""
     from vit_fast.kernels import mlp as kernel
 
-    (norm_weight, norm_bias, fc1_bias, fc2_bias), (fc1_weight, fc2_weight) = vectors, weights
+    norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, activation, eps = operands
     with torch.cuda.device_of(x):
-        return kernel.forward(
+        y, *kept = kernel.forward(
             as_rows(x),
             packed(norm_weight),
             packed(norm_bias),
@@ -75,6 +74,7 @@ def _run(x, vectors, weights, layer_scale, drop, activation, eps, training):
             float32_precision(),
             training,
         )
+    return y.view(x.shape), *kept
 
 
 @torch.library.custom_op("vit_fast::mlp", mutates_args=())
@@ -91,8 +91,8 @@ def _mlp(
     activation: str,
     eps: float,
 ) -> Tensor:
-    vectors, weights = (norm_weight, norm_bias, fc1_bias, fc2_bias), (fc1_weight, fc2_weight)
-    return _run(x, vectors, weights, layer_scale, drop, activation, eps, training=False)[0].view(x.shape)
+    operands = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, activation, eps)
+    return _forward(False, x, *operands)[0]
 
 
 @_mlp.register_fake
@@ -114,9 +114,8 @@ def _mlp_train(
     activation: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    vectors, weights = (norm_weight, norm_bias, fc1_bias, fc2_bias), (fc1_weight, fc2_weight)
-    y, hidden, mean, rstd = _run(x, vectors, weights, layer_scale, drop, activation, eps, training=True)
-    return y.view(x.shape), hidden, mean, rstd
+    operands = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, activation, eps)
+    return _forward(True, x, *operands)
 
 
 @_mlp_train.register_fake
@@ -226,7 +225,7 @@ def mlp(
         ValueError: for a shape, device or activation that does not fit. TypeError: for a dtype that does not.
     """
     check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, activation)
-    if (drop is not None and drop.requires_grad) or not use_triton(x):
+    if not use_triton("mlp", x, fc1_weight, refusal=refuse_drop(drop)):
         hidden = F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), fc1_weight, fc1_bias)
         branch = F.linear(ACTIVATIONS[activation](hidden), fc2_weight, fc2_bias)
         return residual_branch(branch, x, layer_scale, drop)

@@ -39,7 +39,8 @@ def check(images, weight, bias, position, prefix) -> None:
         check_rank("position", position, "N D")
         patches = (height // patch_height) * (columns // patch_width)
         rows = position.shape[0]
-        if rows not in (patches, patches + count) or position.shape[1] != width:
+        # Not `in` a tuple: torch.compile with dynamic shapes answers that wrongly.
+        if (rows != patches and rows != patches + count) or position.shape[1] != width:
             takes = f"[{patches}, {width}]" + (f" or [{patches + count}, {width}]" if count else "")
             raise ValueError(f"position: got shape {list(position.shape)}, takes {takes}")
     check_operands(images, weight=weight, bias=bias, position=position, prefix=prefix)
@@ -133,7 +134,7 @@ def patch_embed(
     """
     check(images, weight, bias, position, prefix)
     # No kernel makes an image's gradient: it costs another product, and only attacks and visualisations ask for it.
-    if needs_grad(images) or not use_triton(images):
+    if needs_grad(images) or not use_triton("patch_embed", images):
         return _in_pytorch(images, weight, bias, position, prefix)
     return _patch_embed(images, cast(weight, compute_dtype(images)), bias, position, prefix)
 
