@@ -1,7 +1,10 @@
-"""Tensors that reach past 2^31 elements: every kernel that walks over tokens or images counts in 64 bits."""
+"""Tensors that reach past 2^31 elements: kernels that walk over tokens or images count in 64 bits, in and out."""
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from vit_fast.kernels.product import matrix, store
 
 from tests.guard import vast
 from vit_fast.ops import attention, attention_qkv, linear_residual, ln_linear, mlp, patch_embed, use_backend
@@ -61,3 +64,19 @@ def test_heads_far_apart(packed):
         out.backward(vast(upstream, STRIDE) if batch.stride(0) == STRIDE else upstream)
         results.append((out.detach(), batch.grad))
     assert all(torch.equal(near, far) for near, far in zip(*results))
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, M, N, stride_x, stride_y, BLOCK: tl.constexpr):
+    rows, cols = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    tile = matrix((x_ptr, stride_x, 1, M, N, None, 1), rows, cols)
+    store(y_ptr, stride_y, tile, rows, cols, M, N)
+
+
+@pytest.mark.interpret
+def test_a_result_that_reaches_far():
+    """What every product writes with, on rows far apart."""
+    x = torch.randn(3, 5, dtype=torch.float16)
+    y = vast(torch.zeros(3, 5, dtype=torch.float16), STRIDE)
+    _copy_kernel[(1,)](x, y, 3, 5, 5, STRIDE, 16)
+    assert torch.equal(x, y)

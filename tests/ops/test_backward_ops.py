@@ -1,0 +1,49 @@
+"""opcheck of the ops that make gradients, on contiguous and on strided operands."""
+
+import pytest
+import torch
+
+from tests.ops import test_linear_residual, test_ln_linear, test_mlp, test_patch_embed
+
+pytestmark = pytest.mark.interpret
+
+
+def _floats(case: dict) -> list:
+    return [None if t is None else t.float() for t in case.values()]
+
+
+def _dy(*shape: int, strided: bool) -> torch.Tensor:
+    return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2] if strided else torch.randn(shape)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_ln_linear_backward(strided):
+    x, *parameters = _floats(test_ln_linear.shaped(2, 3, 16, features=8)())
+    args = _dy(2, 3, 8, strided=strided), x, torch.randn(6), torch.rand(6), *parameters
+    torch.library.opcheck(torch.ops.vit_fast.ln_linear_backward.default, args)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_linear_residual_backward(full, strided):
+    drawn = test_linear_residual.shaped(2, 3, 16, features=8, bias=full, layer_scale=full, drop=full)()
+    x, weight, bias, _, layer_scale, drop = _floats(drawn)
+    args = _dy(2, 3, 8, strided=strided), x, weight, bias, layer_scale, drop
+    torch.library.opcheck(torch.ops.vit_fast.linear_residual_backward.default, args)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_mlp_backward(full, strided):
+    x, *parameters = _floats(test_mlp.shaped(2, 3, 16, hidden=8, bias=full, layer_scale=full, drop=full)())
+    kept = torch.randn(6, 8), torch.randn(6), torch.rand(6)
+    args = _dy(2, 3, 16, strided=strided), x, *kept, *parameters, "gelu"
+    torch.library.opcheck(torch.ops.vit_fast.mlp_backward.default, args)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_patch_embed_backward(prefix, strided):
+    operands = _floats(test_patch_embed.shaped(2, 3, (2, 2), 4, 16, prefix=prefix, bias=bool(prefix))())
+    args = _dy(2, prefix + 4, 16, strided=strided), *operands
+    torch.library.opcheck(torch.ops.vit_fast.patch_embed_backward.default, args)
