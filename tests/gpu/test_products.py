@@ -6,7 +6,7 @@ import torch
 import vit_fast
 from tests import unfused
 from tests.ops import test_linear_residual, test_ln_linear, test_mlp, test_patch_embed
-from tests.ops.harness import MODES, Case, hold_to_the_rule
+from tests.ops.harness import MODES, Case, assert_views_are_read, hold_to_the_rule
 from vit_fast import reference
 
 EPS = {"eps": 1e-6}
@@ -14,6 +14,7 @@ SIZED = {
     "ln_linear": [
         Case("ViT-S at two images", test_ln_linear.shaped(2, 197, 384, features=1152), EPS),
         Case("one row past a tile", test_ln_linear.shaped(1, 257, 129, features=257), EPS),
+        Case("more rows of tiles than a group has", test_ln_linear.shaped(1, 1200, 64, features=260), EPS),
         Case("rows of large mean", test_ln_linear.shaped(2, 197, 384, features=384, mean=30.0), EPS),
     ],
     "linear_residual": [
@@ -43,6 +44,24 @@ ALL = [pytest.param(op, case, id=f"{op}-{case}") for op in SMALL for case in SMA
 def test_output_and_gradients(op, case, mode):
     ours, truth, peer = (getattr(module, op) for module in (vit_fast.ops, reference, unfused))
     hold_to_the_rule(ours, truth, peer, case, mode, "triton", "cuda")
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_tf32_where_the_user_says_so(op):
+    """Held to twice the error of PyTorch's own tf32 products."""
+    ours, truth, peer = (getattr(module, op) for module in (vit_fast.ops, reference, unfused))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        hold_to_the_rule(ours, truth, peer, SIZED[op][0], "fp32", "triton", "cuda")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_views(op):
+    case = SMALL[op][5 if op == "patch_embed" else 1]
+    assert_views_are_read(getattr(vit_fast.ops, op), case, "triton", "cuda")
 
 
 @pytest.mark.parametrize("op", SMALL)

@@ -85,12 +85,12 @@ def assert_no_second_derivative(op: Callable, args: dict[str, Tensor | None]) ->
             gradient.sum().backward()
 
 
-def assert_views_are_read(op: Callable, case: Case, backend: str) -> None:
+def assert_views_are_read(op: Callable, case: Case, backend: str, device: str = "cpu") -> None:
     """Every operand as a view gives what its contiguous copy gives.
 
     Vectors are every other element, matrices are transposed in memory, activations are cut out of wider ones.
     """
-    args = {name: None if t is None else t.float() for name, t in case.draw().items()}
+    args = {name: None if t is None else t.float().to(device) for name, t in case.draw().items()}
 
     def view(t: Tensor) -> Tensor:
         if t.dim() == 1:
