@@ -106,33 +106,3 @@ def assert_views_are_read(op: Callable, case: Case, backend: str, device: str = 
                 strided = view(t)
                 assert not strided.is_contiguous() or t.numel() < 2, name
                 torch.testing.assert_close(op(**args | {name: strided}, **case.options), expected, rtol=1e-6, atol=1e-6)
-
-
-def assert_frozen_parameters(op: Callable, case: Case) -> None:
-    """Each operand alone gets the gradient that it gets among the others."""
-    args = {name: None if t is None else t.float() for name, t in case.draw().items()}
-    wanted = [name for name, t in args.items() if t is not None and name not in case.constant]
-
-    def gradients(names: list[str]) -> list[Tensor]:
-        some = {name: t.clone().requires_grad_(name in names) if t is not None else None for name, t in args.items()}
-        y = op(**some, **case.options)
-        return list(torch.autograd.grad(y, [some[name] for name in names], torch.ones_like(y)))
-
-    with vit_fast.ops.use_backend("triton"):
-        for name, expected in zip(wanted, gradients(wanted)):
-            assert torch.equal(gradients([name])[0], expected), name
-
-
-def assert_forward_mode_is_refused(op: Callable, case: Case) -> None:
-    """Without a rule for it a kernel's output would have no tangent: a gradient of zero and no word said."""
-    args = {name: None if t is None else t.float() for name, t in case.draw().items()}
-    x = args.pop(next(iter(args)))
-    with vit_fast.ops.use_backend("triton"), pytest.raises(RuntimeError, match="forward-mode differentiation"):
-        torch.func.jvp(lambda x: op(x, *args.values(), **case.options), (x,), (torch.ones_like(x),))
-
-
-def assert_dtype_under_autocast(op: Callable, case: Case, dtype: torch.dtype) -> None:
-    """What a module behind the op gets, without gradients."""
-    args = {name: None if t is None else t.float() for name, t in case.draw().items()}
-    with vit_fast.ops.use_backend("triton"), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert op(**args, **case.options).dtype == dtype

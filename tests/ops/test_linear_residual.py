@@ -2,18 +2,7 @@ import pytest
 import torch
 
 from tests import unfused
-from tests.ops.harness import (
-    BACKENDS,
-    MODES,
-    Case,
-    assert_dtype_under_autocast,
-    assert_forward_mode_is_refused,
-    assert_frozen_parameters,
-    assert_no_second_derivative,
-    assert_views_are_read,
-    hold_to_the_rule,
-    named,
-)
+from tests.ops.harness import BACKENDS, MODES, Case, assert_no_second_derivative, hold_to_the_rule, named
 from vit_fast import reference
 from vit_fast.ops import linear_residual, use_backend
 
@@ -98,26 +87,6 @@ def test_a_gradient_for_the_draw_is_never_lost():
         linear_residual(**inputs)
     linear_residual(**inputs).sum().backward()
     assert inputs["drop"].grad.isfinite().all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_views(backend):
-    assert_views_are_read(linear_residual, CASES[1], backend)
-
-
-@pytest.mark.interpret
-def test_frozen_parameters():
-    assert_frozen_parameters(linear_residual, CASES[1])
-
-
-@pytest.mark.interpret
-def test_forward_mode_is_refused():
-    assert_forward_mode_is_refused(linear_residual, CASES[1])
-
-
-@pytest.mark.interpret
-def test_dtype_under_autocast():
-    assert_dtype_under_autocast(linear_residual, CASES[1], torch.float32)
 
 
 REJECTED = {

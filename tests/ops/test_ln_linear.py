@@ -2,18 +2,7 @@ import pytest
 import torch
 
 from tests import unfused
-from tests.ops.harness import (
-    BACKENDS,
-    MODES,
-    Case,
-    assert_dtype_under_autocast,
-    assert_forward_mode_is_refused,
-    assert_frozen_parameters,
-    assert_no_second_derivative,
-    assert_views_are_read,
-    hold_to_the_rule,
-    named,
-)
+from tests.ops.harness import BACKENDS, MODES, Case, assert_no_second_derivative, hold_to_the_rule, named
 from vit_fast import reference
 from vit_fast.ops import ln_linear, use_backend
 
@@ -98,26 +87,6 @@ def test_opcheck(bias):
     args = {name: None if t is None else t.requires_grad_() for name, t in args.items()}
     torch.library.opcheck(torch.ops.vit_fast.ln_linear.default, (*args.values(), 1e-6))
     assert_no_second_derivative(ln_linear, args)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_views(backend):
-    assert_views_are_read(ln_linear, CASES[1], backend)
-
-
-@pytest.mark.interpret
-def test_frozen_parameters():
-    assert_frozen_parameters(ln_linear, CASES[1])
-
-
-@pytest.mark.interpret
-def test_forward_mode_is_refused():
-    assert_forward_mode_is_refused(ln_linear, CASES[1])
-
-
-@pytest.mark.interpret
-def test_dtype_under_autocast():
-    assert_dtype_under_autocast(ln_linear, CASES[1], torch.bfloat16)
 
 
 REJECTED = {

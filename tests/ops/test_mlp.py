@@ -2,18 +2,7 @@ import pytest
 import torch
 
 from tests import unfused
-from tests.ops.harness import (
-    BACKENDS,
-    MODES,
-    Case,
-    assert_dtype_under_autocast,
-    assert_forward_mode_is_refused,
-    assert_frozen_parameters,
-    assert_no_second_derivative,
-    assert_views_are_read,
-    hold_to_the_rule,
-    named,
-)
+from tests.ops.harness import BACKENDS, MODES, Case, assert_no_second_derivative, hold_to_the_rule, named
 from vit_fast import reference
 from vit_fast.ops import mlp, use_backend
 
@@ -94,26 +83,6 @@ def test_opcheck(full):
     args = {name: t if t is None or name == "drop" else t.requires_grad_() for name, t in args.items()}
     torch.library.opcheck(torch.ops.vit_fast.mlp_train.default, (*args.values(), "gelu", 1e-6))
     assert_no_second_derivative(mlp, args)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_views(backend):
-    assert_views_are_read(mlp, CASES[1], backend)
-
-
-@pytest.mark.interpret
-def test_frozen_parameters():
-    assert_frozen_parameters(mlp, CASES[1])
-
-
-@pytest.mark.interpret
-def test_forward_mode_is_refused():
-    assert_forward_mode_is_refused(mlp, CASES[1])
-
-
-@pytest.mark.interpret
-def test_dtype_under_autocast():
-    assert_dtype_under_autocast(mlp, CASES[1], torch.float32)
 
 
 REJECTED = {

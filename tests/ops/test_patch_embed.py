@@ -2,17 +2,7 @@ import pytest
 import torch
 
 from tests import unfused
-from tests.ops.harness import (
-    BACKENDS,
-    MODES,
-    Case,
-    assert_dtype_under_autocast,
-    assert_forward_mode_is_refused,
-    assert_frozen_parameters,
-    assert_views_are_read,
-    hold_to_the_rule,
-    named,
-)
+from tests.ops.harness import BACKENDS, MODES, Case, hold_to_the_rule, named
 from vit_fast import reference
 from vit_fast.ops import patch_embed, use_backend
 
@@ -121,26 +111,6 @@ def test_opcheck(case):
     args = {name: None if t is None else t.float() for name, t in case.draw().items()}
     args = {name: t if t is None or name == "images" else t.requires_grad_() for name, t in args.items()}
     torch.library.opcheck(torch.ops.vit_fast.patch_embed.default, tuple(args.values()))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_views(backend):
-    assert_views_are_read(patch_embed, CASES[5], backend)
-
-
-@pytest.mark.interpret
-def test_frozen_parameters():
-    assert_frozen_parameters(patch_embed, CASES[1])
-
-
-@pytest.mark.interpret
-def test_forward_mode_is_refused():
-    assert_forward_mode_is_refused(patch_embed, CASES[1])
-
-
-@pytest.mark.interpret
-def test_dtype_under_autocast():
-    assert_dtype_under_autocast(patch_embed, CASES[1], torch.float32)
 
 
 REJECTED = {

@@ -1,0 +1,60 @@
+"""What every op of the products promises, whatever it computes."""
+
+import pytest
+import torch
+
+from tests.ops import test_linear_residual, test_ln_linear, test_mlp, test_patch_embed
+from tests.ops.harness import BACKENDS, assert_views_are_read
+from vit_fast import ops
+
+CASES = {
+    "ln_linear": test_ln_linear.CASES[1],
+    "linear_residual": test_linear_residual.CASES[1],
+    "mlp": test_mlp.CASES[1],
+    "patch_embed": test_patch_embed.CASES[5],  # two prefix tokens
+}
+every_op = pytest.mark.parametrize("op", CASES)
+
+
+def _floats(op: str) -> dict:
+    return {name: t.float() for name, t in CASES[op].draw().items()}
+
+
+@every_op
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_are_read_as_they_are(op, backend):
+    assert_views_are_read(getattr(ops, op), CASES[op], backend)
+
+
+@every_op
+@pytest.mark.interpret
+def test_a_gradient_does_not_depend_on_who_else_wants_one(op):
+    args, case = _floats(op), CASES[op]
+    wanted = [name for name in args if name not in case.constant]
+
+    def gradients(names: list[str]) -> tuple:
+        some = {name: t.clone().requires_grad_(name in names) for name, t in args.items()}
+        y = getattr(ops, op)(**some, **case.options)
+        return torch.autograd.grad(y, [some[name] for name in names], torch.ones_like(y))
+
+    with ops.use_backend("triton"):
+        for name, expected in zip(wanted, gradients(wanted)):
+            assert torch.equal(gradients([name])[0], expected), name
+
+
+@every_op
+@pytest.mark.interpret
+def test_forward_mode_is_refused(op):
+    """Without a rule for it a kernel's output would have no tangent: a gradient of zero, and no word said."""
+    first, *others = _floats(op).values()
+    with ops.use_backend("triton"), pytest.raises(RuntimeError, match="forward-mode differentiation"):
+        torch.func.jvp(lambda x: getattr(ops, op)(x, *others, **CASES[op].options), (first,), (torch.ones_like(first),))
+
+
+@every_op
+@pytest.mark.interpret
+def test_dtype_under_autocast_without_gradients(op):
+    """Where a residual or a table in fp32 joins, the result is fp32; elsewhere it has autocast's dtype."""
+    with ops.use_backend("triton"), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        dtype = getattr(ops, op)(**_floats(op), **CASES[op].options).dtype
+    assert dtype == (torch.bfloat16 if op == "ln_linear" else torch.float32)
