@@ -3,11 +3,11 @@
     ‖ours − truth‖ ≤ 2·‖unfused − truth‖ + eps(dtype)/8·‖truth‖
 
 in the Euclidean norm of the whole tensor, and in the max norm of a row relative to the row's own largest element, the
-root mean square over rows. "unfused" is plain PyTorch in the dtype under test, "truth" the reference in float64.
+root mean square over rows. "unfused" is plain PyTorch in the dtype under test, "truth" the reference in float64. The
+worst row of all may have twice as much again: the largest of many rounding errors is a matter of luck, on both sides.
 
 Single rows are not compared, nor the rows of a tensor that has fewer than eight: the largest of a few rounding errors
-is zero by luck too often to be doubled. One row lost in a thousand still moves the mean by a factor of a million in
-fp32 and of a hundred in bf16.
+is zero by luck too often to be doubled.
 """
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor
 FEWEST_ROWS = 8
 
 
-def _row_error(x: Tensor, truth: Tensor) -> Tensor:
+def _row_errors(x: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the rows' errors in max norm, each relative to its row: the root mean square, and the largest."""
     rows = truth.flatten(0, -2)
     error = (x.double().reshape(rows.shape) - rows).abs().amax(1)
     size = rows.abs().amax(1)
     # A row that is exactly zero (a dropped path's gradient) admits no error at all.
     relative = torch.where(size > 0, error / size, torch.where(error > 0, torch.inf, 0.0))
-    return relative.square().mean().sqrt()
+    return relative.square().mean().sqrt(), relative.max()
 
 
 def assert_close_to_truth(ours: Tensor, unfused: Tensor, truth: Tensor, name: str = "output") -> None:
@@ -40,9 +41,11 @@ def assert_close_to_truth(ours: Tensor, unfused: Tensor, truth: Tensor, name: st
     assert error <= limit, f"{name}: error {error:.3e}, unfused {peer:.3e}, limit {limit:.3e}"
     if truth.dim() < 2 or truth.shape[:-1].numel() < FEWEST_ROWS:
         return
-    error, peer = _row_error(ours, truth), _row_error(unfused, truth)
-    limit = 2 * peer + allowance
-    assert error <= limit, f"{name}: rows {error:.3e}, unfused {peer:.3e}, limit {limit:.3e}"
+    for what, error, peer, factor in zip(
+        ("rows", "worst row"), _row_errors(ours, truth), _row_errors(unfused, truth), (2, 4)
+    ):
+        limit = factor * peer + allowance
+        assert error <= limit, f"{name}: {what} {error:.3e}, unfused {peer:.3e}, limit {limit:.3e}"
 
 
 def relative_error(x: Tensor, truth: Tensor) -> float:
