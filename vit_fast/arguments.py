@@ -3,13 +3,7 @@
 import functools
 from collections.abc import Sequence
 
-import torch
 from torch import nn
-
-
-def device_of(dd: dict) -> torch.device:
-    """The device on which a tensor made with these factory arguments lies."""
-    return torch.get_default_device() if dd["device"] is None else torch.device(dd["device"])
 
 
 def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:

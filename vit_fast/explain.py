@@ -16,8 +16,8 @@ class Line(NamedTuple):
 
     name: str  # the module, as in `model.named_modules()`
     op: str  # of vit_fast.ops
-    backend: str  # "triton", "torch", or "none" where the call raises
-    reason: str  # why this backend
+    backend: str  # "triton", "torch", or "none" where the call would raise
+    reason: str  # why this backend, or the error
 
 
 class Explanation(tuple):
@@ -47,25 +47,26 @@ def explain(model: nn.Module) -> Explanation:
         ValueError: where nothing of vit_fast is found in `model`.
     """
     lines = Explanation(
-        Line(f"{name}.{part}".strip("."), op, *_choice(op, tensor, aside))
+        Line(f"{name}.{part}".strip("."), op, *_choice(op, *state))
         for name, module in model.named_modules()
-        for part, op, tensor, aside in _parts(module)
+        for part, op, *state in _parts(module)
     )
     if not lines:
         raise ValueError(f"model: got {type(model).__name__} without any module of vit_fast, takes a VisionTransformer")
     return lines
 
 
-def _parts(module: nn.Module) -> Iterator[tuple[str, str, Tensor, str]]:
-    """(submodule, op, a tensor like those that it computes with, why it steps aside or "")."""
+def _parts(module: nn.Module) -> Iterator[tuple]:
+    """(submodule, op, a tensor like those that it computes with, why it steps aside or ""); then, of attention, why no
+    kernel takes its head width or ""."""
     if isinstance(module, VisionTransformer):
         yield "patch_embed", "patch_embed", module.patch_embed.proj.weight, module.embed_aside()
     elif isinstance(module, Block):
         tensor, aside = next(module.parameters()), module.attention_aside()
         plain = not aside and type(module.attn.q_norm) is nn.Identity and type(module.attn.k_norm) is nn.Identity
         yield "attn", "ln_linear", tensor, aside
-        refusal = module.attention_op_aside() or _head_width(module.attn.head_dim)
-        yield "attn", "attention_qkv" if plain else "attention", tensor, refusal
+        op, op_aside = "attention_qkv" if plain else "attention", module.attention_op_aside()
+        yield "attn", op, tensor, op_aside, "" if op_aside else _head_width(module.attn.head_dim)
         yield "attn", "linear_residual", tensor, aside
         aside = module.mlp_aside()
         if aside or type(module.mlp.norm) is nn.Identity:
@@ -74,32 +75,24 @@ def _parts(module: nn.Module) -> Iterator[tuple[str, str, Tensor, str]]:
             yield "mlp", "ln_linear", tensor, ""
             yield "mlp", "linear_residual", tensor, ""
     elif isinstance(module, AttentionPoolLatent):
-        yield "", "attention", module.latent, _head_width(module.head_dim)
+        yield "", "attention", module.latent, "", _head_width(module.head_dim)
         yield "mlp", "mlp", module.latent, module.mlp_aside()
 
 
 def _head_width(width: int) -> str:
-    if width in HEAD_WIDTHS:
-        return ""
-    forced = "; use_backend('triton') raises" if backend.chosen_backend() == "triton" else ""
-    return f"head width {width}: the kernels take {', '.join(map(str, HEAD_WIDTHS))}{forced}"
+    return "" if width in HEAD_WIDTHS else f"head width {width}: the kernels take {', '.join(map(str, HEAD_WIDTHS))}"
 
 
-def _choice(op: str, tensor: Tensor, aside: str) -> tuple[str, str]:
+def _choice(op: str, tensor: Tensor, aside: str, refusal: str = "") -> tuple[str, str]:
     """The backend of an op on a tensor of this device and dtype, and the reason for it."""
     if aside:
         return "torch", aside
     try:
-        if backend.use_triton(op, tensor):
-            return (
-                "triton",
-                "Triton's interpreter" if tensor.device.type == "cpu" else f"a tensor on {tensor.device.type}",
-            )
-    except (TypeError, RuntimeError) as error:
+        runs = backend.use_triton(op, tensor, refusal=refusal)
+    except (TypeError, ValueError, RuntimeError) as error:
         return "none", f"raises {type(error).__name__}: {error}"
-    reason = backend.why_not_triton(tensor.device)
+    if runs:
+        return "triton", "Triton's interpreter" if tensor.device.type == "cpu" else f"a tensor on {tensor.device.type}"
     if backend.chosen_backend() == "torch":
-        reason = "use_backend('torch')"
-    elif not reason:
-        reason = f"the kernels do not take {tensor.dtype}"
-    return "torch", reason
+        return "torch", "use_backend('torch')"
+    return "torch", refusal or backend.why_not_triton(tensor.device) or f"the kernels do not take {tensor.dtype}"

@@ -336,12 +336,17 @@ class VisionTransformer(nn.Module):
         return {"device": parameter.device, "dtype": parameter.dtype}
 
     def set_input_size(self, img_size=None, patch_size=None) -> None:
-        """Change the image size, the patch size or both; patch projection and learned positions are resampled."""
+        """Change the image size, the patch size or both.
+
+        The patch projection and learned positions are resampled; for another grid the "sincos2d" table is made anew.
+        """
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)
+        if self.pos_embed is None or self.patch_embed.grid_size == old_grid:
+            return
         if self.fixed_pos_embed:
             self.pos_embed = self._new_pos_embed(self._dd())
-        elif self.pos_embed is not None and self.patch_embed.grid_size != old_grid:
+        else:
             prefix = 0 if self.no_embed_class else self.num_prefix_tokens
             table = resample_positions(self.pos_embed.detach(), self.patch_embed.grid_size, old_grid, prefix)
             self.pos_embed = nn.Parameter(table, self.pos_embed.requires_grad)
@@ -606,6 +611,9 @@ class VisionTransformer(nn.Module):
         Returns:
             [B, T, T] in fp32 (or fp64): row i holds the share that each input token has in token i of the last layer.
             Rows sum to one.
+
+        Raises:
+            ValueError: for a model of depth 0.
         """
         if not len(self.blocks):
             raise ValueError("attention_rollout: the model has no layer")

@@ -160,11 +160,12 @@ def block(x: Tensor, p: dict[str, Tensor], heads: int, activation: str, eps: flo
     def norm(y: Tensor, name: str) -> Tensor:  # for the norms that not every model has
         return layer_norm(y, p.pop(f"{name}.weight"), p.pop(f"{name}.bias"), eps) if f"{name}.weight" in p else y
 
-    qkv = linear(norm(x, "norm1"), p.pop("attn.qkv.weight"), p.pop("attn.qkv.bias", None))
+    first, second = ((p.pop(f"{name}.weight"), p.pop(f"{name}.bias")) for name in ("norm1", "norm2"))
+    qkv = ln_linear(x, *first, p.pop("attn.qkv.weight"), p.pop("attn.qkv.bias", None), eps)
     q, k, v = qkv.reshape(*x.shape[:2], 3, heads, -1).unbind(2)  # three of [B, T, H, d]
     y = norm(attention(norm(q, "attn.q_norm"), norm(k, "attn.k_norm"), v), "attn.norm")
     x = linear_residual(y, p.pop("attn.proj.weight"), p.pop("attn.proj.bias", None), x, p.pop("ls1.gamma", None))
-    hidden = activate(linear(norm(x, "norm2"), p.pop("mlp.fc1.weight"), p.pop("mlp.fc1.bias", None)), activation)
+    hidden = activate(ln_linear(x, *second, p.pop("mlp.fc1.weight"), p.pop("mlp.fc1.bias", None), eps), activation)
     hidden = norm(hidden, "mlp.norm")
     return linear_residual(hidden, p.pop("mlp.fc2.weight"), p.pop("mlp.fc2.bias", None), x, p.pop("ls2.gamma", None))
 
@@ -226,7 +227,7 @@ def vision_transformer(
     position = p.pop("pos_embed")[0] if "pos_embed" in p else None
     x = patch_embed(images, p.pop("patch_embed.proj.weight"), p.pop("patch_embed.proj.bias", None), position, prefix)
     x = norm(x, "norm_pre")
-    depth = 1 + max(int(name.split(".")[1]) for name in p if name.startswith("blocks."))
+    depth = 1 + max((int(name.split(".")[1]) for name in p if name.startswith("blocks.")), default=-1)
     left_over = []
     for index in range(depth):
         layer = part(f"blocks.{index}.")
