@@ -17,7 +17,8 @@ import torch
 LEAST_ACCURACY = 0.97
 LARGEST_DIFFERENCE = 1e-4  # of a probability, between PyTorch and the kernels, both in fp32
 SHOWN = (3, 5, 8)  # digits of the attention picture
-TRAIN = ("--epochs", "70", "--batch-size", "32", "--lr", "0.002", "--seed", "42")
+# Chosen on a fifth of the four fifths, never on what is held out.
+TRAIN = ("--epochs", "80", "--lr", "0.002", "--drop-path", "0.1", "--seed", "42")
 
 
 def main() -> None:
