@@ -24,6 +24,15 @@ def test_the_demo_fails_below_its_accuracy(short):
         demo.main()
 
 
+def test_the_demo_removes_nothing_of_others(short):
+    kept = short / "demo-output" / "model" / "thesis.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("years of work")
+    with pytest.raises(SystemExit, match=r"thesis\.txt, which no demo made"):
+        demo.main()
+    assert kept.exists()
+
+
 def test_the_demo(short, monkeypatch, capsys):
     monkeypatch.setattr(demo, "LEAST_ACCURACY", 0.0)
     for name in ("model", "digits"):  # an earlier demo left something

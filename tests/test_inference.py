@@ -106,8 +106,11 @@ def _icon(path):
         (_icon, "no picture that can be read"),  # Pillow knows the format; it is not one of ours
         (_cut, "damaged or cut off"),
         (bomb, "pixels"),
+        (lambda path: picture(path, size=(60_000, 3)), "60000 x 3 pixels; takes sides of a ratio of 200"),
+        (lambda path: Image.new("I", (8, 8), 200).save(path, format="TIFF"), "mode I, whose white nobody knows"),
+        (lambda path: Image.new("F", (8, 8), 0.5).save(path, format="TIFF"), "mode F, whose white nobody knows"),
     ],
-    ids=["text", "empty", "another format", "cut off", "bomb"],
+    ids=["text", "empty", "another format", "cut off", "bomb", "thin", "32 bits", "floats"],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path, make, says):
     path = tmp_path / "bad.png"

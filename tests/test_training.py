@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors
 import torch
 
 import vit_fast
@@ -205,6 +206,62 @@ def test_what_a_run_refuses(tmp_path, uninterrupted):
         training.train(tiny_config(tmp_path / "nine", num_classes=9))
     with pytest.raises(ValueError, match="the setting drop_path"):
         training.train(tiny_config(tmp_path / "kwargs", model_kwargs={"drop_path_rate": 0.1}))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tensors, state: state.pop("images"), "it lacks images"),
+        (lambda tensors, state: tensors.pop("generator.cpu"), "it lacks generator.cpu"),
+        (lambda tensors, state: tensors.pop("optimiser.head.weight.exp_avg"), "exp_avg of head.weight is nothing"),
+        (
+            lambda tensors, state: tensors.update({"optimiser.head.bias.exp_avg_sq": torch.zeros(3)}),
+            r"exp_avg_sq of head.bias is shape \[3\]",
+        ),
+    ],
+    ids=["state", "generator", "optimiser", "shape"],
+)
+def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, uninterrupted, change, says):
+    """Least of all with an optimiser that has forgotten."""
+    folder = uninterrupted[0].output
+    weights, tensors, state = checkpoint.load_training(folder)
+    change(tensors, state)
+    model, config = checkpoint.load(folder)
+    model.load_state_dict(weights)
+    (tmp_path / "damaged").mkdir()
+    checkpoint.save(tmp_path / "damaged", model, config, tensors, state)
+    with pytest.raises(ValueError, match=says):
+        training.train(tiny_config(tmp_path / "on", epochs=2), tmp_path / "damaged")
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    run = training._Run(tiny_config(tmp_path))
+    with torch.no_grad():
+        run.model.head.weight[0, 0] = math.inf
+    with pytest.raises(FloatingPointError, match="a weight is no number"):
+        run.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_first_save_that_fails_leaves_the_folder_free(tmp_path, monkeypatch):
+    """A full disk: the error names the output, nothing half-written stays, and the next run may use the folder."""
+
+    def full(tensors, path, header):
+        path.write_bytes(b"half")
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(ValueError, match=r"output: cannot write .*No space left"):
+        training.train(tiny_config(tmp_path))
+    assert not list(tmp_path.glob(".*"))
+    monkeypatch.undo()
+    training.train(tiny_config(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(ValueError, match="device: got"):
+        training.device_named(name)
 
 
 @pytest.mark.parametrize(

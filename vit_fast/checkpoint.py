@@ -66,9 +66,13 @@ def check_writable(folder: str | Path) -> None:
 def replacing(path: Path):
     """A path beside `path` to write to; after the block it is on the disk and has taken the place of `path`."""
     beside = path.with_name(f".{path.name}.tmp")
-    yield beside
-    _flush(beside)
-    os.replace(beside, path)
+    try:
+        yield beside
+        _flush(beside)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     if os.name != "nt":  # a folder cannot be opened there
         _flush(path.parent)
 
@@ -105,7 +109,10 @@ def save(folder: str | Path, model: nn.Module, config: Config, training: dict[st
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     with replacing(path) as beside:
-        save_file(tensors, beside, {"format": "pt", **header})
+        try:
+            save_file(tensors, beside, {"format": "pt", **header})
+        except safetensors.SafetensorError as error:  # a full disk comes as this
+            raise ValueError(f"output: cannot write {path}: {error}") from error
         beside.chmod((path.parent / CONFIG).stat().st_mode)  # safetensors makes files that only their owner may read
 
 
@@ -155,7 +162,11 @@ def load_training(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tens
     if "state" not in header:
         raise ValueError(f"{path}: holds weights alone; a run goes on from the {TRAINING} of `vit-fast train`")
     weights = {name.removeprefix("model."): tensors.pop(name) for name in list(tensors) if name.startswith("model.")}
-    return weights, tensors, json.loads(header["state"])
+    try:
+        state = json.loads(header["state"])
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, its state is no JSON ({error})") from error
+    return weights, tensors, state
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -230,7 +230,7 @@ Checkpoint = Annotated[
 
 def _open_model(model: str, weights: str | None, device: str) -> tuple[torch.nn.Module, tuple[str, ...]]:
     """The model that the command line names, in evaluation mode, and its classes."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = training.device_named(device)
     if weights is not None:
         tensors, _ = checkpoint.read_tensors(weights)
         head = tensors.get("head.weight")
@@ -273,14 +273,14 @@ def classify(
     network, classes = _open_model(model, weights, device)
     results, failed = [], False
     for start in range(0, len(paths), BATCH):
-        opened = {}
+        opened = []
         for path in paths[start : start + BATCH]:
             try:
-                opened[path] = inference.open_image(path, network.in_chans)
+                opened.append((path, inference.open_image(path, network.in_chans)))
             except (ValueError, OSError) as error:
                 failed = True
                 _say_error(str(error))
-        for path, row in zip(opened, network.predict(list(opened.values())).cpu()):
+        for (path, _), row in zip(opened, network.predict([image for _, image in opened]).cpu()):
             top = row.topk(min(topk, len(classes)))
             ranked = zip(top.indices.tolist(), top.values.tolist())
             ranked = [{"class": classes[index], "probability": probability} for index, probability in ranked]
@@ -370,7 +370,7 @@ def env(device: Device = "") -> None:
 
     from vit_fast import verify
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = training.device_named(device)
     console = _console()
     facts = Table(box=None, show_header=False, pad_edge=False)
     if place.type == "cuda":

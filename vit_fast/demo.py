@@ -6,6 +6,7 @@ Every step is a command of `vit-fast` that is printed before it runs. What it ma
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from vit_fast.ops.backend import triton_is_missing
+
 LEAST_ACCURACY = 0.97
 LARGEST_DIFFERENCE = 1e-4  # of a probability, between PyTorch and the kernels, both in fp32
 SHOWN = (3, 5, 8)  # digits of the attention picture
-# Chosen on a fifth of the four fifths, never on what is held out.
 TRAIN = ("--epochs", "80", "--lr", "0.002", "--drop-path", "0.1", "--seed", "42")
 
 
@@ -30,8 +32,8 @@ def main() -> None:
     torch.set_num_threads(1)  # so small a model gains little from a second, and waits long for one that is kept busy
     output = arguments.output
     model, digits = output / "model", output / "digits"
-    for folder in (model, digits):  # of an earlier demo
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in (model, digits):
+        remove_earlier(folder)
 
     print("1. Train on four fifths of scikit-learn's 1,797 scanned digits; a fifth of each digit is held out.\n")
     vit_fast("train", "digits", *TRAIN, "--output", model)
@@ -58,6 +60,17 @@ def main() -> None:
         shutil.copyfile(picture, arguments.picture)
         print(arguments.picture)
     print(f"\nThe model is in {model}, the scans are in {digits}. All of it took {time.monotonic() - started:.0f} s.")
+
+
+def remove_earlier(folder: Path) -> None:
+    """Remove a folder of an earlier demo; refuse one that holds anything else."""
+    if not folder.exists():
+        return
+    ours = re.compile(r"\.?(config\.json|(model|training)\.safetensors|history\.jsonl)(\.tmp)?|\d-scan-\d+\.png")
+    foreign = [path.name for path in folder.iterdir() if not ours.fullmatch(path.name)]
+    if foreign:
+        sys.exit(f"{folder} holds {foreign[0]}, which no demo made; name another folder with --output")
+    shutil.rmtree(folder)
 
 
 def vit_fast(*arguments) -> None:
@@ -90,6 +103,9 @@ def write_digits(folder: Path) -> list[Path]:
 
 def compare(model: Path, picture: Path) -> None:
     """Classify a picture in PyTorch and in the interpreted kernels, and print how far the probabilities are apart."""
+    if triton_is_missing():
+        print("skipped: triton is not installed here")
+        return
     command = [sys.executable, "-m", "vit_fast.cli", "classify", str(model), str(picture), "--topk", "10", "--json"]
     answers = []
     for settings in ({"VIT_FAST_BACKEND": "torch"}, {"VIT_FAST_BACKEND": "triton", "TRITON_INTERPRET": "1"}):

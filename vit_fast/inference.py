@@ -16,6 +16,7 @@ from torch import Tensor
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff")
 MAX_PIXELS = 89_478_485  # Pillow's own threshold: a quarter of a GiB in RGB
+MAX_RATIO = 200  # of the sides of a picture
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -55,6 +56,9 @@ def _upright(image, name: str, in_chans: int, max_pixels: int = MAX_PIXELS):
     _, ImageOps = _pillow()
     if image.width * image.height > max_pixels:
         raise ValueError(f"{name}: refused, it has {image.width} x {image.height} pixels, takes {max_pixels:,} at most")
+    _check_ratio(name, image.height, image.width)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{name}: got a picture of mode {image.mode}, whose white nobody knows; takes 8 or 16 bits")
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -63,6 +67,12 @@ def _upright(image, name: str, in_chans: int, max_pixels: int = MAX_PIXELS):
         return image.convert("L" if in_chans == 1 else "RGB")
     except Exception as error:  # each decoder has errors of its own
         raise ValueError(f"{name}: the picture is damaged or cut off ({error})") from error
+
+
+def _check_ratio(name: str, rows: int, columns: int) -> None:
+    """Refuse a picture so thin that, resized until its short side fits the model, it would fill the memory."""
+    if not 0 < max(rows, columns) <= MAX_RATIO * min(rows, columns):
+        raise ValueError(f"{name}: refused, {columns} x {rows} pixels; takes sides of a ratio of {MAX_RATIO} at most")
 
 
 def _scaled_size(size: tuple[int, int], img_size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
@@ -95,6 +105,7 @@ def to_pixels(image, img_size: tuple[int, int], crop_pct: float = 1.0, interpola
 def _tensor_to_pixels(images: Tensor, img_size, crop_pct, interpolation, in_chans) -> Tensor:
     """The same for a uint8 tensor [B, rows, columns, 3], on the device where it lies: within two levels of Pillow's."""
     images = images.permute(0, 3, 1, 2)
+    _check_ratio("images", *images.shape[2:])
     if in_chans == 1:  # Pillow's integer weights for luminance
         red, green, blue = images.int().unbind(1)
         images = ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8).unsqueeze(1)

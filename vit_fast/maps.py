@@ -76,10 +76,11 @@ def check_picture_path(path: str | Path) -> None:
     suffixes = sorted(_pyplot().gcf().canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in suffixes:
         raise ValueError(f"{path}: got the suffix {path.suffix!r}, takes one of {', '.join('.' + s for s in suffixes)}")
+    existed = path.exists()
     try:
         with path.open("ab"):
             pass
-        if not path.stat().st_size:
+        if not existed:
             path.unlink()
     except OSError as error:
         raise ValueError(f"output: cannot write {path}: {error.strerror}") from error
@@ -111,7 +112,7 @@ def draw_attention(looked: Sequence[Looked], titles: Sequence[str], path: str | 
         places = iter(axes[index * lines : (index + 1) * lines].flat)
         axis = next(places)
         _show(axis, one.picture)
-        axis.set_title(title, fontsize=9, fontweight="bold")
+        axis.set_title(title, fontsize=9, fontweight="bold", parse_math=False)
         for name, heat in [("rollout", one.rollout), *((f"head {n}", h) for n, h in enumerate(one.heads, 1))]:
             axis = next(places)
             _show(axis, one.picture, heat)

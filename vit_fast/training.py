@@ -37,6 +37,7 @@ DIGITS_KWARGS = {
     "num_heads": 4,
     "pos_embed": "sincos2d",
 }
+STATE = ("settings", "data", "epoch", "batch", "images", "loss_sum", "history")  # what a run keeps of its position
 READ_EVERY = 10  # steps between two readings of the loss on a GPU: each makes the host wait for the device
 
 
@@ -141,7 +142,7 @@ def train(
     """
     checkpoint.check_writable(config.output)
     output = Path(config.output)
-    if (output / checkpoint.CONFIG).exists() and (resume is None or not output.samefile(resume)):
+    if (output / checkpoint.TRAINING).exists() and (resume is None or not output.samefile(resume)):
         raise ValueError(f"output: {output} holds a checkpoint already; resume it, or name another folder")
     run = _Run(config)
     if resume is not None:
@@ -171,6 +172,21 @@ def train(
             if on_epoch is not None:
                 on_epoch(record)
     return Result(run.model.eval(), run.history, output)
+
+
+def device_named(name: str) -> torch.device:
+    """The device of this name; "" is cuda where there is one, cpu elsewhere.
+
+    Raises:
+        ValueError: for a name that torch does not know, and a GPU that is not there.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device: got {name!r}, takes cpu, cuda, cuda:1 …") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: got {name!r}, torch sees {torch.cuda.device_count()} GPUs here")
+    return device
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
@@ -293,7 +309,7 @@ class _Run:
 
     def __init__(self, config: Config):
         self.config = config
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = device_named(config.device)
         self.amp = _use_amp(config, self.device)
         self.model_config = architecture(config)
         self.data = load_data(config.data, self.model_config.preprocessing, config.hflip)
@@ -400,6 +416,8 @@ class _Run:
                 yield name, self.optimiser.state[parameter]
 
     def save(self, output: Path) -> None:
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise FloatingPointError(f"a weight is no number any more at step {self.step}; try a lower lr")
         tensors = {
             f"optimiser.{name}.{key}": value.detach().cpu().contiguous()
             for name, values in self._named_state()
@@ -431,6 +449,9 @@ class _Run:
             ValueError: for settings or data that differ, naming them, and for a checkpoint that cannot be read.
         """
         weights, tensors, state = checkpoint.load_training(folder)
+        missing = [key for key in STATE if key not in state] + ["generator.cpu"] * ("generator.cpu" not in tensors)
+        if missing:
+            raise ValueError(f"{folder}: damaged, it lacks {', '.join(missing)}")
         differing = [
             f"{name} was {state['settings'].get(name)}, got {value}"
             for name, value in self._settings().items()
@@ -442,9 +463,14 @@ class _Run:
             raise ValueError(f"resume: {self.config.data} is not the data that {folder} was trained on")
         checkpoint.load_weights(self.model, weights)
         for name, parameter in self.model.named_parameters():
-            values = {key: tensors.get(f"optimiser.{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if all(value is not None for value in values.values()):
-                self.optimiser.state[parameter] = {key: value.clone().to(self.device) for key, value in values.items()}
+            if not parameter.requires_grad:
+                continue
+            for key, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
+                value = tensors.get(f"optimiser.{name}.{key}")
+                if value is None or value.shape != shape:
+                    got = "nothing" if value is None else f"shape {list(value.shape)}"
+                    raise ValueError(f"{folder}: damaged, the optimiser's {key} of {name} is {got}")
+                self.optimiser.state[parameter][key] = value.clone().to(self.device)
         torch.set_rng_state(tensors["generator.cpu"].clone())
         if self.device.type == "cuda" and "generator.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["generator.cuda"].clone(), self.device)
@@ -459,4 +485,7 @@ def read_settings(folder: str | Path) -> dict:
     Raises:
         ValueError: for a folder that no run can go on from.
     """
-    return checkpoint.load_training(folder)[2]["settings"]
+    state = checkpoint.load_training(folder)[2]
+    if "settings" not in state:
+        raise ValueError(f"{folder}: damaged, it lacks settings")
+    return state["settings"]
