@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .product import TRITON_DTYPE, load_vector, matrix, product, row_sums, store, tile_offsets, tiles
+from .product import TRITON_DTYPE, load_drop, load_vector, matrix, product, row_sums, store, tile_offsets, tiles
 from .tile_table import lookup
 
 # Weight gradients have few tiles and a long sum: the sum is split until this many programs share it, two waves of the
@@ -43,7 +43,7 @@ def input_grad_tile(
     w = (weight_ptr, stride_weight, 1, N, K, None, 1)
     dx = product(matrix, dy, matrix, w, rows, cols, 0, N, weight_ptr.dtype.element_ty, BLOCK_K, PRECISION)
     if drop_ptr is not None:
-        dx *= tl.load(drop_ptr + rows // tokens_per_image, mask=rows < M, other=0.0).to(tl.float32)[:, None]
+        dx *= load_drop(drop_ptr, rows, tokens_per_image, M)
     return dx
 
 
@@ -174,7 +174,7 @@ def _finish_kernel(
     N,
     K,
     stride_weight,
-    SPLITS,
+    splits,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -187,7 +187,7 @@ def _finish_kernel(
     for k in range(0, K, BLOCK_N):
         cols = k + tl.arange(0, BLOCK_N)
         grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for split in range(SPLITS):
+        for split in range(splits):
             grad += matrix((partial_ptr + tl.cast(split, tl.int64) * N * K, K, 1, N, K, None, 1), rows, cols)
         store(dweight_ptr, K, grad * scale[:, None], rows, cols, N, K)
         if scale_ptr is not None:
@@ -195,7 +195,7 @@ def _finish_kernel(
             dscale += tl.sum(weight * grad, axis=1)
     if sums_ptr is not None:
         sums = tl.zeros([BLOCK_M], tl.float32)
-        for split in range(SPLITS):
+        for split in range(splits):
             sums += load_vector(sums_ptr + split * N, rows, N)
         tl.store(dbias_ptr + rows, sums * scale, mask=rows < N)
         if scale_ptr is not None:
@@ -257,7 +257,7 @@ def linear_finish(partial, sums, weight, bias, layer_scale):
         N=N,
         K=K,
         stride_weight=weight.stride(0),
-        SPLITS=splits,
+        splits=splits,
         BLOCK_M=4,
         BLOCK_N=256,
         num_warps=4,

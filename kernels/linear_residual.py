@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .linear import linear_input_grad, linear_weight_grad
-from .product import load_vector, matrix, product, store, tile_offsets, tiles
+from .product import load_drop, load_vector, matrix, product, store, tile_offsets, tiles
 from .tile_table import lookup
 
 
@@ -47,7 +47,7 @@ def _forward_kernel(
     if scale_ptr is not None:
         y *= load_vector(scale_ptr, cols, N)[None, :]
     if drop_ptr is not None:
-        y *= tl.load(drop_ptr + rows // tokens_per_image, mask=rows < M, other=0.0).to(tl.float32)[:, None]
+        y *= load_drop(drop_ptr, rows, tokens_per_image, M)
     y += matrix((residual_ptr, stride_residual, 1, M, N, None, 1), rows, cols).to(tl.float32)
     store(y_ptr, N, y, rows, cols, M, N)
 

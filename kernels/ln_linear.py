@@ -22,18 +22,11 @@ from .tile_table import lookup
 
 
 @triton.jit
-def standardise(tile, rows, n_rows, mean_ptr, rstd_ptr):
-    mean = load_vector(mean_ptr, rows, n_rows)
-    rstd = load_vector(rstd_ptr, rows, n_rows)
-    return (tile.to(tl.float32) - mean[:, None]) * rstd[:, None]
-
-
-@triton.jit
 def standardised(operand, rows, cols):
     """x̂."""
     ptr, stride_row, n_rows, n_cols, mean_ptr, rstd_ptr = operand
-    tile = matrix((ptr, stride_row, 1, n_rows, n_cols, None, 1), rows, cols)
-    return standardise(tile, rows, n_rows, mean_ptr, rstd_ptr)
+    tile = matrix((ptr, stride_row, 1, n_rows, n_cols, None, 1), rows, cols).to(tl.float32)
+    return (tile - load_vector(mean_ptr, rows, n_rows)[:, None]) * load_vector(rstd_ptr, rows, n_rows)[:, None]
 
 
 @triton.jit
@@ -117,14 +110,19 @@ def _forward_kernel(
     store(y_ptr, N, y, rows, cols, M, N)
 
 
+def whole_rows(K: int) -> dict:
+    """The launch of a kernel that holds rows whole: 4,096 elements a program of four warps, 32 a thread."""
+    block = triton.next_power_of_2(K)
+    return {"BLOCK_M": max(1, 4096 // block), "BLOCK_K": block, "num_warps": 4}
+
+
 def statistics(x, eps):
     """mean and rstd [M] in fp32 of the rows of x [M, K]."""
     M, K = x.shape
     mean = torch.empty((M,), dtype=torch.float32, device=x.device)
     rstd = torch.empty((M,), dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(K)
-    rows = max(1, 4096 // block)  # 4,096 elements a program of four warps: 32 a thread
-    _statistics_kernel[(triton.cdiv(M, rows),)](
+    tile = whole_rows(K)
+    _statistics_kernel[(triton.cdiv(M, tile["BLOCK_M"]),)](
         x_ptr=x,
         mean_ptr=mean,
         rstd_ptr=rstd,
@@ -132,9 +130,7 @@ def statistics(x, eps):
         K=K,
         stride_x=x.stride(0),
         eps=eps,
-        BLOCK_M=rows,
-        BLOCK_K=block,
-        num_warps=4,
+        **tile,
     )
     return mean, rstd
 
@@ -237,7 +233,7 @@ def _finish_kernel(
     N,
     K,
     stride_weight,
-    SPLITS,
+    splits,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -246,7 +242,7 @@ def _finish_kernel(
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dbias = tl.zeros([BLOCK_M], tl.float32)
-    for split in range(SPLITS):
+    for split in range(splits):
         grad += matrix((partial_ptr + tl.cast(split, tl.int64) * N * K, K, 1, N, K, None, 1), rows, cols)
         dbias += load_vector(sums_ptr + split * N, rows, N)
     weight = matrix((weight_ptr, stride_weight, 1, N, K, None, 1), rows, cols).to(tl.float32)
@@ -264,9 +260,8 @@ def norm_grad(dz, x, mean, rstd, norm_weight, residual_grad=None):
     """dx [M, K] in the dtype of x, the gradient past the branch added where it is given."""
     M, K = x.shape
     dx = torch.empty((M, K), dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(K)
-    rows = max(1, 4096 // block)
-    _norm_grad_kernel[(triton.cdiv(M, rows),)](
+    tile = whole_rows(K)
+    _norm_grad_kernel[(triton.cdiv(M, tile["BLOCK_M"]),)](
         dz_ptr=dz,
         x_ptr=x,
         mean_ptr=mean,
@@ -278,9 +273,7 @@ def norm_grad(dz, x, mean, rstd, norm_weight, residual_grad=None):
         K=K,
         stride_x=x.stride(0),
         stride_residual_grad=0 if residual_grad is None else residual_grad.stride(0),
-        BLOCK_M=rows,
-        BLOCK_K=block,
-        num_warps=4,
+        **tile,
     )
     return dx
 
@@ -327,7 +320,7 @@ def backward(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, precision,
         N=N,
         K=K,
         stride_weight=weight.stride(0),
-        SPLITS=splits,
+        splits=splits,
         BLOCK_M=32,
         BLOCK_N=128,
         num_warps=4,

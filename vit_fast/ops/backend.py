@@ -152,7 +152,7 @@ def use_triton(op: str, x: Tensor, *others: Tensor, refusal: str = "") -> bool:
         refusal, error = "the kernels have no rule for torch.func and forward-mode differentiation", RuntimeError
     if _backend == "auto":
         if refusal:
-            say_aside(f"{op}", refusal)
+            say_aside(op, refusal)
         return not refusal
     if reason := _why_not_forced(x.device):
         raise RuntimeError(f"use_backend('triton') got {reason}")
