@@ -303,7 +303,7 @@ def _arguments(kernel: str, precision: str, *views: torch.Tensor) -> dict:
     main, tail = head_pieces(width)
     # What divides each stride: triton sees a divisor of 16 by itself, but heads of 72 elements begin at multiples of 8.
     align = math.gcd(8, *(stride for view in views for stride in view.stride()[:-1]))
-    tile = lookup(f"{kernel}_{64 if main + tail <= 64 else 128}", x.device, x.dtype)
+    tile = lookup(kernel, x.device, x.dtype, "64" if main + tail <= 64 else "128")
     return {"H": x.shape[2], "D": width, "MAIN": main, "TAIL": tail, "ALIGN": align, "PRECISION": precision, **tile}
 
 

@@ -1,16 +1,29 @@
 """Which tile a kernel takes: one data file an architecture under tiles/, read once.
 
-A file maps kernel → dtype class ("16" for fp16 and bf16, "32" for fp32) → the launch's tile sizes, num_warps and
-num_stages. An architecture without a file takes the nearest of its maker.
+A file maps kernel → dtype class ("16" for fp16 and bf16, "32" for fp32) → shape class → entry. An entry holds the
+launch's tile sizes, num_warps and num_stages, its "origin" ("predicted" by the compiler and the model of
+benchmarks/roofline.py, or "measured" with device, date and versions), and a "reason" where it breaks a rule of
+`benchmarks.static --check` for one. The shape class is "any", or what the kernel's launch tells apart: "few" and "many"
+rows of a product, "64" and "128" for the width of a head.
+
+An architecture without a file takes the nearest of its maker. What VIT_FAST_TILES names, else the user's cache, where
+`vit-fast tune` writes, takes the place of single entries.
 """
 
 import functools
 import json
+import logging
+import os
 import pathlib
 
 import torch
 
 FOLDER = pathlib.Path(__file__).parent / "tiles"
+NOT_LAUNCHED = ("origin", "reason")  # what an entry says of itself
+# A product of fewer rows has too few tiles of 128 x 128 to fill the multiprocessors: 10 images of a ViT-B at 224.
+FEW_ROWS = 2048
+
+log = logging.getLogger("vit_fast")
 
 
 @functools.cache
@@ -24,24 +37,96 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def nearest(name: str) -> str:
+    """The architecture itself where it has a file, else the nearest of the same maker below it, else above."""
+    if (FOLDER / f"{name}.json").is_file():
+        return name
+    maker = "gfx" if name.startswith("gfx") else "sm_"
+    known = sorted((path.stem for path in FOLDER.glob(f"{maker}*.json")), key=lambda stem: int(stem[3:], 16))
+    below = [stem for stem in known if int(stem[3:], 16) <= int(name[3:], 16)]
+    return below[-1] if below else known[0]
+
+
+def user_file(name: str) -> pathlib.Path:
+    """Where entries of the user's own lie: the file that VIT_FAST_TILES names, else the user's cache."""
+    if named := os.environ.get("VIT_FAST_TILES"):
+        return pathlib.Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache) / "vit_fast" / "tiles" / f"{name}.json"
+
+
+def merge(base: dict, own: dict, source: str) -> dict:
+    """The table `base` with the entries of `own` in their places.
+
+    Raises:
+        ValueError: naming `source` and the entry, where `base` has none of that kernel and dtype or other launch
+            arguments.
+    """
+    merged = {kernel: {dtype: dict(classes) for dtype, classes in dtypes.items()} for kernel, dtypes in base.items()}
+    for kernel, dtypes in own.items():
+        for dtype, classes in dtypes.items():
+            for shape, entry in classes.items():
+                there = merged.get(kernel, {}).get(dtype, {})
+                takes = next((set(e) - set(NOT_LAUNCHED) for e in there.values()), None)
+                got = set(entry) - set(NOT_LAUNCHED)
+                if got != takes or not all(isinstance(entry[name], int) for name in got):
+                    where = f"{source}: {kernel}, {dtype}, {shape}"
+                    raise ValueError(f"{where}: got {sorted(got)}, takes {sorted(takes or [])}, whole numbers")
+                there[shape] = entry
+    return merged
+
+
 @functools.cache
 def table(name: str) -> dict:
-    """The table of an architecture, or of the nearest one of the same maker below it, else above."""
-    if not (FOLDER / f"{name}.json").is_file():
-        maker = "gfx" if name.startswith("gfx") else "sm_"
-        known = sorted((path.stem for path in FOLDER.glob(f"{maker}*.json")), key=lambda stem: int(stem[3:], 16))
-        below = [stem for stem in known if int(stem[3:], 16) <= int(name[3:], 16)]
-        name = below[-1] if below else known[0]
-    return json.loads((FOLDER / f"{name}.json").read_text())
+    """The table in force for an architecture: the package's, the user's entries in their places.
+
+    Raises:
+        ValueError: for a file of the user's that is no table.
+    """
+    found = nearest(name)
+    if found != name:
+        log.warning("vit_fast has no tile table of %s and takes that of %s; `vit-fast tune` makes one", name, found)
+    base = json.loads((FOLDER / f"{found}.json").read_text())
+    own = user_file(name)
+    if not own.is_file():
+        if os.environ.get("VIT_FAST_TILES"):
+            raise ValueError(f"VIT_FAST_TILES: got {own}, takes a file that is there")
+        return base
+    try:
+        return merge(base, json.loads(own.read_text()), str(own))
+    except (AttributeError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{own}: got no tile table ({error}); remove it, or run `vit-fast tune` again") from error
+
+
+def text(table: dict) -> str:
+    """A table as the text of its file: an entry a line."""
+    kernels = []
+    for kernel, dtypes in table.items():
+        lines = [
+            f'    "{dtype}": {{\n'
+            + ",\n".join(f'      "{shape}": {json.dumps(entry)}' for shape, entry in classes.items())
+            + "\n    }"
+            for dtype, classes in dtypes.items()
+        ]
+        kernels.append(f'  "{kernel}": {{\n' + ",\n".join(lines) + "\n  }")
+    return "{\n" + ",\n".join(kernels) + "\n}\n"
+
+
+def rows_class(rows: int) -> str:
+    """The shape class of a product with so many rows."""
+    return "few" if rows <= FEW_ROWS else "many"
 
 
 @functools.cache
-def lookup(kernel: str, device: torch.device, dtype: torch.dtype) -> dict:
+def lookup(kernel: str, device: torch.device, dtype: torch.dtype, shape_class: str = "any") -> dict:
     """The launch arguments of a kernel: its tile sizes, num_warps and num_stages; shared, so not to be changed.
 
     Args:
         kernel: the entry's name, such as "attention_forward".
         device: where the tensors are.
         dtype: of the operands of its products.
+        shape_class: which entry, where the table tells shapes apart; "any" is taken where it does not.
     """
-    return table(architecture(device))[kernel]["32" if dtype.itemsize == 4 else "16"]
+    classes = table(architecture(device))[kernel]["32" if dtype.itemsize == 4 else "16"]
+    entry = classes.get(shape_class) or classes["any"]
+    return {name: value for name, value in entry.items() if name not in NOT_LAUNCHED}
