@@ -10,41 +10,30 @@ import torch
 import triton
 import triton.language as tl
 
-from .product import TRITON_DTYPE, load_drop, load_vector, matrix, product, row_sums, store, tile_offsets, tiles
+from . import tile_table
+from .product import (
+    TRITON_DTYPE,
+    column_pieces,
+    count_tiles,
+    described,
+    launch_tiles,
+    load_drop,
+    load_tile,
+    load_vector,
+    matrix,
+    product,
+    row_sums,
+    rows_inner,
+    rows_outer,
+    scaled,
+    scratch_memory,
+    store_tile,
+    tile_of,
+    tiles,
+)
 from .tile_table import lookup
 
-# Weight gradients have few tiles and a long sum: the sum is split until this many programs share it, two waves of the
-# 132 multiprocessors of an H100.
-SPLIT_PROGRAMS = 264
-
-
 # ---- input gradient ------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def input_grad_tile(
-    dy_ptr,
-    weight_ptr,
-    scale_ptr,
-    drop_ptr,
-    M,
-    N,
-    K,
-    stride_dy,
-    stride_weight,
-    tokens_per_image,
-    rows,
-    cols,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A tile of drop∘((dy∘γ)·W) in fp32."""
-    dy = (dy_ptr, stride_dy, 1, M, N, scale_ptr, 1)
-    w = (weight_ptr, stride_weight, 1, N, K, None, 1)
-    dx = product(matrix, dy, matrix, w, rows, cols, 0, N, weight_ptr.dtype.element_ty, BLOCK_K, PRECISION)
-    if drop_ptr is not None:
-        dx *= load_drop(drop_ptr, rows, tokens_per_image, M)
-    return dx
 
 
 @triton.jit
@@ -63,35 +52,47 @@ def _input_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PIECES: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    rows, cols = tile_offsets(M, K, BLOCK_M, BLOCK_N)
-    dx = input_grad_tile(
-        dy_ptr, weight_ptr, scale_ptr, drop_ptr, M, N, K, stride_dy, stride_weight, tokens_per_image,
-        rows, cols, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    store(dx_ptr, K, dx, rows, cols, M, K)
+    """dx [M, N] = drop∘((dy∘γ)·W), dy [M, K], W [K, N]: K is what the map gives, and what this product sums over."""
+    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
+    WIDTH: tl.constexpr = BLOCK_N // PIECES
+    dy = (rows_outer, matrix(dy_ptr, M, K, stride_dy, BLOCK_M, BLOCK_K, TMA), scale_ptr, K, 1)
+    weight = matrix(weight_ptr, K, N, stride_weight, BLOCK_K, BLOCK_N, TMA)
+    dx = matrix(dx_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
+    for tile in tl.range(tl.program_id(0), count_tiles(M, N, BLOCK_M, BLOCK_N), tl.num_programs(0), flatten=True):
+        row, col = tile_of(tile, M, N, BLOCK_M, BLOCK_N)
+        sums = product(scaled, dy, rows_inner, weight, row, col, 0, K, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        if drop_ptr is not None:
+            sums *= load_drop(drop_ptr, row + tl.arange(0, BLOCK_M), tokens_per_image, M)
+        pieces = column_pieces(sums, PIECES)
+        for piece in tl.static_range(PIECES):
+            store_tile(dx, pieces[piece], row, col + piece * WIDTH, DTYPE)
 
 
 def linear_input_grad(dy, weight, layer_scale, drop, tokens_per_image, precision):
     """dx [M, K] in the dtype of the weight [N, K] from dy [M, N] in any dtype."""
     (M, N), K = dy.shape, weight.shape[1]
     dx = torch.empty((M, K), dtype=weight.dtype, device=dy.device)
-    tile = lookup("linear_input_grad", dy.device, weight.dtype)
-    _input_grad_kernel[(tiles(M, K, tile),)](
+    launch_tiles(
+        _input_grad_kernel,
+        "linear_input_grad",
+        M,
+        K,
+        weight.dtype,
+        (dy, weight, dx),
         dy_ptr=dy,
         weight_ptr=weight,
         scale_ptr=layer_scale,
         drop_ptr=drop,
         dx_ptr=dx,
-        M=M,
-        N=N,
-        K=K,
+        K=N,
         stride_dy=dy.stride(0),
         stride_weight=weight.stride(0),
         tokens_per_image=tokens_per_image,
         PRECISION=precision,
-        **tile,
     )
     return dx
 
@@ -101,7 +102,6 @@ def linear_input_grad(dy, weight, layer_scale, drop, tokens_per_image, precision
 
 @triton.jit
 def weight_grad_tile(
-    load_a: tl.constexpr,
     a,
     load_b: tl.constexpr,
     b,
@@ -117,20 +117,23 @@ def weight_grad_tile(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """First stage: partial[split] = A·B over this program's span of tokens, and sums[split] = A·1.
+    """First stage: partial[split] = A·Bᵀ over this program's span of tokens, and sums[split] = A·1.
 
-    A [N, tokens], B [tokens, K], partial [splits, N, K], sums [splits, N]. The sums are done by the first column of
-    tiles alone; sums_ptr is None where nobody needs them.
+    A [N, tokens], scaled, B [K, tokens], partial [splits, N, K], sums [splits, N]. The sums are done by the first
+    column of tiles alone; sums_ptr is None where nobody needs them. Not persistent: the spans make as many programs as
+    the device holds, and each has a long sum to itself.
     """
-    rows, cols = tile_offsets(N, K, BLOCK_M, BLOCK_N)
+    row, col = tile_of(tl.program_id(0), N, K, BLOCK_M, BLOCK_N)
     split = tl.program_id(1)
     start = split * span
     stop = min(start + span, tokens)
-    result = product(load_a, a, load_b, b, rows, cols, start, stop, DTYPE, BLOCK_K, PRECISION)
-    store(partial_ptr + split.to(tl.int64) * N * K, K, result, rows, cols, N, K)
+    result = product(scaled, a, load_b, b, row, col, start, stop, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    partial = matrix(partial_ptr + split.to(tl.int64) * N * K, N, K, K, BLOCK_M, BLOCK_N, False)
+    store_tile(partial, result, row, col, tl.float32)
     if sums_ptr is not None:
-        if tl.min(cols, axis=0) == 0:
-            sums = row_sums(load_a, a, rows, start, stop, BLOCK_K)
+        if col == 0:
+            rows = row + tl.arange(0, BLOCK_M)
+            sums = row_sums(scaled, a, row, start, stop, BLOCK_M, BLOCK_K)
             tl.store(sums_ptr + split * N + rows, sums, mask=rows < N)
 
 
@@ -152,13 +155,25 @@ def _weight_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    a = (dy_ptr, 1, stride_dy, N, M, drop_ptr, tokens_per_image)
-    b = (x_ptr, stride_x, 1, M, K, None, 1)
+    dy = matrix(dy_ptr, M, N, stride_dy, BLOCK_K, BLOCK_M, TMA)
+    x = matrix(x_ptr, M, K, stride_x, BLOCK_K, BLOCK_N, TMA)
     weight_grad_tile(
-        matrix, a, matrix, b, partial_ptr, sums_ptr, N, K, M, span, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        (rows_inner, dy, drop_ptr, M, tokens_per_image), rows_inner, x, partial_ptr, sums_ptr, N, K, M, span,
+        DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
+
+
+@triton.jit
+def sum_partials(partial_ptr, splits, N, K, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A tile of Σ partial, [splits, N, K]."""
+    grad = tl.zeros([ROWS, COLS], tl.float32)
+    for split in range(splits):
+        partial = matrix(partial_ptr + tl.cast(split, tl.int64) * N * K, N, K, K, ROWS, COLS, False)
+        grad += load_tile(partial, row, col, ROWS, COLS)
+    return grad
 
 
 @triton.jit
@@ -179,20 +194,19 @@ def _finish_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Second stage: with G = Σ partial and s = Σ sums, dW = γ∘G, db = γ∘s and dγ = Σₖ W∘G + b∘s; a program has rows."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(0) * BLOCK_M
+    rows = row + tl.arange(0, BLOCK_M)
+    dweight = matrix(dweight_ptr, N, K, K, BLOCK_M, BLOCK_N, False)
+    weight = matrix(weight_ptr, N, K, stride_weight, BLOCK_M, BLOCK_N, False)
     scale = tl.full([BLOCK_M], 1.0, tl.float32)
     dscale = tl.zeros([BLOCK_M], tl.float32)
     if scale_ptr is not None:
         scale = load_vector(scale_ptr, rows, N)
-    for k in range(0, K, BLOCK_N):
-        cols = k + tl.arange(0, BLOCK_N)
-        grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for split in range(splits):
-            grad += matrix((partial_ptr + tl.cast(split, tl.int64) * N * K, K, 1, N, K, None, 1), rows, cols)
-        store(dweight_ptr, K, grad * scale[:, None], rows, cols, N, K)
+    for col in range(0, K, BLOCK_N):
+        grad = sum_partials(partial_ptr, splits, N, K, row, col, BLOCK_M, BLOCK_N)
+        store_tile(dweight, grad * scale[:, None], row, col, dweight_ptr.dtype.element_ty)
         if scale_ptr is not None:
-            weight = matrix((weight_ptr, stride_weight, 1, N, K, None, 1), rows, cols).to(tl.float32)
-            dscale += tl.sum(weight * grad, axis=1)
+            dscale += tl.sum(load_tile(weight, row, col, BLOCK_M, BLOCK_N).to(tl.float32) * grad, axis=1)
     if sums_ptr is not None:
         sums = tl.zeros([BLOCK_M], tl.float32)
         for split in range(splits):
@@ -204,36 +218,63 @@ def _finish_kernel(
         tl.store(dscale_ptr + rows, dscale, mask=rows < N)
 
 
-def split_tokens(N: int, K: int, tokens: int, tile: dict) -> tuple[int, int]:
-    """How many programs share the sum over tokens of an [N, K] gradient, and how many tokens each has."""
-    splits = max(1, min(SPLIT_PROGRAMS // tiles(N, K, tile), tokens // (4 * tile["BLOCK_K"])))
-    span = triton.cdiv(triton.cdiv(tokens, splits), tile["BLOCK_K"]) * tile["BLOCK_K"]
-    return triton.cdiv(tokens, span), span
+def split_tokens(N: int, K: int, tokens: int, tile: dict, device: torch.device) -> tuple[int, int]:
+    """How many programs share the sum over tokens of an [N, K] gradient, and how many tokens each has.
+
+    There are few tiles and a long sum: it is split until two waves of programs share it, but no span is under four
+    steps of the loop.
+    """
+    most = 2 * tile_table.multiprocessors(device) // tiles(N, K, tile)
+    splits = max(1, min(most, tokens // (4 * tile["BLOCK_K"])))
+    span = -(-tokens // splits)
+    span += -span % tile["BLOCK_K"]
+    return -(-tokens // span), span
+
+
+def launch_weight_grad(kernel, entry: str, M: int, N: int, K: int, dtype, matrices: tuple, with_sums: bool, **arguments):
+    """The first stage of an [N, K] gradient over M tokens: partial [S, N, K], and sums [S, N] or None.
+
+    The arguments are as `launch_tiles`'s.
+    """
+    device = matrices[0].device
+    tile = lookup(entry, device, dtype)
+    splits, span = split_tokens(N, K, M, tile, device)
+    partial = torch.empty((splits, N, K), dtype=torch.float32, device=device)
+    sums = torch.empty((splits, N), dtype=torch.float32, device=device) if with_sums else None
+    with scratch_memory():
+        kernel[(tiles(N, K, tile), splits)](
+            partial_ptr=partial,
+            sums_ptr=sums,
+            M=M,
+            N=N,
+            K=K,
+            span=span,
+            DTYPE=TRITON_DTYPE[dtype],
+            **arguments,
+            **described(tile, matrices),
+        )
+    return partial, sums
 
 
 def linear_weight_grad(dy, x, weight, bias, layer_scale, drop, tokens_per_image, precision):
     """dW, db and dγ of y = drop∘γ∘(x·Wᵀ + b): dy [M, N] in any dtype, x [M, K] in that of the weight."""
     (M, N), K = dy.shape, x.shape[1]
-    tile = lookup("linear_weight_grad", x.device, weight.dtype)
-    splits, span = split_tokens(N, K, M, tile)
-    partial = torch.empty((splits, N, K), dtype=torch.float32, device=x.device)
-    sums = None if bias is None else torch.empty((splits, N), dtype=torch.float32, device=x.device)
-    _weight_grad_kernel[(tiles(N, K, tile), splits)](
+    partial, sums = launch_weight_grad(
+        _weight_grad_kernel,
+        "linear_weight_grad",
+        M,
+        N,
+        K,
+        weight.dtype,
+        (dy, x),
+        with_sums=bias is not None,
         dy_ptr=dy,
         drop_ptr=drop,
         x_ptr=x,
-        partial_ptr=partial,
-        sums_ptr=sums,
-        M=M,
-        N=N,
-        K=K,
         stride_dy=dy.stride(0),
         stride_x=x.stride(0),
         tokens_per_image=tokens_per_image,
-        span=span,
-        DTYPE=TRITON_DTYPE[weight.dtype],
         PRECISION=precision,
-        **tile,
     )
     return linear_finish(partial, sums, weight, bias, layer_scale)
 

@@ -6,6 +6,8 @@ backward   dresidual = dy   dx = drop∘((dy∘γ)·W)
 shapes     x [M, K]   W [N, K]   b, γ [N]   residual, y [M, N]   drop [B], one draw for each M/B tokens
 saved      x; h is not: the sum over k of W∘G gives LayerScale's gradient without it
 limit      2·M·N·K operations forward, twice that backward; (M·K + N·K + 2·M·N) elements moved forward
+
+Where a LayerNorm of y follows, the epilogue also writes the statistics of y's rows, which it holds in registers.
 """
 
 import torch
@@ -13,8 +15,21 @@ import triton
 import triton.language as tl
 
 from .linear import linear_input_grad, linear_weight_grad
-from .product import load_drop, load_vector, matrix, product, store, tile_offsets, tiles
-from .tile_table import lookup
+from .product import (
+    column_pieces,
+    count_tiles,
+    launch_tiles,
+    load_drop,
+    load_tile,
+    load_vector,
+    matrix,
+    product,
+    rows_outer,
+    store_tile,
+    tile_of,
+)
+from .statistics import new_statistics, store_statistics
+from .tile_table import lookup, rows_class
 
 
 @triton.jit
@@ -26,6 +41,7 @@ def _forward_kernel(
     drop_ptr,
     residual_ptr,
     y_ptr,
+    statistics_ptr,
     M,
     N,
     K,
@@ -36,28 +52,59 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PIECES: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    rows, cols = tile_offsets(M, N, BLOCK_M, BLOCK_N)
-    x = (x_ptr, stride_x, 1, M, K, None, 1)
-    w = (weight_ptr, 1, stride_weight, K, N, None, 1)
-    y = product(matrix, x, matrix, w, rows, cols, 0, K, weight_ptr.dtype.element_ty, BLOCK_K, PRECISION)
-    if bias_ptr is not None:
-        y += load_vector(bias_ptr, cols, N)[None, :]
-    if scale_ptr is not None:
-        y *= load_vector(scale_ptr, cols, N)[None, :]
-    if drop_ptr is not None:
-        y *= load_drop(drop_ptr, rows, tokens_per_image, M)
-    y += matrix((residual_ptr, stride_residual, 1, M, N, None, 1), rows, cols).to(tl.float32)
-    store(y_ptr, N, y, rows, cols, M, N)
+    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
+    Y_DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    WIDTH: tl.constexpr = BLOCK_N // PIECES
+    x = matrix(x_ptr, M, K, stride_x, BLOCK_M, BLOCK_K, TMA)
+    weight = matrix(weight_ptr, N, K, stride_weight, BLOCK_N, BLOCK_K, TMA)
+    residual = matrix(residual_ptr, M, N, stride_residual, BLOCK_M, WIDTH, False)
+    y = matrix(y_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
+    for tile in tl.range(tl.program_id(0), count_tiles(M, N, BLOCK_M, BLOCK_N), tl.num_programs(0), flatten=True):
+        row, first_col = tile_of(tile, M, N, BLOCK_M, BLOCK_N)
+        h = product(
+            rows_outer, x, rows_outer, weight, row, first_col, 0, K, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        )  # fmt: skip
+        pieces = column_pieces(h, PIECES)
+        for piece in tl.static_range(PIECES):
+            col = first_col + piece * WIDTH
+            rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, WIDTH)
+            branch = pieces[piece]
+            if bias_ptr is not None:
+                branch += load_vector(bias_ptr, cols, N)[None, :]
+            if scale_ptr is not None:
+                branch *= load_vector(scale_ptr, cols, N)[None, :]
+            if drop_ptr is not None:
+                branch *= load_drop(drop_ptr, rows, tokens_per_image, M)
+            out = (branch + load_tile(residual, row, col, BLOCK_M, WIDTH).to(tl.float32)).to(Y_DTYPE)
+            store_tile(y, out, row, col, Y_DTYPE)
+            if statistics_ptr is not None:
+                store_statistics(statistics_ptr, out.to(tl.float32), rows, cols, M, N)
 
 
-def forward(x, weight, bias, residual, layer_scale, drop, tokens_per_image, precision):
-    """y [M, N] in the dtype of the residual. The last axis of x, weight and residual has stride 1."""
+def forward(
+    x, weight, bias, residual, layer_scale, drop, tokens_per_image, precision, with_statistics=False
+):  # fmt: skip
+    """y [M, N] in the dtype of the residual, and the statistics of its rows, None unless asked for.
+
+    The last axis of x, weight and residual has stride 1.
+    """
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty((M, N), dtype=residual.dtype, device=x.device)
-    tile = lookup("linear_residual_forward", x.device, weight.dtype)
-    _forward_kernel[(tiles(M, N, tile),)](
+    statistics = None
+    if with_statistics:
+        tile = lookup("linear_residual_forward", x.device, weight.dtype, rows_class(M))
+        statistics = new_statistics(M, N, tile["BLOCK_N"] // tile["PIECES"], x.device)
+    launch_tiles(
+        _forward_kernel,
+        "linear_residual_forward",
+        M,
+        N,
+        weight.dtype,
+        (x, weight, y),
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=bias,
@@ -65,17 +112,15 @@ def forward(x, weight, bias, residual, layer_scale, drop, tokens_per_image, prec
         drop_ptr=drop,
         residual_ptr=residual,
         y_ptr=y,
-        M=M,
-        N=N,
+        statistics_ptr=statistics,
         K=K,
         stride_x=x.stride(0),
         stride_weight=weight.stride(0),
         stride_residual=residual.stride(0),
         tokens_per_image=tokens_per_image,
         PRECISION=precision,
-        **tile,
     )
-    return y
+    return y, statistics
 
 
 def backward(dy, x, weight, bias, layer_scale, drop, tokens_per_image, precision):

@@ -15,23 +15,52 @@ import torch
 import triton
 import triton.language as tl
 
-from .linear import linear_finish, split_tokens, weight_grad_tile
-from .product import TRITON_DTYPE, load_vector, matrix, product, store, tile_offsets, tiles
-from .tile_table import lookup
+from .linear import launch_weight_grad, linear_finish, weight_grad_tile
+from .product import (
+    column_pieces,
+    count_tiles,
+    launch_tiles,
+    load_tile,
+    load_vector,
+    matrix,
+    product,
+    rows_inner,
+    rows_outer,
+    store_tile,
+    tile_of,
+)
 
 
 @triton.jit
-def patches(operand, rows, cols):
+def _patches(operand, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Row b·T + t is patch t − R of image b, in the order of a convolution's weight: channel, row, column."""
+    rows, cols = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
     ptr, stride_b, stride_c, stride_h, stride_w, n_rows, n_cols, T, R, COLUMNS, PH, PW = operand
     token = rows % T - R
-    row, column = token // COLUMNS * PH, token % COLUMNS * PW  # the patch's first pixel
-    corner = (rows // T).to(tl.int64) * stride_b + row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
+    top, left = token // COLUMNS * PH, token % COLUMNS * PW  # the patch's first pixel
+    corner = (rows // T).to(tl.int64) * stride_b + top.to(tl.int64) * stride_h + left.to(tl.int64) * stride_w
     channel, pixel = cols // (PH * PW), cols % (PH * PW)
     inside = channel.to(tl.int64) * stride_c + (pixel // PW).to(tl.int64) * stride_h
     inside += (pixel % PW).to(tl.int64) * stride_w
     mask = ((rows < n_rows) & (token >= 0))[:, None] & (cols < n_cols)[None, :]
     return tl.load(ptr + corner[:, None] + inside[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def patches_outer(operand, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
+    return _patches(operand, outer, inner, OUTER, INNER)
+
+
+@triton.jit
+def patches_inner(operand, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
+    return _patches(operand, inner, outer, INNER, OUTER).T
+
+
+@triton.jit
+def load_rows(table_ptr, rows, n_rows, cols, n_cols):
+    """Rows of a table [n_rows, n_cols] in fp32, zeros for an index outside."""
+    mask = ((rows >= 0) & (rows < n_rows))[:, None] & (cols < n_cols)[None, :]
+    return tl.load(table_ptr + rows[:, None] * n_cols + cols[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -42,8 +71,8 @@ def _forward_kernel(
     position_ptr,
     prefix_ptr,
     token_ptr,
-    B,
-    D,
+    M,
+    N,
     K,
     T,
     R,
@@ -52,30 +81,42 @@ def _forward_kernel(
     stride_c,
     stride_h,
     stride_w,
-    stride_weight,
     FIRST_POSITION: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PIECES: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """FIRST_POSITION is the token of the position table's first row: 0, or R where prefix tokens have no position."""
-    M = B * T
-    rows, cols = tile_offsets(M, D, BLOCK_M, BLOCK_N)
+    """Tokens [M, N], M = B·T. FIRST_POSITION is the token of the position table's first row: 0, or R where prefix tokens
+    have no position."""
+    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
+    WIDTH: tl.constexpr = BLOCK_N // PIECES
     image = (image_ptr, stride_b, stride_c, stride_h, stride_w, M, K, T, R, COLUMNS, PH, PW)
-    w = (weight_ptr, 1, stride_weight, K, D, None, 1)
-    y = product(patches, image, matrix, w, rows, cols, 0, K, weight_ptr.dtype.element_ty, BLOCK_K, PRECISION)
-    token = rows % T
-    if bias_ptr is not None:
-        y += tl.where(token[:, None] >= R, load_vector(bias_ptr, cols, D)[None, :], 0.0)
-    if prefix_ptr is not None:
-        y += matrix((prefix_ptr, D, 1, R, D, None, 1), token, cols).to(tl.float32)
-    if position_ptr is not None:
-        place = tl.where(token >= FIRST_POSITION, token - FIRST_POSITION, T)
-        y += matrix((position_ptr, D, 1, T - FIRST_POSITION, D, None, 1), place, cols).to(tl.float32)
-    store(token_ptr, D, y, rows, cols, M, D)
+    weight = matrix(weight_ptr, N, K, K, BLOCK_N, BLOCK_K, TMA)
+    tokens = matrix(token_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
+    for tile in tl.range(tl.program_id(0), count_tiles(M, N, BLOCK_M, BLOCK_N), tl.num_programs(0), flatten=True):
+        row, first_col = tile_of(tile, M, N, BLOCK_M, BLOCK_N)
+        sums = product(
+            patches_outer, image, rows_outer, weight, row, first_col, 0, K,
+            DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        token = (row + tl.arange(0, BLOCK_M)) % T
+        pieces = column_pieces(sums, PIECES)
+        for piece in tl.static_range(PIECES):
+            col = first_col + piece * WIDTH
+            cols = col + tl.arange(0, WIDTH)
+            y = pieces[piece]
+            if bias_ptr is not None:
+                y += tl.where(token[:, None] >= R, load_vector(bias_ptr, cols, N)[None, :], 0.0)
+            if prefix_ptr is not None:
+                y += load_rows(prefix_ptr, token, R, cols, N)
+            if position_ptr is not None:
+                y += load_rows(position_ptr, token - FIRST_POSITION, T - FIRST_POSITION, cols, N)
+            store_tile(tokens, y, row, col, token_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -83,8 +124,9 @@ def _weight_grad_kernel(
     dtoken_ptr,
     image_ptr,
     partial_ptr,
-    B,
-    D,
+    sums_ptr,
+    M,
+    N,
     K,
     T,
     R,
@@ -100,24 +142,23 @@ def _weight_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    M = B * T
-    a = (dtoken_ptr, 1, D, D, M, None, 1)
-    b = (image_ptr, stride_b, stride_c, stride_h, stride_w, M, K, T, R, COLUMNS, PH, PW)
+    dtokens = matrix(dtoken_ptr, M, N, N, BLOCK_K, BLOCK_M, TMA)
+    image = (image_ptr, stride_b, stride_c, stride_h, stride_w, M, K, T, R, COLUMNS, PH, PW)
     weight_grad_tile(
-        matrix, a, patches, b, partial_ptr, None, D, K, M, span, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        (rows_inner, dtokens, None, M, 1), patches_inner, image, partial_ptr, sums_ptr, N, K, M, span,
+        DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
 
 
 def _geometry(images, weight, prefix) -> dict:
-    """The sizes and strides that both kernels take."""
-    batch, _, height, columns = images.shape
+    """The sizes and strides that both kernels take, but for M and N."""
+    height, columns = images.shape[-2:]
     patch_height, patch_width = weight.shape[-2:]
     count = 0 if prefix is None else prefix.shape[0]
     return {
-        "B": batch,
-        "D": weight.shape[0],
         "K": weight.shape[1] * patch_height * patch_width,
         "T": count + (height // patch_height) * (columns // patch_width),
         "R": count,
@@ -134,21 +175,24 @@ def _geometry(images, weight, prefix) -> dict:
 def forward(images, weight, bias, position, prefix, dtype, precision):
     """Tokens [B, R + N, D] in `dtype`. Images of any strides; weight, position and prefix contiguous."""
     sizes = _geometry(images, weight, prefix)
-    B, T, D = sizes["B"], sizes["T"], sizes["D"]
+    B, D, T = images.shape[0], weight.shape[0], sizes["T"]
     tokens = torch.empty((B, T, D), dtype=dtype, device=images.device)
-    tile = lookup("patch_embed_forward", images.device, weight.dtype)
-    _forward_kernel[(tiles(B * T, D, tile),)](
+    launch_tiles(
+        _forward_kernel,
+        "patch_embed_forward",
+        B * T,
+        D,
+        weight.dtype,
+        (weight.view(D, -1), tokens.view(-1, D)),
         image_ptr=images,
         weight_ptr=weight,
         bias_ptr=bias,
         position_ptr=position,
         prefix_ptr=prefix,
         token_ptr=tokens,
-        stride_weight=sizes["K"],
         FIRST_POSITION=0 if position is None else T - position.shape[0],
         PRECISION=precision,
         **sizes,
-        **tile,
     )
     return tokens
 
@@ -156,21 +200,22 @@ def forward(images, weight, bias, position, prefix, dtype, precision):
 def backward(dtokens, images, weight, bias, position, prefix, precision):
     """dW, dbias, dposition and dprefix (None where absent) from contiguous dtokens [B, T, D]."""
     sizes = _geometry(images, weight, prefix)
-    B, T, D, K, R = (sizes[name] for name in ("B", "T", "D", "K", "R"))
-    tile = lookup("patch_embed_weight_grad", images.device, weight.dtype)
-    splits, span = split_tokens(D, K, B * T, tile)
-    partial = torch.empty((splits, D, K), dtype=torch.float32, device=images.device)
-    _weight_grad_kernel[(tiles(D, K, tile), splits)](
+    (B, T, D), R = dtokens.shape, sizes["R"]
+    partial, _ = launch_weight_grad(
+        _weight_grad_kernel,
+        "patch_embed_weight_grad",
+        B * T,
+        D,
+        sizes.pop("K"),
+        weight.dtype,
+        (dtokens.view(-1, D),),
+        with_sums=False,
         dtoken_ptr=dtokens,
         image_ptr=images,
-        partial_ptr=partial,
-        span=span,
-        DTYPE=TRITON_DTYPE[weight.dtype],
         PRECISION=precision,
         **sizes,
-        **tile,
     )
-    dweight, _, _ = linear_finish(partial, None, weight.view(D, K), None, None)
+    dweight, _, _ = linear_finish(partial, None, weight.view(D, -1), None, None)
     sums = dtokens.sum(0, dtype=torch.float32)  # [T, D]
     dbias = None if bias is None else sums[R:].sum(0).to(bias.dtype)
     dposition = None if position is None else sums[T - position.shape[0] :].to(position.dtype, copy=True)

@@ -1,78 +1,72 @@
 """The loop of a product, and what every kernel that multiplies shares.
 
-An operand is a loader, a jit function, and the tuple of its arguments: `load(operand, rows, cols)` gives the tile
-[len(rows), len(cols)] of the operand, zeros outside. What an op does to an operand on its way to the product (scaling,
-LayerNorm, cutting an image into patches) is a loader; what it does to the result is the epilogue of its kernel.
+    sums[m, n] = Σₖ A[m, k]·B[n, k]
+
+An operand is a loader, a jit function, and the tuple of its arguments: `load(operand, outer, inner, OUTER, INNER)` gives
+the tile [OUTER, INNER] whose first row and column these are, zeros outside. k is the inner index of both operands. What
+an op does to an operand on its way to the product (scaling, LayerNorm, cutting an image into patches) is a loader; what
+it does to the result is the epilogue of its kernel.
+
+A kernel is persistent: as many programs as the multiprocessors hold take the tiles of the result in turn, so that
+flattening lets the loads of the next tile run under the epilogue of this one. Tiles reach shared memory through
+descriptors (TMA) where the architecture has them and the operands are aligned to 16 bytes, and through pointers
+elsewhere: `load_tile` and `store_tile` are all that differs. An epilogue takes its tile in PIECES of columns, which
+halves the registers that it needs.
 """
+
+import contextlib
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import _allocation
+
+from .tile_table import lookup, residents, rows_class
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
+# ---- tiles in memory -----------------------------------------------------------------------------------------------
+
+
 @triton.jit
-def matrix(operand, rows, cols):
-    """A matrix, its columns multiplied by scale[column // PER] where a scale is given."""
-    ptr, stride_row, stride_col, n_rows, n_cols, scale_ptr, PER = operand
+def matrix(ptr, n_rows, n_cols, stride, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
+    """A row-major matrix that is read or written in tiles [ROWS, COLS]."""
+    if TMA:
+        source = tl.make_tensor_descriptor(ptr, [n_rows, n_cols], [stride, 1], [ROWS, COLS])
+    else:
+        source = (ptr, n_rows, n_cols, stride)
+    return source
+
+
+@triton.jit
+def _pointers(source, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    ptr, n_rows, n_cols, stride = source
+    rows, cols = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
     mask = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
     # A token's index times the width passes 2^31 at fc1's hidden width from 3,549 ViT-B images on.
-    offsets = rows[:, None].to(tl.int64) * stride_row + cols[None, :].to(tl.int64) * stride_col
-    tile = tl.load(ptr + offsets, mask=mask, other=0.0)
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + cols // PER, mask=cols < n_cols, other=0.0)
-        tile = tile.to(tl.float32) * scale.to(tl.float32)[None, :]
+    return ptr + rows[:, None].to(tl.int64) * stride + cols[None, :], mask
+
+
+@triton.jit
+def load_tile(source, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The tile [ROWS, COLS] of a matrix that begins at (row, col), zeros outside."""
+    if isinstance(source, tl.tensor_descriptor):
+        tile = source.load([row, col])
+    else:
+        pointers, mask = _pointers(source, row, col, ROWS, COLS)
+        tile = tl.load(pointers, mask=mask, other=0.0)
     return tile
 
 
 @triton.jit
-def product(
-    load_a: tl.constexpr,
-    a,
-    load_b: tl.constexpr,
-    b,
-    rows,
-    cols,
-    start,
-    stop,
-    DTYPE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A[rows, start:stop] · B[start:stop, cols], operands in DTYPE, sum in fp32."""
-    sums = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
-    for k in range(start, stop, BLOCK_K):
-        inner = k + tl.arange(0, BLOCK_K)
-        left = load_a(a, rows, inner).to(DTYPE)  # [BLOCK_M, BLOCK_K]
-        right = load_b(b, inner, cols).to(DTYPE)  # [BLOCK_K, BLOCK_N]
-        sums = tl.dot(left, right, sums, input_precision=PRECISION)
-    return sums
-
-
-@triton.jit
-def row_sums(load_a: tl.constexpr, a, rows, start, stop, BLOCK_K: tl.constexpr):
-    """The sum of A[rows, start:stop] along its rows, in fp32."""
-    sums = tl.zeros([rows.shape[0]], tl.float32)
-    for k in range(start, stop, BLOCK_K):
-        sums += tl.sum(load_a(a, rows, k + tl.arange(0, BLOCK_K)).to(tl.float32), axis=1)
-    return sums
-
-
-@triton.jit
-def tile_of(program, tiles_m, tiles_n):
-    """Tile (m, n) of a program: eight rows of tiles go side by side, so that their operands stay in L2."""
-    group = program // (8 * tiles_n)
-    height = min(tiles_m - group * 8, 8)
-    inside = program % (8 * tiles_n)
-    return group * 8 + inside % height, inside // height
-
-
-@triton.jit
-def tile_offsets(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Row and column indices of this program's tile of an [M, N] result."""
-    m, n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N))
-    return m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
+def store_tile(target, tile, row, col, DTYPE: tl.constexpr):
+    """Write a tile at (row, col) of a matrix of this dtype, what lies outside left out."""
+    if isinstance(target, tl.tensor_descriptor):
+        target.store([row, col], tile.to(DTYPE))
+    else:
+        pointers, mask = _pointers(target, row, col, tile.shape[0], tile.shape[1])
+        tl.store(pointers, tile.to(DTYPE), mask=mask)
 
 
 @triton.jit
@@ -87,14 +81,149 @@ def load_drop(drop_ptr, rows, tokens_per_image, M):
     return tl.load(drop_ptr + rows // tokens_per_image, mask=rows < M, other=0.0).to(tl.float32)[:, None]
 
 
+# ---- loaders of operands -------------------------------------------------------------------------------------------
+
+
 @triton.jit
-def store(ptr, stride_row, tile, rows, cols, M, N):
-    """Write a tile of a row-major matrix in the dtype of the matrix."""
-    mask = (rows[:, None] < M) & (cols[None, :] < N)
-    offsets = rows[:, None].to(tl.int64) * stride_row + cols[None, :]
-    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask)
+def rows_outer(source, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """A matrix whose rows are the outer index."""
+    return load_tile(source, outer, inner, OUTER, INNER)
+
+
+@triton.jit
+def rows_inner(source, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """A matrix whose rows are the inner index."""
+    return load_tile(source, inner, outer, INNER, OUTER).T
+
+
+@triton.jit
+def scaled(operand, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """A matrix whose inner index k is multiplied by scale[k // PER], where a scale is given."""
+    load, source, scale_ptr, length, PER = operand
+    tile = load(source, outer, inner, OUTER, INNER)
+    if scale_ptr is not None:
+        index = inner + tl.arange(0, INNER)
+        scale = tl.load(scale_ptr + index // PER, mask=index < length, other=0.0)
+        tile = tile.to(tl.float32) * scale.to(tl.float32)[None, :]
+    return tile
+
+
+# ---- the product ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def product(
+    load_a: tl.constexpr,
+    a,
+    load_b: tl.constexpr,
+    b,
+    row,
+    col,
+    start,
+    stop,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The tile of A·Bᵀ at (row, col), its inner index from start to stop; operands in DTYPE, sum in fp32."""
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(start, stop, BLOCK_K):
+        left = load_a(a, row, k, BLOCK_M, BLOCK_K).to(DTYPE)
+        right = load_b(b, col, k, BLOCK_N, BLOCK_K).to(DTYPE)
+        sums = tl.dot(left, right.T, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def row_sums(
+    load_a: tl.constexpr, a, row, start, stop, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """The sum of A over its inner index from start to stop, in fp32."""
+    sums = tl.zeros([BLOCK_M], tl.float32)
+    for k in range(start, stop, BLOCK_K):
+        sums += tl.sum(load_a(a, row, k, BLOCK_M, BLOCK_K).to(tl.float32), axis=1)
+    return sums
+
+
+@triton.jit
+def tile_of(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First row and column of a tile: eight rows of tiles go side by side, so that their operands stay in L2."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = index // (8 * tiles_n)
+    height = min(tiles_m - group * 8, 8)
+    inside = index % (8 * tiles_n)
+    return (group * 8 + inside % height) * BLOCK_M, inside // height * BLOCK_N
+
+
+@triton.jit
+def count_tiles(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+
+
+@triton.jit
+def column_pieces(tile, PIECES: tl.constexpr):
+    """A tile [M, N] as a tuple of PIECES (1 or 2) tiles [M, N / PIECES]."""
+    if PIECES == 1:
+        pieces = (tile,)
+    else:
+        tl.static_assert(PIECES == 2)
+        halves = tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1)
+        pieces = halves.split()
+    return pieces
+
+
+# ---- launches ------------------------------------------------------------------------------------------------------
 
 
 def tiles(M: int, N: int, tile: dict) -> int:
-    """How many programs cover an [M, N] result."""
-    return triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"])
+    """How many tiles an [M, N] result has."""
+    return -(-M // tile["BLOCK_M"]) * -(-N // tile["BLOCK_N"])
+
+
+def aligned(*matrices: torch.Tensor) -> bool:
+    """Whether descriptors can be made of these: their rows begin at multiples of 16 bytes."""
+    for x in matrices:
+        if x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16:
+            return False
+    return True
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+@contextlib.contextmanager
+def scratch_memory():
+    """A block in which Triton takes the memory of descriptors from torch's allocator, on the current stream.
+
+    Triton keeps its allocator in a ContextVar: it is set here, in the thread that launches, since autograd runs
+    backward in a thread of its own; what the user had set there is put back.
+    """
+    token = _allocation._allocator.set(_scratch)
+    try:
+        yield
+    finally:
+        _allocation._allocator.reset(token)
+
+
+def launch_tiles(kernel, entry: str, M: int, N: int, dtype: torch.dtype, matrices: tuple, **arguments) -> None:
+    """Launch a persistent kernel over the tiles of an [M, N] result.
+
+    Args:
+        kernel: takes M, N, what `arguments` holds, and the tile of its entry in the table.
+        entry: the kernel's name in the table.
+        dtype: of the operands of the product.
+        matrices: every matrix that the kernel reads or writes through a descriptor.
+    """
+    device, shape = matrices[0].device, rows_class(M)
+    tile = lookup(entry, device, dtype, shape)
+    programs = min(tiles(M, N, tile), residents(entry, device, dtype, shape))
+    with scratch_memory():
+        kernel[(programs,)](M=M, N=N, **arguments, **described(tile, matrices))
+
+
+def described(tile: dict, matrices: tuple) -> dict:
+    """The tile with its descriptors turned off where a matrix does not allow them."""
+    return tile if not tile["TMA"] or aligned(*matrices) else {**tile, "TMA": 0}

@@ -1,7 +1,8 @@
 """Which tile a kernel takes: one data file an architecture under tiles/, read once.
 
 A file maps kernel → dtype class ("16" for fp16 and bf16, "32" for fp32) → shape class → entry. An entry holds the
-launch's tile sizes, num_warps and num_stages, its "origin" ("predicted" by the compiler and the model of
+launch's tile sizes, num_warps and num_stages, of a persistent kernel how many of its blocks a multiprocessor shall hold
+("blocks_per_sm", 1 where it is not said), its "origin" ("predicted" by the compiler and the model of
 benchmarks/roofline.py, or "measured" with device, date and versions), and a "reason" where it breaks a rule of
 `benchmarks.static --check` for one. The shape class is "any", or what the kernel's launch tells apart: "few" and "many"
 rows of a product, "64" and "128" for the width of a head.
@@ -19,7 +20,7 @@ import pathlib
 import torch
 
 FOLDER = pathlib.Path(__file__).parent / "tiles"
-NOT_LAUNCHED = ("origin", "reason")  # what an entry says of itself
+NOT_LAUNCHED = ("blocks_per_sm", "origin", "reason")  # what an entry says besides the launch's arguments
 # A product of fewer rows has too few tiles of 128 x 128 to fill the multiprocessors: 10 images of a ViT-B at 224.
 FEW_ROWS = 2048
 
@@ -117,6 +118,11 @@ def rows_class(rows: int) -> str:
     return "few" if rows <= FEW_ROWS else "many"
 
 
+def _entry(kernel: str, device: torch.device, dtype: torch.dtype, shape_class: str) -> dict:
+    classes = table(architecture(device))[kernel]["32" if dtype.itemsize == 4 else "16"]
+    return classes.get(shape_class) or classes["any"]
+
+
 @functools.cache
 def lookup(kernel: str, device: torch.device, dtype: torch.dtype, shape_class: str = "any") -> dict:
     """The launch arguments of a kernel: its tile sizes, num_warps and num_stages; shared, so not to be changed.
@@ -127,6 +133,17 @@ def lookup(kernel: str, device: torch.device, dtype: torch.dtype, shape_class: s
         dtype: of the operands of its products.
         shape_class: which entry, where the table tells shapes apart; "any" is taken where it does not.
     """
-    classes = table(architecture(device))[kernel]["32" if dtype.itemsize == 4 else "16"]
-    entry = classes.get(shape_class) or classes["any"]
+    entry = _entry(kernel, device, dtype, shape_class)
     return {name: value for name, value in entry.items() if name not in NOT_LAUNCHED}
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a device has; 3 in the interpreter, so that a program there takes several tiles, and some take none."""
+    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def residents(kernel: str, device: torch.device, dtype: torch.dtype, shape_class: str = "any") -> int:
+    """How many programs of a persistent kernel the device holds at once; arguments as `lookup`'s."""
+    return multiprocessors(device) * _entry(kernel, device, dtype, shape_class).get("blocks_per_sm", 1)

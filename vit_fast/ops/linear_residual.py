@@ -45,7 +45,7 @@ def _linear_residual(
     from vit_fast.kernels import linear_residual as kernel
 
     with torch.cuda.device_of(x):
-        y = kernel.forward(
+        y, _ = kernel.forward(
             as_rows(x),
             as_rows(weight),
             packed(bias),

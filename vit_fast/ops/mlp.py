@@ -142,17 +142,19 @@ def _backward(
     drop: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from vit_fast.kernels import ln_linear
     from vit_fast.kernels import mlp as kernel
 
+    norm_weight, norm_bias = packed(norm_weight), packed(norm_bias)
     with torch.cuda.device_of(x):
-        dx, *gradients = kernel.backward(
+        dx, dnorm, *gradients = kernel.backward(
             as_rows(dy),
             as_rows(x),
             hidden,
             mean,
             rstd,
-            packed(norm_weight),
-            packed(norm_bias),
+            norm_weight,
+            norm_bias,
             as_rows(fc1_weight),
             packed(fc1_bias),
             as_rows(fc2_weight),
@@ -163,6 +165,7 @@ def _backward(
             x.shape[1:-1].numel(),
             float32_precision(),
         )
+        gradients = *ln_linear.norm_grads((dnorm, norm_weight, norm_bias)), *gradients
     return dx.view(x.shape), *(or_empty(gradient, dy) for gradient in gradients)
 
 
