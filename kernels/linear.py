@@ -24,8 +24,8 @@ from .product import (
     product,
     row_sums,
     rows_inner,
-    rows_outer,
-    scaled,
+    scaled_rows_inner,
+    scaled_rows_outer,
     scratch_memory,
     store_tile,
     tile_of,
@@ -59,12 +59,14 @@ def _input_grad_kernel(
     """dx [M, N] = drop∘((dy∘γ)·W), dy [M, K], W [K, N]: K is what the map gives, and what this product sums over."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
-    dy = (rows_outer, matrix(dy_ptr, M, K, stride_dy, BLOCK_M, BLOCK_K, TMA), scale_ptr, K, 1)
+    dy = (matrix(dy_ptr, M, K, stride_dy, BLOCK_M, BLOCK_K, TMA), scale_ptr, K)
     weight = matrix(weight_ptr, K, N, stride_weight, BLOCK_K, BLOCK_N, TMA)
     dx = matrix(dx_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
     for tile in tl.range(tl.program_id(0), count_tiles(M, N, BLOCK_M, BLOCK_N), tl.num_programs(0), flatten=True):
         row, col = tile_of(tile, M, N, BLOCK_M, BLOCK_N)
-        sums = product(scaled, dy, rows_inner, weight, row, col, 0, K, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        sums = product(
+            scaled_rows_outer, dy, rows_inner, weight, row, col, 0, K, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        )  # fmt: skip
         if drop_ptr is not None:
             sums *= load_drop(drop_ptr, row + tl.arange(0, BLOCK_M), tokens_per_image, M)
         pieces = column_pieces(sums, PIECES)
@@ -127,13 +129,15 @@ def weight_grad_tile(
     split = tl.program_id(1)
     start = split * span
     stop = min(start + span, tokens)
-    result = product(scaled, a, load_b, b, row, col, start, stop, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    result = product(
+        scaled_rows_inner, a, load_b, b, row, col, start, stop, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+    )  # fmt: skip
     partial = matrix(partial_ptr + split.to(tl.int64) * N * K, N, K, K, BLOCK_M, BLOCK_N, False)
     store_tile(partial, result, row, col, tl.float32)
     if sums_ptr is not None:
         if col == 0:
             rows = row + tl.arange(0, BLOCK_M)
-            sums = row_sums(scaled, a, row, start, stop, BLOCK_M, BLOCK_K)
+            sums = row_sums(scaled_rows_inner, a, row, start, stop, BLOCK_M, BLOCK_K)
             tl.store(sums_ptr + split * N + rows, sums, mask=rows < N)
 
 
@@ -161,7 +165,7 @@ def _weight_grad_kernel(
     dy = matrix(dy_ptr, M, N, stride_dy, BLOCK_K, BLOCK_M, TMA)
     x = matrix(x_ptr, M, K, stride_x, BLOCK_K, BLOCK_N, TMA)
     weight_grad_tile(
-        (rows_inner, dy, drop_ptr, M, tokens_per_image), rows_inner, x, partial_ptr, sums_ptr, N, K, M, span,
+        (dy, drop_ptr, M, tokens_per_image), rows_inner, x, partial_ptr, sums_ptr, N, K, M, span,
         DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
 

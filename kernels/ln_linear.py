@@ -153,9 +153,9 @@ def _forward_kernel(
             if bias_ptr is not None:
                 out += load_vector(bias_ptr, col + tl.arange(0, WIDTH), N)[None, :]
             store_tile(y, out, row, col, DTYPE)
-        if first_col == 0:
-            tl.store(mean_ptr + rows, mean, mask=rows < M)
-            tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+        first = (rows < M) & (first_col == 0)
+        tl.store(mean_ptr + rows, mean, mask=first)
+        tl.store(rstd_ptr + rows, rstd, mask=first)
 
 
 def forward(x, norm_weight, norm_bias, weight, bias, eps, precision, row_sums=None):
@@ -428,7 +428,7 @@ def _weight_grad_kernel(
     dy = matrix(dy_ptr, M, N, stride_dy, BLOCK_K, BLOCK_M, TMA)
     x = matrix(x_ptr, M, K, stride_x, BLOCK_K, BLOCK_N, TMA)
     weight_grad_tile(
-        (rows_inner, dy, None, M, 1), standardised, (x, mean_ptr, rstd_ptr, M), partial_ptr, sums_ptr, N, K, M, span,
+        (dy, None, M, 1), standardised, (x, mean_ptr, rstd_ptr, M), partial_ptr, sums_ptr, N, K, M, span,
         DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
 

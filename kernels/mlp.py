@@ -25,8 +25,7 @@ from .product import (
     matrix,
     product,
     rows_inner,
-    rows_outer,
-    scaled,
+    scaled_rows_outer,
     store_tile,
     tile_of,
 )
@@ -88,9 +87,9 @@ def _fc1_kernel(
                 h = h.to(DTYPE).to(tl.float32)
             store_tile(activated, activate(h, ACTIVATION), row, col, DTYPE)
         if kept is not None:
-            if first_col == 0:
-                tl.store(kept[1] + rows, mean, mask=rows < M)
-                tl.store(kept[2] + rows, rstd, mask=rows < M)
+            first = (rows < M) & (first_col == 0)
+            tl.store(kept[1] + rows, mean, mask=first)
+            tl.store(kept[2] + rows, rstd, mask=first)
 
 
 @triton.jit
@@ -122,7 +121,7 @@ def _hidden_grad_kernel(
     Σ dh∘(W₁·γ) and Σ dh∘(h − c) of this piece of columns, [2, parts, M]."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
-    dy = (rows_outer, matrix(dy_ptr, M, K, stride_dy, BLOCK_M, BLOCK_K, TMA), scale_ptr, K, 1)
+    dy = (matrix(dy_ptr, M, K, stride_dy, BLOCK_M, BLOCK_K, TMA), scale_ptr, K)
     weight = matrix(weight_ptr, K, N, stride_weight, BLOCK_K, BLOCK_N, TMA)
     hidden = matrix(hidden_ptr, M, N, N, BLOCK_M, WIDTH, False)
     dhidden = matrix(dhidden_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
@@ -131,7 +130,7 @@ def _hidden_grad_kernel(
         row, first_col = tile_of(tile, M, N, BLOCK_M, BLOCK_N)
         rows = row + tl.arange(0, BLOCK_M)
         sums = product(
-            scaled, dy, rows_inner, weight, row, first_col, 0, K, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+            scaled_rows_outer, dy, rows_inner, weight, row, first_col, 0, K, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )  # fmt: skip
         if drop_ptr is not None:
             sums *= load_drop(drop_ptr, rows, tokens_per_image, M)

@@ -24,7 +24,6 @@ from .product import (
     load_vector,
     matrix,
     product,
-    rows_inner,
     rows_outer,
     store_tile,
     tile_of,
@@ -148,7 +147,7 @@ def _weight_grad_kernel(
     dtokens = matrix(dtoken_ptr, M, N, N, BLOCK_K, BLOCK_M, TMA)
     image = (image_ptr, stride_b, stride_c, stride_h, stride_w, M, K, T, R, COLUMNS, PH, PW)
     weight_grad_tile(
-        (rows_inner, dtokens, None, M, 1), patches_inner, image, partial_ptr, sums_ptr, N, K, M, span,
+        (dtokens, None, M, 1), patches_inner, image, partial_ptr, sums_ptr, N, K, M, span,
         DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
 

@@ -97,15 +97,27 @@ def rows_inner(source, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
 
 
 @triton.jit
-def scaled(operand, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """A matrix whose inner index k is multiplied by scale[k // PER], where a scale is given."""
-    load, source, scale_ptr, length, PER = operand
-    tile = load(source, outer, inner, OUTER, INNER)
+def _scale_inner(tile, scale_ptr, inner, length, PER):
+    """tile[:, k] times scale[k // PER], where a scale is given."""
     if scale_ptr is not None:
-        index = inner + tl.arange(0, INNER)
+        index = inner + tl.arange(0, tile.shape[1])
         scale = tl.load(scale_ptr + index // PER, mask=index < length, other=0.0)
         tile = tile.to(tl.float32) * scale.to(tl.float32)[None, :]
     return tile
+
+
+@triton.jit
+def scaled_rows_outer(operand, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """As `rows_outer`, each column times its scale, where there is one."""
+    source, scale_ptr, length = operand
+    return _scale_inner(load_tile(source, outer, inner, OUTER, INNER), scale_ptr, inner, length, 1)
+
+
+@triton.jit
+def scaled_rows_inner(operand, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """As `rows_inner`, each PER rows times their scale, where there is one."""
+    source, scale_ptr, length, PER = operand
+    return _scale_inner(load_tile(source, inner, outer, INNER, OUTER).T, scale_ptr, inner, length, PER)
 
 
 # ---- the product ---------------------------------------------------------------------------------------------------
