@@ -23,17 +23,18 @@ def store_statistics(statistics_ptr, x, rows, cols, M, K):
     """Write those of a tile x [ROWS, COLS] in fp32, columns past K left out: a part is as wide as the tile."""
     WIDTH: tl.constexpr = x.shape[1]
     inside = (cols < K)[None, :]
-    count = tl.minimum(K - tl.min(cols, axis=0), WIDTH)
+    count = tl.maximum(tl.minimum(K - tl.min(cols, axis=0), WIDTH), 1)
     x = tl.where(inside, x, 0.0)
     mean = tl.sum(x, axis=1) / count
     mean += tl.sum(tl.where(inside, x - mean[:, None], 0.0), axis=1) / count
     centred = tl.where(inside, x - mean[:, None], 0.0)
     part = tl.min(cols, axis=0) // WIDTH
     place = statistics_ptr + part.to(tl.int64) * M + rows
-    tl.store(place, mean, mask=(rows < M) & (count > 0))
+    mask = (rows < M) & (tl.min(cols, axis=0) < K)  # no part lies outside
+    tl.store(place, mean, mask=mask)
     # The second half lies behind one row for each part.
     place += tl.cdiv(K, WIDTH).to(tl.int64) * M
-    tl.store(place, tl.sum(centred * centred, axis=1), mask=(rows < M) & (count > 0))
+    tl.store(place, tl.sum(centred * centred, axis=1), mask=mask)
 
 
 @triton.jit

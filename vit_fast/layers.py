@@ -372,17 +372,45 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        reason = "a mask is given" if attn_mask is not None or is_causal else self.attention_aside()
-        if reason:
-            say_aside("a block, module by module,", reason)
+        attention_reason = "a mask is given" if attn_mask is not None or is_causal else self.attention_aside()
+        mlp_reason = self.mlp_aside()
+        attn = self.attn
+        inner_norms = (attn.q_norm, attn.k_norm, attn.norm, self.mlp.norm) if not (attention_reason or mlp_reason) else ()
+        if inner_norms and all(type(norm) is nn.Identity for norm in inner_norms):
+            return self._fused(x)
+        if attention_reason:
+            say_aside("a block, module by module,", attention_reason)
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         else:
             x = self._fused_attention(x)
-        reason = self.mlp_aside()
-        if reason:
-            say_aside("a block, module by module,", reason)
+        if mlp_reason:
+            say_aside("a block, module by module,", mlp_reason)
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return self._fused_mlp(x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        norm1, attn, norm2, mlp = self.norm1, self.attn, self.norm2, self.mlp
+        return ops.block(
+            x,
+            norm1.weight,
+            norm1.bias,
+            attn.qkv.weight,
+            attn.qkv.bias,
+            attn.proj.weight,
+            attn.proj.bias,
+            *_branch_end(self.ls1, self.drop_path1, x),
+            norm2.weight,
+            norm2.bias,
+            mlp.fc1.weight,
+            mlp.fc1.bias,
+            mlp.fc2.weight,
+            mlp.fc2.bias,
+            *_branch_end(self.ls2, self.drop_path2, x),
+            attn.num_heads,
+            activation_of(mlp.act),
+            norm1.eps,
+            norm2.eps,
+        )
 
     def _packed_qkv(self, x: Tensor) -> Tensor:
         """[B, T, D] → [B, T, 3, H, d] by norm1 and qkv in one op; q_norm and k_norm are still to come."""

@@ -2,6 +2,7 @@
 
 from vit_fast.ops.attention import attention, attention_maps, attention_qkv
 from vit_fast.ops.backend import use_backend
+from vit_fast.ops.block import block
 from vit_fast.ops.linear_residual import linear_residual
 from vit_fast.ops.ln_linear import ln_linear
 from vit_fast.ops.mlp import mlp
@@ -11,6 +12,7 @@ __all__ = [
     "attention",
     "attention_maps",
     "attention_qkv",
+    "block",
     "linear_residual",
     "ln_linear",
     "mlp",

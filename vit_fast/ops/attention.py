@@ -33,7 +33,7 @@ def check_qkv(qkv: Tensor) -> None:
     check_operands(qkv)
 
 
-def _refusal(width: int, scale: float) -> str:
+def refusal(width: int, scale: float) -> str:
     """Why no kernel takes a head width or a scale, or ""."""
     if width not in HEAD_WIDTHS:
         return f"head width: got {width}, the kernels take {', '.join(map(str, HEAD_WIDTHS))}"
@@ -200,7 +200,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     check_shape("v", v, tuple(k.shape))
     check_operands(q, k=k, v=v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not use_triton("attention", q, refusal=_refusal(q.shape[-1], scale)):
+    if not use_triton("attention", q, refusal=refusal(q.shape[-1], scale)):
         return _in_pytorch(q, k, v, scale)
     dtype = compute_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -227,7 +227,7 @@ def attention_qkv(qkv: Tensor, scale: float | None = None) -> Tensor:
     """
     check_qkv(qkv)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    if not use_triton("attention_qkv", qkv, refusal=_refusal(qkv.shape[-1], scale)):
+    if not use_triton("attention_qkv", qkv, refusal=refusal(qkv.shape[-1], scale)):
         return _in_pytorch(*qkv.unbind(2), scale)
     qkv = qkv.to(compute_dtype(qkv))
     if needs_grad(qkv):
@@ -268,10 +268,10 @@ def attention_maps(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = compute_dtype(q)
     q, k = q.to(dtype), k.to(dtype)
-    refusal = _refusal(q.shape[-1], scale)
+    reason = refusal(q.shape[-1], scale)
     if needs_grad(q, k):
-        refusal = "a gradient through attention_maps: the kernels give none"
-    if use_triton("attention_maps", q, refusal=refusal):
+        reason = "a gradient through attention_maps: the kernels give none"
+    if use_triton("attention_maps", q, refusal=reason):
         if lse is None:
             lse = _attention_train(q, k, k, scale)[1]  # its values cost a product that nobody reads, and no memory
         return _maps(q, k, lse, scale)

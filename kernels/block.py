@@ -1,0 +1,80 @@
+"""A whole block: the kernels of its two halves in their order, so that what one half knows reaches the other.
+
+forward    m = x + drop∘γ₁∘(attention(LN(x)·Wqkvᵀ)·Wprojᵀ)     y = m + drop∘γ₂∘MLP(LN(m))     6 launches
+backward   of the second half, then of the first, each with the gradient past its branch added by the last kernel of
+           the branch, and one launch for both LayerNorms' dγ and dβ: 16 launches
+saved      x, qkv, o, m, h, lse and the mean and rstd of both LayerNorms: per token and layer 20·D elements (F = 4·D),
+           16 bytes, and one number a head
+
+The row statistics of m come out of the projection's epilogue, where m is in registers. Those of x do not come from the
+block before: tokens pass between blocks as a plain tensor, which a hook may change, and nothing can ride on it.
+"""
+
+import torch
+
+from . import attention, linear_residual, ln_linear, mlp
+
+
+def _heads(qkv, tokens_per_image: int, heads: int):
+    """Queries, keys and values [B, T, H, d] of a packed [M, 3·D], views all three."""
+    return qkv.view(-1, tokens_per_image, 3, heads, qkv.shape[1] // (3 * heads)).unbind(2)
+
+
+def forward(
+    x,
+    norm1,
+    qkv,
+    proj,
+    end1,
+    norm2,
+    fc1,
+    fc2,
+    end2,
+    heads,
+    activation,
+    eps1,
+    eps2,
+    tokens_per_image,
+    precision,
+    training,
+    row_sums=(None, None),
+):
+    """y [M, D] and, where training, (qkv, o, lse, m, h, mean₁, rstd₁, mean₂, rstd₂).
+
+    norm, qkv, proj, fc are (weight, bias), end is (LayerScale, drop); row_sums are those of qkv and fc1 as in
+    `ln_linear.forward`.
+    """
+    packed, mean1, rstd1 = ln_linear.forward(x, *norm1, *qkv, eps1, precision, row_sums[0])
+    q, k, v = _heads(packed, tokens_per_image, heads)
+    o, lse = attention.forward(q, k, v, q.shape[-1] ** -0.5, precision, training)
+    o = o.flatten(0, 1)
+    middle, statistics = linear_residual.forward(
+        o, *proj, x, *end1, tokens_per_image, precision, with_statistics=True
+    )  # fmt: skip
+    y, *kept = mlp.forward(
+        middle, *norm2, *fc1, *fc2, *end2, activation, eps2, tokens_per_image, precision, training, statistics,
+        row_sums[1],
+    )  # fmt: skip
+    return y, (packed, o, lse, middle, kept[0], mean1, rstd1, kept[1], kept[2])
+
+
+def backward(
+    dy, x, kept, norm1, qkv, proj, end1, norm2, fc1, fc2, end2, heads, activation, tokens_per_image, precision
+):  # fmt: skip
+    """dx, then the gradients of norm₁, qkv, proj and LayerScale₁, norm₂, fc1, fc2 and LayerScale₂, None where absent."""
+    packed, o, lse, middle, hidden, mean1, rstd1, mean2, rstd2 = kept
+    dmiddle, shares2, *mlp_grads = mlp.backward(
+        dy, middle, hidden, mean2, rstd2, *norm2, *fc1, *fc2, *end2, activation, tokens_per_image, precision
+    )  # fmt: skip
+    do, *proj_grads = linear_residual.backward(dmiddle, o, *proj, *end1, tokens_per_image, precision)
+    dpacked = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
+    shape = (-1, tokens_per_image, o.shape[1])
+    q, k, v = _heads(packed, tokens_per_image, heads)
+    attention.backward(
+        do.view(shape), q, k, v, o.view(shape), lse, *_heads(dpacked, tokens_per_image, heads),
+        q.shape[-1] ** -0.5, precision,
+    )  # fmt: skip
+    dx = ln_linear.input_grad(dpacked, x, mean1, rstd1, norm1[0], qkv[0], precision, residual_grad=dmiddle)
+    dqkv_weight, dqkv_bias, shares1 = ln_linear.weight_grads(dpacked, x, mean1, rstd1, *norm1, *qkv, precision)
+    norm_grads = ln_linear.norm_grads((shares1, *norm1), (shares2, *norm2))
+    return dx, *norm_grads[:2], dqkv_weight, dqkv_bias, *proj_grads, *norm_grads[2:], *mlp_grads
