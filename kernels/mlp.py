@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import linear_residual, ln_linear
-from .activation import activate, activate_grad
+from .activation import activate, activate_with_grad
 from .linear import linear_weight_grad
 from .ln_linear import normalised_product
 from .product import (
@@ -85,7 +85,7 @@ def _fc1_kernel(
                 store_tile(hidden, h, row, col, DTYPE)
                 # What backward will read is h as it was rounded: the activation is that of the same number.
                 h = h.to(DTYPE).to(tl.float32)
-            store_tile(activated, activate(h, ACTIVATION), row, col, DTYPE)
+            store_tile(activated, activate(h, ACTIVATION, DTYPE), row, col, DTYPE)
         if kept is not None:
             first = (rows < M) & (first_col == 0)
             tl.store(kept[1] + rows, mean, mask=first)
@@ -139,9 +139,10 @@ def _hidden_grad_kernel(
             col = first_col + piece * WIDTH
             cols = col + tl.arange(0, WIDTH)
             h = load_tile(hidden, row, col, BLOCK_M, WIDTH).to(tl.float32)
-            store_tile(activated, activate(h, ACTIVATION), row, col, DTYPE)
+            a, slope = activate_with_grad(h, ACTIVATION, DTYPE)
+            store_tile(activated, a, row, col, DTYPE)
             # The sums are those of dh as it is stored, for that is what the products behind it read.
-            dh = (pieces[piece] * activate_grad(h, ACTIVATION)).to(DTYPE)
+            dh = (pieces[piece] * slope).to(DTYPE)
             store_tile(dhidden, dh, row, col, DTYPE)
             dh = dh.to(tl.float32)
             place = row_sums_ptr + tl.cast(col // WIDTH, tl.int64) * M + rows
