@@ -24,6 +24,7 @@ from .product import (
     load_vector,
     matrix,
     product,
+    rounded,
     rows_outer,
     store_tile,
     tile_of,
@@ -61,7 +62,7 @@ def _forward_kernel(
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     x = matrix(x_ptr, M, K, stride_x, BLOCK_M, BLOCK_K, TMA)
     weight = matrix(weight_ptr, N, K, stride_weight, BLOCK_N, BLOCK_K, TMA)
-    residual = matrix(residual_ptr, M, N, stride_residual, BLOCK_M, WIDTH, False)
+    residual = matrix(residual_ptr, M, N, stride_residual, BLOCK_M, WIDTH, TMA)
     y = matrix(y_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
     for tile in tl.range(tl.program_id(0), count_tiles(M, N, BLOCK_M, BLOCK_N), tl.num_programs(0), flatten=True):
         row, first_col = tile_of(tile, M, N, BLOCK_M, BLOCK_N)
@@ -79,10 +80,10 @@ def _forward_kernel(
                 branch *= load_vector(scale_ptr, cols, N)[None, :]
             if drop_ptr is not None:
                 branch *= load_drop(drop_ptr, rows, tokens_per_image, M)
-            out = (branch + load_tile(residual, row, col, BLOCK_M, WIDTH).to(tl.float32)).to(Y_DTYPE)
+            out = branch + load_tile(residual, row, col, BLOCK_M, WIDTH).to(tl.float32)
             store_tile(y, out, row, col, Y_DTYPE)
             if statistics_ptr is not None:
-                store_statistics(statistics_ptr, out.to(tl.float32), rows, cols, M, N)
+                store_statistics(statistics_ptr, rounded(out, Y_DTYPE), rows, cols, M, N)
 
 
 def forward(
@@ -104,7 +105,7 @@ def forward(
         M,
         N,
         weight.dtype,
-        (x, weight, y),
+        (x, weight, residual, y),
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=bias,

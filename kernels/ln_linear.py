@@ -348,8 +348,8 @@ def _summed_input_grad_kernel(
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     dy = matrix(dy_ptr, M, K, stride_dy, BLOCK_M, BLOCK_K, TMA)
     weight = matrix(weight_ptr, K, N, stride_weight, BLOCK_K, BLOCK_N, TMA)
-    source = matrix(x_ptr, M, N, stride_x, BLOCK_M, WIDTH, False)
-    residual_grad = matrix(residual_grad_ptr, M, N, stride_residual_grad, BLOCK_M, WIDTH, False)
+    source = matrix(x_ptr, M, N, stride_x, BLOCK_M, WIDTH, TMA)
+    residual_grad = matrix(residual_grad_ptr, M, N, stride_residual_grad, BLOCK_M, WIDTH, TMA)
     dx = matrix(dx_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
     for tile in tl.range(tl.program_id(0), count_tiles(M, N, BLOCK_M, BLOCK_N), tl.num_programs(0), flatten=True):
         row, first_col = tile_of(tile, M, N, BLOCK_M, BLOCK_N)
@@ -380,7 +380,7 @@ def summed_input_grad(dy, x, mean, rstd, norm_weight, weight, row_sums, residual
         M,
         K,
         weight.dtype,
-        (dy, weight, dx),
+        (dy, weight, x, residual_grad, dx),
         dy_ptr=dy,
         weight_ptr=weight,
         x_ptr=x,

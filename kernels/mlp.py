@@ -24,6 +24,7 @@ from .product import (
     load_vector,
     matrix,
     product,
+    rounded,
     rows_inner,
     scaled_rows_outer,
     store_tile,
@@ -84,7 +85,7 @@ def _fc1_kernel(
             if kept is not None:
                 store_tile(hidden, h, row, col, DTYPE)
                 # What backward will read is h as it was rounded: the activation is that of the same number.
-                h = h.to(DTYPE).to(tl.float32)
+                h = rounded(h, DTYPE)
             store_tile(activated, activate(h, ACTIVATION, DTYPE), row, col, DTYPE)
         if kept is not None:
             first = (rows < M) & (first_col == 0)
@@ -123,7 +124,7 @@ def _hidden_grad_kernel(
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     dy = (matrix(dy_ptr, M, K, stride_dy, BLOCK_M, BLOCK_K, TMA), scale_ptr, K)
     weight = matrix(weight_ptr, K, N, stride_weight, BLOCK_K, BLOCK_N, TMA)
-    hidden = matrix(hidden_ptr, M, N, N, BLOCK_M, WIDTH, False)
+    hidden = matrix(hidden_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
     dhidden = matrix(dhidden_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
     activated = matrix(activated_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
     for tile in tl.range(tl.program_id(0), count_tiles(M, N, BLOCK_M, BLOCK_N), tl.num_programs(0), flatten=True):
@@ -142,9 +143,8 @@ def _hidden_grad_kernel(
             a, slope = activate_with_grad(h, ACTIVATION, DTYPE)
             store_tile(activated, a, row, col, DTYPE)
             # The sums are those of dh as it is stored, for that is what the products behind it read.
-            dh = (pieces[piece] * slope).to(DTYPE)
+            dh = rounded(pieces[piece] * slope, DTYPE)
             store_tile(dhidden, dh, row, col, DTYPE)
-            dh = dh.to(tl.float32)
             place = row_sums_ptr + tl.cast(col // WIDTH, tl.int64) * M + rows
             scaled_weight, shift = load_vector(folded_ptr, cols, N), load_vector(folded_ptr + N, cols, N)
             inside = (rows < M) & (col < N)
@@ -241,7 +241,7 @@ def backward(
         M,
         width,
         fc1_weight.dtype,
-        (dy, fc2_weight, dhidden),
+        (dy, fc2_weight, hidden),
         dy_ptr=dy,
         weight_ptr=fc2_weight,
         scale_ptr=layer_scale,

@@ -20,21 +20,20 @@ from .product import load_tile, matrix
 
 @triton.jit
 def store_statistics(statistics_ptr, x, rows, cols, M, K):
-    """Write those of a tile x [ROWS, COLS] in fp32, columns past K left out: a part is as wide as the tile."""
+    """Write those of a tile x [ROWS, COLS] in fp32, zero in columns past K: a part is as wide as the tile."""
     WIDTH: tl.constexpr = x.shape[1]
-    inside = (cols < K)[None, :]
-    count = tl.maximum(tl.minimum(K - tl.min(cols, axis=0), WIDTH), 1)
-    x = tl.where(inside, x, 0.0)
-    mean = tl.sum(x, axis=1) / count
-    mean += tl.sum(tl.where(inside, x - mean[:, None], 0.0), axis=1) / count
-    centred = tl.where(inside, x - mean[:, None], 0.0)
-    part = tl.min(cols, axis=0) // WIDTH
-    place = statistics_ptr + part.to(tl.int64) * M + rows
-    mask = (rows < M) & (tl.min(cols, axis=0) < K)  # no part lies outside
-    tl.store(place, mean, mask=mask)
-    # The second half lies behind one row for each part.
-    place += tl.cdiv(K, WIDTH).to(tl.int64) * M
-    tl.store(place, tl.sum(centred * centred, axis=1), mask=mask)
+    first = tl.min(cols, axis=0)
+    count = tl.maximum(tl.minimum(K - first, WIDTH), 1)
+    near = tl.sum(x, axis=1) / count
+    rest = tl.where((cols < K)[None, :], x - near[:, None], 0.0)
+    left_over = tl.sum(rest, axis=1)
+    # Of what the first mean left over the square of a sum takes next to nothing away: this does not cancel.
+    squares = tl.sum(rest * rest, axis=1) - left_over * left_over / count
+    place = statistics_ptr + (first // WIDTH).to(tl.int64) * M + rows
+    mask = (rows < M) & (first < K)  # no part lies outside
+    tl.store(place, near + left_over / count, mask=mask)
+    # The squares lie behind the means of all parts.
+    tl.store(place + tl.cdiv(K, WIDTH).to(tl.int64) * M, tl.maximum(squares, 0.0), mask=mask)
 
 
 @triton.jit
