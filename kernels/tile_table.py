@@ -1,16 +1,17 @@
 """Which tile a kernel takes: one data file an architecture under tiles/, read once.
 
 A file maps kernel → dtype class ("16" for fp16 and bf16, "32" for fp32) → shape class → entry. An entry holds the
-launch's tile sizes, num_warps and num_stages, of a persistent kernel how many of its blocks a multiprocessor shall hold
-("blocks_per_sm", 1 where it is not said), its "origin" ("predicted" by the compiler and the model of
-benchmarks/roofline.py, or "measured" with device, date and versions), and a "reason" where it breaks a rule of
-`benchmarks.static --check` for one. The shape class is "any", or what the kernel's launch tells apart: "few" and "many"
-rows of a product, "64" and "128" for the width of a head.
+launch's tile sizes, num_warps and num_stages; of a persistent kernel how many of its blocks a multiprocessor shall hold
+("blocks_per_sm", 1 where it is not said); its "origin": "predicted", by the compiler and the model of
+benchmarks/roofline.py, or where measured {"device": …, "date": …, "triton": …, "torch": …}; and a "reason" where it
+breaks a rule of `benchmarks.static --check` for one. The shape class is "any", or what the kernel's launch tells apart:
+"few" and "many" rows of a product, "64" and "128" for the width of a head.
 
 An architecture without a file takes the nearest of its maker. What VIT_FAST_TILES names, else the user's cache, where
 `vit-fast tune` writes, takes the place of single entries.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -21,6 +22,7 @@ import torch
 
 FOLDER = pathlib.Path(__file__).parent / "tiles"
 NOT_LAUNCHED = ("blocks_per_sm", "origin", "reason")  # what an entry says besides the launch's arguments
+MEASURED = {"device", "date", "triton", "torch"}  # what the origin of a measured entry tells, each a text
 # A product of fewer rows has too few tiles of 128 x 128 to fill the multiprocessors: 10 images of a ViT-B at 224.
 FEW_ROWS = 2048
 
@@ -56,23 +58,45 @@ def user_file(name: str) -> pathlib.Path:
     return pathlib.Path(cache) / "vit_fast" / "tiles" / f"{name}.json"
 
 
+def launched(entry: dict) -> dict:
+    """What a launch takes of an entry."""
+    return {name: value for name, value in entry.items() if name not in NOT_LAUNCHED}
+
+
+def fault(entry: dict, like: dict) -> str:
+    """What is wrong with an entry in a place where `like` would be right, or "".
+
+    The same numbers must be there, each a whole one above zero (TMA is 0 or 1), and an origin.
+    """
+    if not isinstance(entry, dict):
+        return f"got {entry!r}, takes an entry"
+    got, takes = launched(entry), launched(like)
+    right = all(type(value) is int and (value > 0 or name == "TMA") for name, value in got.items())
+    if got.keys() != takes.keys() or not right:
+        return f"got {got}, takes {', '.join(takes)}, each a whole number above zero"
+    origin = entry.get("origin")
+    measured = isinstance(origin, dict) and origin.keys() == MEASURED and all(type(v) is str for v in origin.values())
+    if origin != "predicted" and not measured:
+        return f"the origin: got {origin!r}, takes 'predicted', or a text each for {', '.join(sorted(MEASURED))}"
+    return ""
+
+
 def merge(base: dict, own: dict, source: str) -> dict:
     """The table `base` with the entries of `own` in their places.
 
     Raises:
-        ValueError: naming `source` and the entry, where `base` has none of that kernel and dtype or other launch
-            arguments.
+        ValueError: naming `source` and the entry, where `base` has none of that kernel and dtype, or `fault` finds one.
     """
     merged = {kernel: {dtype: dict(classes) for dtype, classes in dtypes.items()} for kernel, dtypes in base.items()}
     for kernel, dtypes in own.items():
         for dtype, classes in dtypes.items():
             for shape, entry in classes.items():
-                there = merged.get(kernel, {}).get(dtype, {})
-                takes = next((set(e) - set(NOT_LAUNCHED) for e in there.values()), None)
-                got = set(entry) - set(NOT_LAUNCHED)
-                if got != takes or not all(isinstance(entry[name], int) for name in got):
-                    where = f"{source}: {kernel}, {dtype}, {shape}"
-                    raise ValueError(f"{where}: got {sorted(got)}, takes {sorted(takes or [])}, whole numbers")
+                there = merged.get(kernel, {}).get(dtype)
+                wrong = "the package has no such kernel and dtype"
+                if there is not None:
+                    wrong = fault(entry, there.get(shape) or next(iter(there.values())))
+                if wrong:
+                    raise ValueError(f"{source}: {kernel}, {dtype}, {shape}: {wrong}")
                 there[shape] = entry
     return merged
 
@@ -95,8 +119,8 @@ def table(name: str) -> dict:
         return base
     try:
         return merge(base, json.loads(own.read_text()), str(own))
-    except (AttributeError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{own}: got no tile table ({error}); remove it, or run `vit-fast tune` again") from error
+    except (AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{own}: got no tile table ({error}); mend or remove it") from error
 
 
 def text(table: dict) -> str:
@@ -118,9 +142,12 @@ def rows_class(rows: int) -> str:
     return "few" if rows <= FEW_ROWS else "many"
 
 
-def _entry(kernel: str, device: torch.device, dtype: torch.dtype, shape_class: str) -> dict:
-    classes = table(architecture(device))[kernel]["32" if dtype.itemsize == 4 else "16"]
-    return classes.get(shape_class) or classes["any"]
+def dtype_class(dtype: torch.dtype) -> str:
+    """The class of a table that a dtype belongs to."""
+    return "32" if dtype.itemsize == 4 else "16"
+
+
+_recorded: list | None = None
 
 
 @functools.cache
@@ -133,8 +160,11 @@ def lookup(kernel: str, device: torch.device, dtype: torch.dtype, shape_class: s
         dtype: of the operands of its products.
         shape_class: which entry, where the table tells shapes apart; "any" is taken where it does not.
     """
-    entry = _entry(kernel, device, dtype, shape_class)
-    return {name: value for name, value in entry.items() if name not in NOT_LAUNCHED}
+    classes = table(architecture(device))[kernel][dtype_class(dtype)]
+    shape = shape_class if shape_class in classes else "any"
+    if _recorded is not None:
+        _recorded.append((kernel, dtype_class(dtype), shape))
+    return launched(classes[shape])
 
 
 @functools.cache
@@ -145,5 +175,38 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def residents(kernel: str, device: torch.device, dtype: torch.dtype, shape_class: str = "any") -> int:
-    """How many programs of a persistent kernel the device holds at once; arguments as `lookup`'s."""
-    return multiprocessors(device) * _entry(kernel, device, dtype, shape_class).get("blocks_per_sm", 1)
+    """How many programs of a persistent kernel the device shall hold at once; arguments as `lookup`'s."""
+    classes = table(architecture(device))[kernel][dtype_class(dtype)]
+    entry = classes.get(shape_class) or classes["any"]
+    return multiprocessors(device) * entry.get("blocks_per_sm", 1)
+
+
+def _forget() -> None:
+    """Have entries looked up anew."""
+    lookup.cache_clear()
+    residents.cache_clear()
+
+
+@contextlib.contextmanager
+def recording():
+    """A list that grows by (kernel, dtype class, shape class) of each entry when it is first looked up in the block."""
+    global _recorded
+    before, _recorded = _recorded, []
+    _forget()
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+@contextlib.contextmanager
+def using(name: str, kernel: str, dtype: str, shape: str, entry: dict):
+    """Inside the block every launch of this process takes `entry` from that place of an architecture's table."""
+    classes = table(name)[kernel][dtype]
+    before, classes[shape] = classes[shape], entry
+    _forget()
+    try:
+        yield
+    finally:
+        classes[shape] = before
+        _forget()

@@ -38,6 +38,7 @@ app = typer.Typer(
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError)
 TOP = 5
 BATCH = 32
+NUMBERS = ("error", "before", "after", "gain")  # columns of tables that stand right
 
 
 def _plain_errors(command):
@@ -364,14 +365,23 @@ def models(
 
 @app.command()
 @_plain_errors
-def env(device: Device = "") -> None:
+def env(
+    device: Device = "",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every entry of the tile table in force: about a minute on a GPU.")
+    ] = False,
+) -> None:
     """Show device, versions and backend, and whether a small run of every kernel agrees with PyTorch here."""
-    from importlib import metadata
-
-    from vit_fast import verify
-
     place = training.device_named(device)
     console = _console()
+    console.print(_facts(place))
+    (_verify_entries if verify else _verify_small)(place, console)
+
+
+def _facts(place: torch.device) -> Table:
+    """Device, versions and backend."""
+    from importlib import metadata
+
     facts = Table(box=None, show_header=False, pad_edge=False)
     if place.type == "cuda":
         capability = "{}.{}".format(*torch.cuda.get_device_capability(place))
@@ -386,17 +396,25 @@ def env(device: Device = "") -> None:
             facts.add_row(name, "not installed")
     reason = why_not_triton(place)
     facts.add_row("backend", f"PyTorch ({reason})" if reason else "Triton")
-    console.print(facts)
+    return facts
+
+
+def _titled(title: str, *columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in NUMBERS else "left")
+    return table
+
+
+def _verify_small(place: torch.device, console: Console) -> None:
+    from vit_fast import verify
+
     with console.status("running every kernel once …"):
         lines, how = verify.report(place)
     if not lines:
         console.print(f"\nkernels: not run, {escape(how)}")
         return
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title=f"kernels, {how}", title_justify="left", title_style="bold"
-    )
-    for column in ("op", "dtype", "error", "agrees with PyTorch"):
-        table.add_column(column, justify="right" if column == "error" else "left")
+    table = _titled(f"kernels, {how}", "op", "dtype", "error", "agrees with PyTorch")
     for line in lines:
         verdict = "[green]ok[/]" if line["agrees"] else "[bold red]NOT[/]"
         table.add_row(line["op"], line["dtype"], f"{line['error']:.1e}", verdict)
@@ -405,6 +423,27 @@ def env(device: Device = "") -> None:
     if not all(line["agrees"] for line in lines):
         raise ValueError(
             "a kernel does not agree with PyTorch on this device; VIT_FAST_BACKEND=torch runs without them"
+        )
+
+
+def _verify_entries(place: torch.device, console: Console) -> None:
+    from vit_fast import verify
+
+    with console.status("compiling and running every entry of the tile table …"):
+        lines = verify.verify_entries(place)
+    table = _titled("tile table in force", "kernel", "shape", "dtype", "error", "", "origin")
+    verdicts = {True: "[green]agrees[/]", False: "[bold red]DIFFERS[/]", None: "[yellow]not run[/]"}
+    for line in lines:
+        error = "" if line["why"] else f"{line['error']:.1e}"
+        cells = (line["kernel"], line["shape"], line["dtype"], error, verdicts[line["agrees"]])
+        table.add_row(*cells, escape(": ".join(filter(None, (line["origin"], line["why"])))))
+    console.print(table)
+    console.print("error: the largest ‖kernel − fp64‖ / ‖fp64‖ of the results that the entry had a part in")
+    differ = sorted({line["kernel"] for line in lines if line["agrees"] is False})
+    if differ:
+        raise ValueError(
+            f"{', '.join(differ)}: differs from fp64 on this device by more than it may; "
+            "VIT_FAST_BACKEND=torch runs without the kernels"
         )
 
 

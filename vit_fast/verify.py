@@ -1,100 +1,248 @@
-"""A small run of every kernel against PyTorch, on the machine at hand: what `vit-fast env` shows.
+"""Runs of the kernels against PyTorch, each held to fp64 on the machine at hand: what `vit-fast env` shows.
 
-`python -m vit_fast.verify DEVICE` prints the report as JSON. On a CPU the kernels run in Triton's interpreter, which a
-process must ask for before it starts: `report` starts one.
+`verify` runs every op once, small; `python -m vit_fast.verify DEVICE` prints that as JSON. On a CPU the kernels run in
+Triton's interpreter, which a process must ask for before it starts: `report` starts one. `verify_entries` checks every
+entry of the tile table in force, at sizes that fill tiles and go past them.
 """
 
+import collections
+import contextlib
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vit_fast import ops
-from vit_fast.ops.backend import interpreting, why_not_triton
+from vit_fast.ops.backend import float32_precision, interpreting, use_triton, why_not_triton
 
 LIMIT = 300  # seconds for the child process
-
-BATCH, TOKENS, HEADS, HEAD_WIDTH, HIDDEN, PATCH, SIDE = 2, 5, 2, 16, 48, 2, 4
-WIDTH = HEADS * HEAD_WIDTH
-PATCHES = (SIDE // PATCH) ** 2
-
-# op → (the call, the shapes of the tensors that it takes)
-CASES = {
-    "patch_embed": (
-        ops.patch_embed,
-        [(BATCH, 3, SIDE, SIDE), (WIDTH, 3, PATCH, PATCH), (WIDTH,), (1 + PATCHES, WIDTH), (1, WIDTH)],
-    ),
-    "ln_linear": (
-        lambda *tensors: ops.ln_linear(*tensors, eps=1e-6),
-        [(BATCH, TOKENS, WIDTH), (WIDTH,), (WIDTH,), (HIDDEN, WIDTH), (HIDDEN,)],
-    ),
-    "attention": (ops.attention, [(BATCH, TOKENS, HEADS, HEAD_WIDTH)] * 3),
-    "attention_qkv": (ops.attention_qkv, [(BATCH, TOKENS, 3, HEADS, HEAD_WIDTH)]),
-    "attention_maps": (ops.attention_maps, [(BATCH, TOKENS, HEADS, HEAD_WIDTH)] * 2),
-    "linear_residual": (
-        ops.linear_residual,
-        [(BATCH, TOKENS, HIDDEN), (WIDTH, HIDDEN), (WIDTH,), (BATCH, TOKENS, WIDTH), (WIDTH,)],
-    ),
-    "mlp": (
-        lambda *tensors: ops.mlp(*tensors, eps=1e-6),
-        [(BATCH, TOKENS, WIDTH), (WIDTH,), (WIDTH,), (HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,), (WIDTH,)],
-    ),
-}
-WITHOUT_GRADIENT = {"attention_maps": 2, "patch_embed": 1}  # op → how many of its first tensors get no gradient
+FEWEST_ROWS = 8
 
 
-def _results(name: str, tensors: list[Tensor], upstream: Tensor) -> list[Tensor]:
-    """The output of an op, and the gradient of each tensor that has one."""
-    spared = WITHOUT_GRADIENT.get(name, 0)
-    tensors = [tensor.detach().requires_grad_(index >= spared) for index, tensor in enumerate(tensors)]
-    output = CASES[name][0](*tensors)
-    gradients = torch.autograd.grad(output, tensors[spared:], upstream.to(output.dtype)) if tensors[spared:] else []
-    return [output.detach(), *gradients]
+class Case(NamedTuple):
+    """A call of an op, and the shapes of the tensors that it takes."""
+
+    op: str
+    call: Callable[..., Tensor]
+    shapes: list[tuple[int, ...]]
+    spared: int = 0  # how many of the first tensors get no gradient
 
 
-def verify(device: str | torch.device) -> list[dict]:
+def cases(batch: int, grid: int, patch: int, heads: int, head_width: int, hidden: int) -> list[Case]:
+    """Every op once, as a ViT calls it on square images of grid x grid patches, with one class token."""
+    tokens, width = 1 + grid * grid, heads * head_width
+    x, head = (batch, tokens, width), (batch, tokens, heads, head_width)
+    vector, images = (width,), (batch, 3, grid * patch, grid * patch)
+    tables = [(width, 3, patch, patch), vector, (tokens, width), (1, width)]
+    fc1, fc2 = [(hidden, width), (hidden,)], [(width, hidden), vector]
+    return [
+        Case("patch_embed", ops.patch_embed, [images, *tables], spared=1),
+        Case("ln_linear", ops.ln_linear, [x, vector, vector, *fc1]),
+        Case("attention", ops.attention, [head, head, head]),
+        Case("attention_qkv", ops.attention_qkv, [(batch, tokens, 3, heads, head_width)]),
+        Case("attention_maps", ops.attention_maps, [head, head], spared=2),
+        Case("linear_residual", ops.linear_residual, [(batch, tokens, hidden), *fc2, x, vector]),
+        Case("mlp", ops.mlp, [x, vector, vector, *fc1, *fc2, vector]),
+    ]
+
+
+SMALL = cases(batch=2, grid=2, patch=2, heads=2, head_width=16, hidden=48)
+# What a table tells apart: few rows of tokens and many, sequences that fit a block and longer ones, widths of a head.
+# Five steps of 64 through K fill a pipeline. Every count that a kernel takes as an argument is a multiple of 16 in all
+# of these or in none: a kernel is compiled again for the other kind.
+EVERY_CLASS = [
+    case
+    for batch, grid, heads, head_width in (
+        (2, 14, 5, 64),
+        (11, 14, 5, 64),
+        (2, 24, 5, 64),
+        (2, 14, 4, 80),
+        (2, 24, 4, 80),
+        (2, 14, 3, 128),
+        (2, 24, 3, 128),
+    )
+    for case in cases(batch, grid, 16, heads, head_width, hidden=640)
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@contextlib.contextmanager
+def _convolution_like_ours() -> Iterator[None]:
+    """PyTorch's own convolution takes tf32 unless told: as the kernel multiplies, so does what it is compared with."""
+    convolution = torch.backends.cudnn.conv
+    before = convolution.fp32_precision
+    convolution.fp32_precision = float32_precision()
+    try:
+        yield
+    finally:
+        convolution.fp32_precision = before
+
+
+class Trial:
+    """One case on random tensors in one dtype: the results in fp64, and how far from them a kernel's may be.
+
+    PyTorch's own error in that dtype is the measure, doubled, and an eighth of the dtype's epsilon: in norm over the
+    whole of the output and of each gradient, and twice that for the worst of its rows in max norm.
+    """
+
+    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype):
+        self.case = case
+        generator = torch.Generator().manual_seed(0)
+        drawn = [torch.randn(shape, generator=generator).to(device, dtype) for shape in case.shapes]
+        self.tensors = [tensor.requires_grad_(index >= case.spared) for index, tensor in enumerate(drawn)]
+        with ops.use_backend("torch"), _convolution_like_ours():
+            output = self.forward()
+            self.upstream = torch.randn(output.shape, generator=generator).to(device, output.dtype)
+            peers = [output.detach(), *self.backward(output)]
+            self.truth = self._in_double()
+        allowed = [_errors(peer, true) for peer, true in zip(peers, self.truth)]
+        self.limits = [(2 * whole, 4 * worst) for whole, worst in allowed]
+        self.rounding = torch.finfo(dtype).eps / 8
+
+    def _in_double(self) -> list[Tensor]:
+        tensors = [t.detach().double().requires_grad_(t.requires_grad) for t in self.tensors]
+        output = self.case.call(*tensors)
+        wanted = tensors[self.case.spared :]
+        return [output.detach(), *(torch.autograd.grad(output, wanted, self.upstream.double()) if wanted else ())]
+
+    def forward(self) -> Tensor:
+        """The output, by the backend in force, and what its gradients need."""
+        return self.case.call(*self.tensors)
+
+    def backward(self, output: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of each tensor that has one; may be called again."""
+        wanted = self.tensors[self.case.spared :]
+        return torch.autograd.grad(output, wanted, self.upstream, retain_graph=True) if wanted else ()
+
+    def judge(self, results: Iterable[Tensor], first: int = 0) -> tuple[float, bool]:
+        """The largest ‖ours − fp64‖/‖fp64‖ of results `first` and on (0 is the output), and whether each may be."""
+        largest, agrees = 0.0, True
+        for ours, true, (limit, row_limit) in zip(results, self.truth[first:], self.limits[first:]):
+            whole, worst = _errors(ours, true)
+            largest = whole if not whole <= largest else largest  # NaN is larger than all
+            agrees &= whole <= limit + self.rounding and worst <= row_limit + self.rounding
+        return largest, agrees
+
+
+def _errors(ours: Tensor, true: Tensor) -> tuple[float, float]:
+    """‖ours − true‖/‖true‖, and the worst row's in max norm; of a few rows the latter is luck, and is left out."""
+    difference = ours.detach().double() - true
+    whole = (difference.norm() / true.norm()).item()
+    if true.dim() < 2 or true.shape[:-1].numel() < FEWEST_ROWS:
+        return whole, 0.0
+    rows, worst = true.flatten(0, -2).abs().amax(1), difference.flatten(0, -2).abs().amax(1)
+    return whole, (worst / rows).max().item()
+
+
+def verify(device: str | torch.device, cases: list[Case] = SMALL) -> list[dict]:
     """Run every op forward and backward on small random tensors, in Triton and in PyTorch, each against fp64.
 
     Returns:
         One dict an op and dtype: op, dtype, error (the largest of the output and the gradients, ‖ours − fp64‖/‖fp64‖),
-        agrees: each is within twice PyTorch's own error in that dtype and an eighth of its epsilon.
+        agrees: each is within the limits of `Trial`.
 
     Raises:
         RuntimeError: where no kernel can run.
     """
     device = torch.device(device)
     # Triton's interpreter computes bfloat16 wrongly: there it would prove nothing.
-    dtypes = (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
+    dtypes = (torch.float32,) if device.type == "cpu" else DTYPES
     lines = []
     for dtype in dtypes:
-        for name, (_, shapes) in CASES.items():
-            generator = torch.Generator().manual_seed(0)
-            tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-            exact = [tensor.double() for tensor in tensors]
-            with ops.use_backend("torch"):
-                upstream = torch.randn(CASES[name][0](*exact).shape, generator=generator).to(device, dtype)
-                truth = _results(name, exact, upstream)
-                peers = _results(name, tensors, upstream)
+        for case in cases:
+            trial = Trial(case, device, dtype)
             with ops.use_backend("triton"):
-                ours = _results(name, tensors, upstream)
-            sizes = torch.stack([true.norm() for true in truth])
-            errors, allowed = (
-                torch.stack([(got.double() - true).norm() for got, true in zip(results, truth)]) / sizes
-                for results in (ours, peers)
-            )
-            lines.append(
-                {
-                    "op": name,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "error": errors.max().item(),
-                    "agrees": bool((errors <= 2 * allowed + torch.finfo(dtype).eps / 8).all()),
-                }
-            )
+                output = trial.forward()
+                error, agrees = trial.judge([output, *trial.backward(output)])
+            lines.append({"op": case.op, "dtype": _name(dtype), "error": error, "agrees": agrees})
     return lines
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def verify_entries(
+    device: str | torch.device, cases: list[Case] = EVERY_CLASS, dtypes: Iterable[torch.dtype] = DTYPES
+) -> list[dict]:
+    """Check every entry of the tile table in force on a device: the miscompiles that are known are of single tiles.
+
+    An entry is judged by the results that it had a part in: of the forward pass, or of the backward pass. A kernel that
+    is wrong in a forward pass may make the gradients wrong too, and with them what is blameless.
+
+    Args:
+        device: a GPU; a CPU where Triton's interpreter runs, which takes its time.
+        cases: what is run to reach the entries.    dtypes: of the tensors.
+
+    Returns:
+        One dict an entry and dtype: kernel, shape, dtype, origin ("predicted", or by what it was measured), error (as
+        in `verify`; NaN where there is none), agrees (None where no case came to this entry) and why ("", or what was
+        raised).
+
+    Raises:
+        RuntimeError: where no kernel can run.
+    """
+    device = torch.device(device)
+    with ops.use_backend("triton"):
+        use_triton("verify", torch.empty(1, device=device))
+    from vit_fast.kernels import tile_table
+
+    found = collections.defaultdict(list)
+    for dtype in dtypes:
+        for case in cases:
+            for key, judgement in _check(Trial(case, device, dtype)).items():
+                found[(*key, dtype)].append(judgement)
+    missed = {"error": math.nan, "agrees": None, "why": "no case came to it"}
+    lines = []
+    for kernel, classes_of in tile_table.table(tile_table.architecture(device)).items():
+        for dtype in dtypes:
+            dtype_class = tile_table.dtype_class(dtype)
+            for shape, entry in classes_of[dtype_class].items():
+                origin = entry["origin"]
+                if isinstance(origin, dict):
+                    origin = "measured on {device}, {date}, triton {triton}, torch {torch}".format(**origin)
+                worst = max(found[kernel, dtype_class, shape, dtype], key=_badness, default=missed)
+                lines.append({"kernel": kernel, "shape": shape, "dtype": _name(dtype), "origin": origin, **worst})
+    return lines
+
+
+def _badness(judgement: dict) -> tuple:
+    error = judgement["error"]
+    return not judgement["agrees"], math.inf if math.isnan(error) else error
+
+
+def _check(trial: Trial) -> dict[tuple[str, str, str], dict]:
+    """entry → error, agrees, why: of the results of the pass in which it was looked up."""
+    from vit_fast.kernels import tile_table
+
+    judged, output = {}, None
+    for backward in (False, True):
+        with tile_table.recording() as reached, ops.use_backend("triton"):
+            try:
+                if backward:
+                    results = trial.backward(output)
+                else:
+                    output = trial.forward()
+                    results = [output]
+                error, agrees = trial.judge(results, first=int(backward))
+            except Exception as raised:  # a tile that does not compile, or asks for more memory than there is
+                if not reached:
+                    raise
+                return judged | {reached[-1]: {"error": math.nan, "agrees": False, "why": in_a_line(raised)}}
+        judged |= {key: {"error": error, "agrees": agrees, "why": ""} for key in reached}
+    return judged
+
+
+def in_a_line(error: Exception) -> str:
+    """Class and first line of an error that need not be one of ours."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def report(device: str | torch.device) -> tuple[list[dict], str]:
