@@ -1,4 +1,4 @@
-"""The command line: `vit-fast train | classify | attend | models | env`. `vit-fast COMMAND --help` tells the rest."""
+"""The command line: `vit-fast train | classify | attend | models | env | tune`; `vit-fast COMMAND -h` tells more."""
 
 import dataclasses
 import functools
@@ -445,6 +445,83 @@ def _verify_entries(place: torch.device, console: Console) -> None:
             f"{', '.join(differ)}: differs from fp64 on this device by more than it may; "
             "VIT_FAST_BACKEND=torch runs without the kernels"
         )
+
+
+@app.command()
+@_plain_errors
+def tune(
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A kernel of the tile table, as `vit-fast env --verify` names it; repeatable."
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="16 (bfloat16 and float16) or 32 (default: both).", show_default=False)
+    ] = None,
+    device: Device = "",
+) -> None:
+    """Measure tiles on this GPU and keep those that beat the table's by 2 % or more, numbers proven first.
+
+    They go to the file that VIT_FAST_TILES names, or to the user's cache, one by one: Ctrl-C keeps what was found.
+    """
+    from vit_fast import tune as tuning
+
+    tuner = tuning.Tuner(training.device_named(device))
+    keys = tuner.keys(kernel or (), (precision,) if precision else tuple(tuning.DTYPES))
+    console, outcomes = _console(), []
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    try:
+        with bar:
+            task = bar.add_task("", total=len(keys))
+            for index, key in enumerate(keys):
+                bar.update(task, description=" ".join(key), completed=index)
+                outcomes.append(tuner.tune(key, lambda part, index=index: bar.update(task, completed=index + part)))
+    finally:
+        _tell_outcomes(outcomes, console)
+        kept = sum(outcome.after is not outcome.before for outcome in outcomes)
+        console.print(f"{len(outcomes)} of {len(keys)} entries tried, {kept} new in {escape(str(tuner.file))}")
+
+
+def _tell_outcomes(outcomes: list, console: Console) -> None:
+    """A line an entry, then the candidates whose numbers were wrong."""
+    table = _titled("time of the op's pass", "kernel", "dtype", "shape", "before", "after", "gain", "entry", "new")
+    for outcome in outcomes:
+        before, after = outcome.seconds_before, outcome.seconds_after
+        new = {name: value for name, value in outcome.after.items() if value != outcome.before[name]}
+        table.add_row(
+            *map(escape, outcome.key),
+            "fails" if math.isnan(before) and not math.isnan(after) else _milliseconds(before),
+            _milliseconds(after),
+            f"{100 * (before / after - 1):.1f} %" if before > after else "",
+            _numbers(outcome.before),
+            f"[bold]{_numbers(new)}[/]",
+        )
+    if outcomes:
+        console.print(table)
+    for outcome in outcomes:
+        for entry, why, wrong in outcome.rejected:
+            if wrong:
+                told = f"{' '.join(outcome.key)}, {_numbers(entry)}: {why}"
+                console.print(f"[bold red]rejected[/] {escape(told)}")
+
+
+def _milliseconds(seconds: float) -> str:
+    return "not measured" if math.isnan(seconds) else f"{1e3 * seconds:.3f} ms"
+
+
+def _numbers(entry: dict) -> str:
+    """An entry's numbers, such as M 128 N 64 K 64 warps 8 stages 3."""
+    numbers = {name: value for name, value in entry.items() if isinstance(value, int)}
+    return " ".join(f"{name.removeprefix('BLOCK_').removeprefix('num_')} {value}" for name, value in numbers.items())
 
 
 def main() -> None:
