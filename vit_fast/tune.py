@@ -196,7 +196,7 @@ class Tuner:
             return Outcome(key, before, before, math.nan, math.nan, rejected)
         run = self._run(trials[0], backward)
         seconds = self._race(key, good, run)
-        best = min(seconds, key=seconds.get)
+        best = seconds.index(min(seconds))
         old = 0 if good[0] == entries[0] else None
         if best == old:
             return Outcome(key, before, before, seconds[best], seconds[best], rejected)
@@ -269,9 +269,8 @@ class Tuner:
             output = trial.forward()
         return lambda: trial.backward(output)
 
-    def _race(self, key: Key, entries: list[dict], run: Callable[[], object]) -> dict[int, float]:
-        """The median seconds of each entry, by its place in the list: they take turns, so that what else changes on the
-        device changes for all."""
+    def _race(self, key: Key, entries: list[dict], run: Callable[[], object]) -> list[float]:
+        """The median seconds of each entry. They take turns: what else changes on the device changes for all."""
         from vit_fast.kernels import tile_table
 
         times = [[] for _ in entries]
@@ -279,7 +278,7 @@ class Tuner:
             for entry, mine in zip(entries, times):
                 with tile_table.using(self.architecture, *key, entry), ops.use_backend("triton"):
                     mine.append(self.clock(run))
-        return {place: statistics.median(mine) for place, mine in enumerate(times)}
+        return [statistics.median(mine) for mine in times]
 
     def _keep(self, key: Key, numbers: dict) -> dict:
         """Put an entry in force: here, and in the user's file for every later process."""
