@@ -471,6 +471,23 @@ def test_the_command_names_wrong_candidates(command, monkeypatch):
 
 
 @pytest.mark.interpret
+def test_the_command_says_why_nothing_was_measured(command):
+    code, output, _ = command("--kernel", KERNEL, "--kernel", "mlp_fc1", "--precision", "32", sizes=(24,))
+    assert code == 0
+    assert "mlp_fc1 32" in output
+    assert "not measured: no case comes to this entry" in output
+    assert "0 new in" in output
+
+
+@pytest.mark.interpret
+def test_the_command_says_why_no_candidate_counts(command, monkeypatch):
+    skewed(monkeypatch, *range(1, 257))
+    code, output, _ = command("--kernel", KERNEL, "--precision", "32")
+    assert code == 0
+    assert "not measured: none of 3 candidates counts, the entry in force: wrong numbers" in output
+
+
+@pytest.mark.interpret
 def test_ctrl_c_keeps_what_was_found(command, tiles):
     def interrupted(entry):
         if in_force(GRADIENT)["BLOCK_M"] == 16:
@@ -489,7 +506,7 @@ def test_ctrl_c_keeps_what_was_found(command, tiles):
     ("arguments", "says"),
     [
         (("--kernel", "gemm"), "error: kernel: got 'gemm', takes one of "),
-        (("--precision", "8"), "error: dtype: got '8', takes one of 16, 32"),
+        (("--precision", "8"), "error: precision: got '8', takes one of 16, 32"),
     ],
 )
 def test_a_name_that_is_not_there(command, arguments, says):

@@ -368,7 +368,7 @@ def models(
 def env(
     device: Device = "",
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check every entry of the tile table in force: about a minute on a GPU.")
+        bool, typer.Option("--verify", help="Check every entry of the tile table in force, instead.")
     ] = False,
 ) -> None:
     """Show device, versions and backend, and whether a small run of every kernel agrees with PyTorch here."""
@@ -508,6 +508,13 @@ def _tell_outcomes(outcomes: list, console: Console) -> None:
     if outcomes:
         console.print(table)
     for outcome in outcomes:
+        if math.isnan(outcome.seconds_after):
+            why = "no case comes to this entry"
+            if outcome.rejected:
+                why = (
+                    f"none of {len(outcome.rejected)} candidates counts, the entry in force: {outcome.rejected[0].why}"
+                )
+            console.print(f"[yellow]{escape(' '.join(outcome.key))}[/] not measured: {escape(why)}")
         for entry, why, wrong in outcome.rejected:
             if wrong:
                 told = f"{' '.join(outcome.key)}, {_numbers(entry)}: {why}"

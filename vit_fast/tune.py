@@ -152,17 +152,18 @@ class Tuner:
         self.clock = clock or device_clock(device)
         self._passes: dict[Key, tuple[verify.Case, bool]] = {}
 
-    def keys(self, kernels: Sequence[str] = (), dtypes: Sequence[str] = tuple(DTYPES)) -> list[Key]:
-        """The entries of these kernels, of all where none is named.
+    def keys(self, kernels: Sequence[str] = (), precisions: Sequence[str] = tuple(DTYPES)) -> list[Key]:
+        """The entries of these kernels, of all where none is named, in these dtype classes.
 
         Raises:
             ValueError: for a kernel or a dtype class that the table does not have.
         """
-        for name, given, known in (("kernel", kernels, self.table), ("dtype", dtypes, DTYPES)):
+        for name, given, known in (("kernel", kernels, self.table), ("precision", precisions, DTYPES)):
             if unknown := [one for one in given if one not in known]:
                 raise ValueError(f"{name}: got {unknown[0]!r}, takes one of {', '.join(known)}")
         chosen = [kernel for kernel in self.table if not kernels or kernel in kernels]
-        return [(kernel, dtype, shape) for kernel in chosen for dtype in dtypes for shape in self.table[kernel][dtype]]
+        places = ((kernel, dtype) for kernel in chosen for dtype in precisions)
+        return [(kernel, dtype, shape) for kernel, dtype in places for shape in self.table[kernel][dtype]]
 
     def tune(self, key: Key, progress: Callable[[float], None] = lambda part: None) -> Outcome:
         """Measure the candidates for one entry, and write the one that beats it.
