@@ -152,9 +152,10 @@ SPECIAL = {"gelu": (1, 2), "gelu_tanh": (1, 1), "quick_gelu": (2, 2)}
 @functools.cache
 def counted(arch, dtype, activation, with_grad):
     """(instructions, those on the special-function unit) of a kernel that applies an activation, or copies for None."""
-    from benchmarks.static import nvidia_tool
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from benchmarks.static import nvidia_tool
 
     pointers = {"x_ptr": "*fp32", "y_ptr": f"*{dtype}"} | ({"slope_ptr": f"*{dtype}"} if with_grad else {})
     constants = {"ACTIVATION": activation, "DTYPE": tl.dtype(dtype), "BLOCK": BLOCK}
