@@ -41,6 +41,16 @@ def commit() -> str:
     return subprocess.run(describe, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
+def header(*packages: str) -> dict:
+    """What every file of results says of itself: the device, the versions of `packages`, the date and the commit."""
+    return {
+        "device": f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": commit(),
+    }
+
+
 def models_alike(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Ours and timm's, with the same weights."""
     torch.manual_seed(0)
@@ -101,10 +111,7 @@ def main() -> None:
         "model": arguments.model,
         "batch_size": arguments.batch_size,
         "dtype": "float32",
-        "device": f"{cpu_name()}, {torch.get_num_threads()} threads",
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "vit-fast")},
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": commit(),
+        **header("torch", "timm", "vit-fast"),
         "distance_of_logits": distance,
         "pairs": arguments.pairs,
         "vit_fast_ms": milliseconds[0],
