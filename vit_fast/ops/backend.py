@@ -140,12 +140,12 @@ def use_triton(op: str, x: Tensor, *others: Tensor, refusal: str = "") -> bool:
         RuntimeError: under use_backend("triton") where no kernel can run.
         TypeError, ValueError: under use_backend("triton") for a dtype, or another thing, that no kernel takes.
     """
-    if _backend == "torch" or exporting() or x.numel() == 0 or any(t.numel() == 0 for t in others):
-        return False
-    if _backend == "auto" and not _auto(x.device):
+    if _backend == "torch" or exporting() or (_backend == "auto" and not _auto(x.device)):
         return False
     error = ValueError
     for tensor in (x, *others):
+        if tensor.numel() == 0:
+            return False
         if tensor.dtype not in DTYPES:
             refusal, error = f"the kernels take float32, float16 and bfloat16, got {tensor.dtype}", TypeError
     if transformed():
@@ -192,20 +192,39 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype)
 
 
-def float32_precision() -> str:
+def float32_precision(dtype: torch.dtype = torch.float32) -> str:
     """How the kernels multiply fp32: "ieee", or "tf32" where torch.set_float32_matmul_precision allows it.
 
-    Read where that call and PyTorch's newer settings both write: torch.get_float32_matmul_precision raises once the
-    newer ones were used. Of AMD's chips only one has tf32, and triton refuses it for the others: there it is ieee.
+    Operands in another `dtype` have nothing to choose: one answer, so that one kernel is compiled. Read where that call
+    and PyTorch's newer settings both write: torch.get_float32_matmul_precision raises once the newer ones were used. Of
+    AMD's chips only one has tf32, and triton refuses it for the others: there it is ieee.
     """
-    if torch.version.hip:
+    if dtype != torch.float32 or torch.version.hip:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+_HERE = contextlib.nullcontext()
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """A block in which the current GPU is that of `x`: Triton launches on the current one."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device_of(x)
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for a gradient through a call on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def _elsewhere(name: str, operand: Tensor, x: Tensor) -> ValueError:
+    return ValueError(f"{name}: on {operand.device}, the input is on {x.device}; move one of them")
 
 
 def check_device(x: Tensor, **operands: Tensor | None) -> None:
@@ -214,9 +233,10 @@ def check_device(x: Tensor, **operands: Tensor | None) -> None:
     Raises:
         ValueError: naming the operand, where it is and where it must be.
     """
+    device = x.device
     for name, operand in operands.items():
-        if operand is not None and operand.device != x.device:
-            raise ValueError(f"{name}: on {operand.device}, the input is on {x.device}; move one of them")
+        if operand is not None and operand.device != device:
+            raise _elsewhere(name, operand, x)
 
 
 def check_operands(x: Tensor, **operands: Tensor | None) -> None:
@@ -229,16 +249,21 @@ def check_operands(x: Tensor, **operands: Tensor | None) -> None:
     """
     if not x.is_floating_point():
         raise TypeError(f"the input: got {x.dtype}, takes a floating dtype")
-    check_device(x, **operands)
-    mixes = _autocasting(x) and x.dtype in DTYPES
+    device, dtype = x.device, x.dtype
     for name, operand in operands.items():
-        if operand is not None and operand.dtype != x.dtype and not (mixes and operand.dtype in DTYPES):
-            raise TypeError(f"{name}: {operand.dtype}, the input is {x.dtype}; cast one of them or use torch.autocast")
+        if operand is None:
+            continue
+        if operand.device != device:
+            raise _elsewhere(name, operand, x)
+        if operand.dtype != dtype and not (operand.dtype in DTYPES and dtype in DTYPES and _autocasting(x)):
+            raise TypeError(f"{name}: {operand.dtype}, the input is {dtype}; cast one of them or use torch.autocast")
 
 
 def as_rows(x: Tensor) -> Tensor:
     """`x` [..., K] as a matrix [M, K] whose rows are contiguous: a view, or a copy where no view can be."""
-    x = x.reshape(-1, x.shape[-1])
+    if x.dim() != 2:
+        # `view` says at once what `reshape` first has to find out.
+        x = x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -262,14 +287,18 @@ def like(operand: Tensor | None, other: Tensor) -> Tensor:
     return other.new_empty(0) if operand is None else operand.new_empty(operand.shape)
 
 
+def _misshapen(name: str, tensor: Tensor, takes: str) -> ValueError:
+    return ValueError(f"{name}: got shape {list(tensor.shape)}, takes {takes}")
+
+
 def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
     """Refuse a tensor of another shape.
 
     Raises:
         ValueError: naming the argument, what it got and what it takes.
     """
-    if tensor is not None and tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, takes {list(shape)}")
+    if tensor is not None and tensor.shape != shape:
+        raise _misshapen(name, tensor, f"{list(shape)}")
 
 
 def check_rank(name: str, tensor: Tensor, names: str) -> None:
@@ -278,8 +307,8 @@ def check_rank(name: str, tensor: Tensor, names: str) -> None:
     Raises:
         ValueError: naming the argument, what it got and what it takes.
     """
-    if tensor.dim() != len(names.split()):
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, takes [{', '.join(names.split())}]")
+    if tensor.dim() != names.count(" ") + 1:
+        raise _misshapen(name, tensor, f"[{', '.join(names.split())}]")
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> tuple[int, int]:
@@ -288,10 +317,11 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "
     Raises:
         ValueError: naming the argument, what it got and what it takes.
     """
-    check_rank(f"{prefix}weight", weight, "N K")
+    if weight.dim() != 2:
+        raise _misshapen(f"{prefix}weight", weight, "[N, K]")
     features, width = weight.shape
     if x.dim() < 2 or x.shape[-1] != width:
-        takes = f"[..., {width}], the width of {prefix}weight {list(weight.shape)}"
-        raise ValueError(f"x: got shape {list(x.shape)}, takes {takes}")
-    check_shape(f"{prefix}bias", bias, (features,))
+        raise _misshapen("x", x, f"[..., {width}], the width of {prefix}weight {list(weight.shape)}")
+    if bias is not None and bias.shape != (features,):
+        raise _misshapen(f"{prefix}bias", bias, f"[{features}]")
     return features, width
