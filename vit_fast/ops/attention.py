@@ -11,6 +11,7 @@ from vit_fast.ops.backend import (
     compute_dtype,
     float32_precision,
     needs_grad,
+    on_device_of,
     use_triton,
     without_autocast,
 )
@@ -51,16 +52,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool):
     from vit_fast.kernels import attention as kernel
 
     q, k, v = map(_last_axis_dense, (q, k, v))
-    with torch.cuda.device_of(q):
-        return kernel.forward(q, k, v, scale, float32_precision(), with_lse)
+    with on_device_of(q):
+        return kernel.forward(q, k, v, scale, float32_precision(q.dtype), with_lse)
 
 
 def _gradients(do, q, k, v, o, lse, dq, dk, dv, scale) -> None:
     from vit_fast.kernels import attention as kernel
 
     do, q, k, v = map(_last_axis_dense, (do, q, k, v))
-    with torch.cuda.device_of(q):
-        kernel.backward(do, q, k, v, o, lse, dq, dk, dv, scale, float32_precision())
+    with on_device_of(q):
+        kernel.backward(do, q, k, v, o, lse, dq, dk, dv, scale, float32_precision(q.dtype))
 
 
 def _fake_output(q: Tensor) -> Tensor:
@@ -162,8 +163,8 @@ def _maps(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
     from vit_fast.kernels import attention as kernel
 
     q, k = map(_last_axis_dense, (q, k))
-    with torch.cuda.device_of(q):
-        return kernel.maps(q, k, lse.contiguous(), scale, float32_precision())
+    with on_device_of(q):
+        return kernel.maps(q, k, lse.contiguous(), scale, float32_precision(q.dtype))
 
 
 @_maps.register_fake

@@ -16,6 +16,7 @@ from vit_fast.ops.backend import (
     float32_precision,
     like,
     needs_grad,
+    on_device_of,
     or_empty,
     or_none,
     packed,
@@ -31,6 +32,10 @@ PARAMETERS = (
     "Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor? fc1_bias, "
     "Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale2, Tensor? drop2"
 )
+AS_WIDE_AS_A_TOKEN = (
+    *("norm1_weight", "norm1_bias", "proj_bias", "layer_scale1"),
+    *("norm2_weight", "norm2_bias", "fc2_bias", "layer_scale2"),
+)
 KEPT = 9  # what training keeps: qkv, o, lse, the residual stream between the halves, h, two means and two rstds
 
 
@@ -43,7 +48,7 @@ def _grouped(parameters: tuple) -> list[tuple]:
 def _forward(training: bool, x: Tensor, parameters: tuple, num_heads: int, activation: str, eps1: float, eps2: float):
     from vit_fast.kernels import block as kernel
 
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         y, kept = kernel.forward(
             as_rows(x),
             *_grouped(parameters),
@@ -52,7 +57,7 @@ def _forward(training: bool, x: Tensor, parameters: tuple, num_heads: int, activ
             eps1,
             eps2,
             x.shape[1],
-            float32_precision(),
+            float32_precision(parameters[2].dtype),
             training,
         )
     return y.view(x.shape), kept
@@ -110,7 +115,7 @@ def _backward(dy, x, kept, *parameters_and_settings):
     from vit_fast.kernels import block as kernel
 
     *parameters, num_heads, activation = parameters_and_settings
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         dx, *gradients = kernel.backward(
             as_rows(dy),
             as_rows(x),
@@ -119,7 +124,7 @@ def _backward(dy, x, kept, *parameters_and_settings):
             num_heads,
             activation,
             x.shape[1],
-            float32_precision(),
+            float32_precision(parameters[2].dtype),
         )
     return dx.view(x.shape), *(or_empty(gradient, dy) for gradient in gradients)
 
@@ -168,13 +173,12 @@ def check(x, parameters: dict, num_heads: int, activation: str) -> None:
     hidden, _ = check_linear(x, parameters["fc1_weight"], parameters["fc1_bias"], "fc1_")
     check_shape("proj_weight", parameters["proj_weight"], (width, width))
     check_shape("fc2_weight", parameters["fc2_weight"], (width, hidden))
-    for name in ("norm1_weight", "norm1_bias", "proj_bias", "norm2_weight", "norm2_bias", "fc2_bias"):
+    for name in AS_WIDE_AS_A_TOKEN:
         check_shape(name, parameters[name], (width,))
-    for half in ("1", "2"):
-        check_shape(f"layer_scale{half}", parameters[f"layer_scale{half}"], (width,))
-        check_shape(f"drop{half}", parameters[f"drop{half}"], (x.shape[0],))
     operands = dict(parameters)
     drops = {name: operands.pop(name) for name in ("drop1", "drop2")}
+    for name, drop in drops.items():
+        check_shape(name, drop, (x.shape[0],))
     check_operands(x, **operands)
     check_device(x, **drops)
 

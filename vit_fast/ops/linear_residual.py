@@ -15,6 +15,7 @@ from vit_fast.ops.backend import (
     float32_precision,
     like,
     needs_grad,
+    on_device_of,
     or_empty,
     or_none,
     packed,
@@ -44,7 +45,7 @@ def _linear_residual(
 ) -> Tensor:
     from vit_fast.kernels import linear_residual as kernel
 
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         y, _ = kernel.forward(
             as_rows(x),
             as_rows(weight),
@@ -53,7 +54,7 @@ def _linear_residual(
             packed(layer_scale),
             packed(drop),
             x.shape[1:-1].numel(),
-            float32_precision(),
+            float32_precision(weight.dtype),
         )
     return y.view(residual.shape)
 
@@ -69,7 +70,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from vit_fast.kernels import linear_residual as kernel
 
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         dx, dweight, dbias, dscale = kernel.backward(
             as_rows(dy),
             as_rows(x),
@@ -78,7 +79,7 @@ def _backward(
             packed(layer_scale),
             packed(drop),
             x.shape[1:-1].numel(),
-            float32_precision(),
+            float32_precision(weight.dtype),
         )
     return dx.view(x.shape), dweight, or_empty(dbias, dy), or_empty(dscale, dy)
 

@@ -13,6 +13,7 @@ from vit_fast.ops.backend import (
     compute_dtype,
     float32_precision,
     like,
+    on_device_of,
     or_empty,
     or_none,
     packed,
@@ -33,7 +34,7 @@ def _ln_linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from vit_fast.kernels import ln_linear as kernel
 
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         y, mean, rstd = kernel.forward(
             as_rows(x),
             packed(norm_weight),
@@ -41,7 +42,7 @@ def _ln_linear(
             as_rows(weight),
             packed(bias),
             eps,
-            float32_precision(),
+            float32_precision(weight.dtype),
         )
     return y.view(*x.shape[:-1], -1), mean, rstd
 
@@ -66,7 +67,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from vit_fast.kernels import ln_linear as kernel
 
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         dx, dnorm_weight, dnorm_bias, dweight, dbias = kernel.backward(
             as_rows(dy),
             as_rows(x),
@@ -76,7 +77,7 @@ def _backward(
             packed(norm_bias),
             as_rows(weight),
             bias,
-            float32_precision(),
+            float32_precision(weight.dtype),
         )
     return dx.view(x.shape), dnorm_weight, dnorm_bias, dweight, or_empty(dbias, dy)
 

@@ -15,6 +15,7 @@ from vit_fast.ops.backend import (
     float32_precision,
     like,
     needs_grad,
+    on_device_of,
     or_empty,
     or_none,
     packed,
@@ -57,7 +58,7 @@ def _forward(training: bool, x: Tensor, *operands) -> tuple[Tensor, Tensor | Non
     from vit_fast.kernels import mlp as kernel
 
     norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, activation, eps = operands
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         y, *kept = kernel.forward(
             as_rows(x),
             packed(norm_weight),
@@ -71,7 +72,7 @@ def _forward(training: bool, x: Tensor, *operands) -> tuple[Tensor, Tensor | Non
             activation,
             eps,
             x.shape[1:-1].numel(),
-            float32_precision(),
+            float32_precision(fc1_weight.dtype),
             training,
         )
     return y.view(x.shape), *kept
@@ -146,7 +147,7 @@ def _backward(
     from vit_fast.kernels import mlp as kernel
 
     norm_weight, norm_bias = packed(norm_weight), packed(norm_bias)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         dx, dnorm, *gradients = kernel.backward(
             as_rows(dy),
             as_rows(x),
@@ -163,7 +164,7 @@ def _backward(
             packed(drop),
             activation,
             x.shape[1:-1].numel(),
-            float32_precision(),
+            float32_precision(fc1_weight.dtype),
         )
         gradients = *ln_linear.norm_grads((dnorm, norm_weight, norm_bias)), *gradients
     return dx.view(x.shape), *(or_empty(gradient, dy) for gradient in gradients)

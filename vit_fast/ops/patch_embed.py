@@ -13,6 +13,7 @@ from vit_fast.ops.backend import (
     float32_precision,
     like,
     needs_grad,
+    on_device_of,
     or_empty,
     or_none,
     packed,
@@ -59,7 +60,7 @@ def _patch_embed(
 ) -> Tensor:
     from vit_fast.kernels import patch_embed as kernel
 
-    with torch.cuda.device_of(images):
+    with on_device_of(images):
         return kernel.forward(
             images,
             packed(weight),
@@ -67,7 +68,7 @@ def _patch_embed(
             packed(position),
             packed(prefix),
             _token_dtype(weight.dtype, position, prefix),
-            float32_precision(),
+            float32_precision(weight.dtype),
         )
 
 
@@ -85,9 +86,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from vit_fast.kernels import patch_embed as kernel
 
-    with torch.cuda.device_of(images):
+    with on_device_of(images):
         gradients = kernel.backward(
-            dtokens.contiguous(), images, packed(weight), bias, position, prefix, float32_precision()
+            dtokens.contiguous(), images, packed(weight), bias, position, prefix, float32_precision(weight.dtype)
         )
     dweight, *tables = gradients
     return dweight, *(or_empty(table, dtokens) for table in tables)
