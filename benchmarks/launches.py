@@ -1,0 +1,315 @@
+"""The launches that the ops and the models really make, caught where triton would compile them.
+
+Ops and models run on tensors without memory, with Triton as their backend and an architecture's tile table in force;
+nothing is compiled and nothing is run. So shapes, strides, hints and tiles are those of a real call and cannot drift.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+from triton.runtime.jit import JITFunction
+
+import vit_fast
+from vit_fast import ops
+from vit_fast.kernels import tile_table
+from vit_fast.ops import backend
+from vit_fast.ops.attention import HEAD_WIDTHS
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OPS = ("patch_embed", "ln_linear", "attention", "linear_residual", "mlp")
+ALLOCATIONS = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
+ODD = "width 37, "  # begins the variants whose rows no vector load fits
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel."""
+
+    op: str
+    variant: str
+    direction: str  # "forward" or "backward"
+    kernel: JITFunction
+    args: tuple
+    kwargs: dict
+    grid: tuple
+    entry_name: str = ""  # "mlp_fc1 16 many", empty where the launch takes its tile from no table
+    entry: dict = field(default_factory=dict)  # with its origin, and its reason where it has one
+
+
+@dataclass(frozen=True)
+class TorchOp:
+    """A step that PyTorch's own kernels do: the bytes of its tensors and the operations of its products."""
+
+    name: str
+    bytes: int
+    flops: int
+
+
+def tensors(tree) -> list[torch.Tensor]:
+    """Every distinct tensor in a tree of arguments, once; a view of a packed tensor is one of its own."""
+    found = {}
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            key = leaf.untyped_storage()._cdata, leaf.storage_offset(), tuple(leaf.shape), leaf.stride()
+            found.setdefault(key, leaf)
+    return list(found.values())
+
+
+def nbytes(tree) -> int:
+    """Bytes of every distinct tensor in a tree, each once: what must be moved at least. An expanded axis counts 1."""
+    total = 0
+    for x in tensors(tree):
+        elements = x.element_size()
+        for size, stride in zip(x.shape, x.stride()):
+            elements *= size if stride or not size else 1
+        total += elements
+    return total
+
+
+# ---- catching ------------------------------------------------------------------------------------------------------
+
+
+class _Noted(dict):
+    """The entries of one kernel and dtype class, which note who takes them."""
+
+    def __init__(self, classes: dict, name: str, taken: list):
+        super().__init__(classes)
+        self.name, self.taken = name, taken
+
+    def __getitem__(self, shape):
+        entry = super().__getitem__(shape)
+        self.taken.append((f"{self.name} {shape}", entry))
+        return entry
+
+    def get(self, shape, default=None):
+        return self[shape] if shape in self else default
+
+
+def table_in_force(arch: str) -> dict[str, dict]:
+    """Every entry of the table that an architecture takes, by its name."""
+    return {
+        f"{kernel} {dtype} {shape}": entry
+        for kernel, dtypes in tile_table.table(arch).items()
+        for dtype, classes in dtypes.items()
+        for shape, entry in classes.items()
+    }
+
+
+def _kernel_modules() -> list:
+    return [module for name, module in sys.modules.items() if name.startswith("vit_fast.kernels")]
+
+
+def _forget_tiles() -> None:
+    """Empty every cache under kernels/: the next launch asks the table again."""
+    for module in _kernel_modules():
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
+class Catch(TorchDispatchMode):
+    """While it is on, launches and PyTorch's own steps are noted in `seen`, for one architecture, and nothing runs.
+
+    A dispatch mode does not see into an opaque op, so the body of each vit_fast op is called here, with the mode on.
+    """
+
+    def __init__(self, arch: str, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.arch, self.autocast = arch, autocast
+        self.seen: list[Launch | TorchOp] = []
+        self.op = self.variant = ""
+        self.direction = "forward"
+
+    def __enter__(self):
+        taken = []
+        table = {
+            kernel: {dtype: _Noted(classes, f"{kernel} {dtype}", taken) for dtype, classes in dtypes.items()}
+            for kernel, dtypes in tile_table.table(self.arch).items()
+        }
+
+        def catch(kernel, *args, grid, warmup, **kwargs):
+            name, entry = next(
+                (
+                    (name, entry)
+                    for name, entry in reversed(taken)
+                    if all(kwargs.get(key) == entry[key] for key in entry.keys() - set(tile_table.NOT_LAUNCHED))
+                ),
+                ("", {}),
+            )
+            grid = grid(kwargs) if callable(grid) else grid
+            # Aliases: autograd copies a gradient that somebody else holds, which a real call does not.
+            with _disable_current_modes():
+                args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+            launch = Launch(self.op, self.variant, self.direction, kernel, args, kwargs, tuple(grid), name, entry)
+            self.seen.append(launch)
+            _forget_tiles()
+
+        with contextlib.ExitStack() as stack:
+            swap = stack.enter_context
+            swap(mock.patch.object(JITFunction, "run", catch))
+            architecture = tile_table.architecture
+            for module in _kernel_modules():
+                if getattr(module, "architecture", None) is architecture:
+                    swap(mock.patch.object(module, "architecture", lambda device: self.arch))
+            swap(mock.patch.object(tile_table, "table", lambda name: table))
+            swap(mock.patch.object(backend, "_why_not_forced", lambda device: ""))
+            if self.autocast:
+                swap(mock.patch.object(backend, "_autocasting", lambda x: True))
+                swap(mock.patch.object(torch, "get_autocast_dtype", lambda device: self.autocast))
+            swap(vit_fast.use_backend("triton"))
+            stack.callback(_forget_tiles)
+            _forget_tiles()
+            self._stack = stack.pop_all()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._stack.close()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "vit_fast":
+            with self._again():
+                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        result = func(*args, **kwargs)
+        allocates = func._schema.name in ALLOCATIONS
+        given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
+        made = [x for x in tensors(result) if x.untyped_storage()._cdata not in given]
+        if func._schema.is_mutable or made and not allocates:
+            count = flop_registry.get(func._overloadpacket)
+            flops = count(*args, **kwargs, out_val=result) if count else 0
+            self.seen.append(TorchOp(str(func), nbytes((args, kwargs, result)), flops))
+        return result
+
+    @contextlib.contextmanager
+    def _again(self):
+        """The mode alone, without the patches a second time."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
+
+    def run(self, op: str, variant: str, call: Callable, *operands) -> None:
+        """A call for inference, then one for training and its backward."""
+        self.op, self.variant = op, variant
+        with torch.no_grad():
+            call(*operands)
+        y = call(*operands)
+        if y.requires_grad:
+            self.direction = "backward"
+            y.backward(torch.empty_like(y))
+            self.direction = "forward"
+
+
+# ---- the calls -----------------------------------------------------------------------------------------------------
+
+
+def parameter(*shape, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+
+def op_calls(dtype: torch.dtype, B: int, T: int, D: int, F: int, every: bool) -> Iterator[tuple]:
+    """(op, variant, function, its operands) for each op but attention; with `every`, all activations and options."""
+
+    def empty(*shape):
+        return parameter(*shape, dtype=dtype)
+
+    x, norm, drop, images = empty(B, T, D), (empty(D), empty(D)), empty(B).detach(), empty(B, 3, 224, 224).detach()
+    P = 16 if D % 16 == 0 else 7
+    N = (224 // P) ** 2
+    for there in (True, False) if every else (True,):
+        variant = "all operands" if there else "no optional operand"
+
+        def optional(*shape, there=there):
+            return empty(*shape) if there else None
+
+        end = empty(D), (empty(D) if there else None), (drop if there else None)  # bias, LayerScale, drop path
+        yield "ln_linear", variant, ops.ln_linear, x, *norm, empty(3 * D, D), optional(3 * D)
+        yield "linear_residual", variant, ops.linear_residual, x, empty(D, D), end[0], x, *end[1:]
+        tables = optional(D), optional(N + 1, D), optional(1, D)
+        yield "patch_embed", variant, ops.patch_embed, images, empty(D, 3, P, P), *tables
+        parameters = *norm, empty(F, D), optional(F), empty(D, F), *end
+        for activation in ("gelu", "gelu_tanh", "quick_gelu") if every else ("gelu",):
+            yield "mlp", f"{activation}, {variant}", ops.mlp, x, *parameters, activation
+
+
+def attention_calls(dtype: torch.dtype) -> Iterator[tuple]:
+    """Packed QKV at every head width, short and long, and rows of attention maps."""
+    for tokens in (197, 577):
+        for width in HEAD_WIDTHS:
+            qkv = parameter(64, tokens, 3, 12, width, dtype=dtype)
+            variant = f"head width {width}, {tokens} tokens"
+            yield "attention", variant, ops.attention_qkv, qkv
+            if tokens == 197:
+                yield "attention", variant, ops.attention_maps, *qkv.detach().unbind(2)[:2]
+
+
+def launches(chosen: list[str], arch: str, dtype: str) -> list[Launch]:
+    """Every launch that the ops make, in every variant: ViT-B at 224 and batch 256, few rows, odd widths, tf32, autocast.
+
+    Where a variant makes a launch that differs from an earlier one in nothing, it is left out.
+    """
+    kind = DTYPES[dtype]
+    main, few, odd = (256, 197, 768, 3072), (4, 197, 768, 3072), (3, 67, 37, 111)
+    variants = [("", [*op_calls(kind, *main, every=True), *attention_calls(kind)], None, "none")]
+    variants += [("few rows, ", op_calls(kind, *few, every=False), None, "none")]
+    variants += [(ODD, op_calls(kind, *odd, every=False), None, "none")]
+    if dtype == "bf16":
+        variants += [("autocast, ", op_calls(torch.float32, *main, every=False), kind, "none")]
+    if dtype == "fp32" and arch.startswith("sm_"):
+        variants += [("tf32, ", op_calls(kind, *main, every=False), None, "tf32")]
+    found = []
+    for prefix, calls, autocast, precision in variants:
+        catch = Catch(arch, autocast)
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = precision
+        try:
+            with catch:
+                for op, variant, call, *operands in calls:
+                    if op in chosen:
+                        catch.run(op, prefix + variant, call, *operands)
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+        found += [launch for launch in catch.seen if isinstance(launch, Launch)]
+    first = {}
+    for launch in found:
+        first.setdefault(sameness(launch), launch)
+    return list(first.values())
+
+
+def sameness(launch: Launch) -> tuple:
+    """What two launches have in common that differ in nothing."""
+
+    def of(value):
+        if isinstance(value, torch.Tensor):
+            return value.dtype, tuple(value.shape), value.stride()
+        return tuple(map(of, value)) if isinstance(value, tuple) else value
+
+    arguments = of(launch.args), tuple(sorted((name, of(value)) for name, value in launch.kwargs.items()))
+    return launch.op, launch.direction, launch.kernel, launch.grid, launch.entry_name, str(arguments)
+
+
+def model_launches(name: str, arch: str, batch: int, training: bool) -> list[Launch | TorchOp]:
+    """What one batch through a model of that name does, in bf16: inference, or a training step without its optimiser."""
+    with torch.device("meta"):
+        model = vit_fast.create_model(name, num_classes=1000).to(torch.bfloat16).train(training)
+        images = torch.empty(batch, 3, *model.patch_embed.img_size, dtype=torch.bfloat16)
+        labels = torch.empty(batch, dtype=torch.int64)
+    catch = Catch(arch)
+    catch.op = name
+    with catch, torch.set_grad_enabled(training):
+        logits = model(images)
+        if training:
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+            catch.direction = "backward"
+            loss.backward()
+    return catch.seen

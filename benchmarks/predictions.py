@@ -1,0 +1,243 @@
+"""What the roofline says of whole models and of small ones, and the page and the picture that show it.
+
+All of it is predicted, and nothing is measured: what is shown here is to be held against a device.
+"""
+
+import collections
+import math
+import pathlib
+import re
+
+import torch
+
+from benchmarks import roofline, static
+from benchmarks.launches import DTYPES, ODD, OPS, Catch, Launch, TorchOp, launches, model_launches, op_calls, sameness
+
+# Name, title, and the goals in per cent of the measured matrix rate: inference and training.
+MODELS = (
+    ("vit_base_patch16_224", "ViT-B/16", 75, 62),
+    ("vit_large_patch16_224", "ViT-L/16", 80, 68),
+    ("vit_huge_patch14_224", "ViT-H/14", 82, 70),
+)
+BATCH = 256
+LOSSES = {
+    "again": "products made again for backward",
+    "edges": "edges of tiles",
+    "fill": "starts and ends of tiles, at these K",
+    "rate": "products that wait for products, and mma.sync",
+    "special": "special functions",
+    "issue": "other instructions",
+    "memory": "memory",
+    "waves": "the last wave",
+    "launch": "launches",
+    "torch": "PyTorch's own steps",
+}
+
+
+def predict_all(arch: str, dtype: str, found: list[Launch]) -> list[roofline.Prediction]:
+    """The prediction of each launch; what is the same is compiled once.
+
+    Raises:
+        RuntimeError: where the compiler refuses a launch.
+    """
+    distinct = {sameness(launch): launch for launch in found}
+    known = {}
+    for key, compiled in zip(distinct, static.compile_launches((arch, launch) for launch in distinct.values())):
+        if "error" in compiled:
+            raise RuntimeError(f"{distinct[key].kernel.__name__} on {arch}: {compiled['error']}")
+        known[key] = static.predict(arch, dtype, distinct[key], compiled)
+    return [known[sameness(launch)] for launch in found]
+
+
+# ---- whole models --------------------------------------------------------------------------------------------------
+
+
+def forward_flops(name: str) -> int:
+    """Operations of one image's forward pass, two a multiply-add: every product of the model as it is published."""
+    import vit_fast
+
+    with torch.device("meta"):
+        model = vit_fast.create_model(name, num_classes=1000)
+    tokens, width = model.pos_embed.shape[1:]
+    hidden = model.blocks[0].mlp.fc1.out_features
+    macs = len(model.blocks) * tokens * (4 * width * width + 2 * width * hidden + 2 * tokens * width)
+    macs += (tokens - 1) * model.patch_embed.proj.weight.numel() + model.head.weight.numel()
+    return 2 * macs
+
+
+def model_parts(name: str, arch: str, training: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Microseconds of a batch by what they go to, "ideal" and LOSSES; and what each kernel loses against its products."""
+    seen = model_launches(name, arch, BATCH, training)
+    predictions = iter(predict_all(arch, "bf16", [step for step in seen if isinstance(step, Launch)]))
+    parts, lost = collections.Counter(), collections.Counter()
+    for step in seen:
+        if isinstance(step, TorchOp):
+            products = step.flops / (roofline.matrix_tflops(arch, "bf16") * 1e6)
+            us = roofline.predict_torch(arch, "bf16", step)
+            parts.update(products=products, torch=us - products)
+            lost[step.name] += us - products
+        else:
+            prediction = next(predictions)
+            parts.update(prediction.parts)
+            lost[static.kernel_name(step)] += prediction.us - prediction.parts["products"]
+    ideal = (3 if training else 1) * forward_flops(name) * BATCH / (roofline.matrix_tflops(arch, "bf16") * 1e6)
+    parts["again"] = parts.pop("products") - ideal
+    return {"ideal": ideal} | dict(parts), dict(lost)
+
+
+def models_table(arch: str) -> str:
+    """A Markdown table: every model, inference and training step, its fraction of the ceiling, its goal, the blame."""
+    head = f"| model, batch {BATCH}, bf16 | images/s | % of ceiling | goal | " + " | ".join(LOSSES) + " | to blame |"
+    lines = [head, "|---|" + "---|" * (head.count("|") - 2)]
+    for name, title, *goals in MODELS:
+        for training, goal in zip((False, True), goals):
+            parts, lost = model_parts(name, arch, training)
+            total = sum(parts.values())
+            shares = {loss: 100 * parts.get(loss, 0) / total for loss in LOSSES}
+            worst = sorted(shares, key=shares.get, reverse=True)[:2]
+            kernels = sorted(lost, key=lost.get, reverse=True)[:3]
+            blame = " and ".join(LOSSES[loss] for loss in worst)
+            blame += "; most in " + ", ".join(f"`{kernel}` {100 * lost[kernel] / total:.0f} %" for kernel in kernels)
+            fraction = 100 * parts["ideal"] / total
+            cells = [
+                f"{title} {'training step' if training else 'inference'}",
+                f"{BATCH / total * 1e6:,.0f}",
+                f"{fraction:.0f}",
+                f"{goal}",
+                *(f"{share:.0f}" for share in shares.values()),
+                blame if fraction < goal else f"goal met; the rest: {blame}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# ---- the MLP of small models ---------------------------------------------------------------------------------------
+
+
+def small_mlp_table(arch: str) -> str:
+    """Whether the whole MLP in one kernel pays at D = 192 and 384: a Markdown table and the answer."""
+    lines = [
+        "| D | F | fc1, fc2 and statistics, µs | one kernel, µs | bound by | as fast from a share of the matrix rate of |",
+        "|---|---|---|---|---|---|",
+    ]
+    pays = []
+    for D in (192, 384):
+        F, M = 4 * D, BATCH * 197
+        catch = Catch(arch)
+        with catch:
+            for op, variant, call, *operands in op_calls(DTYPES["bf16"], BATCH, 197, D, F, every=False):
+                if op == "mlp":
+                    catch.run(op, variant, call, *operands)
+        found = [step for step in catch.seen if isinstance(step, Launch)]
+        inference = found[: next(i for i, step in enumerate(found) if "forward" in step.kernel.__name__) + 1]
+        compiled = list(static.compile_launches((arch, launch) for launch in inference))
+        apart = sum(static.predict(arch, "bf16", *pair).us for pair in zip(inference, compiled))
+        fc1, made = next(pair for pair in zip(inference, compiled) if "fc1" in pair[0].kernel.__name__)
+        special = static.special_per_element(fc1, made)
+        rows = math.ceil(M / 128) * 128
+        one = roofline.Work(
+            bytes=2 * (2 * M * D + 2 * D * F),
+            tiles=rows // 128,
+            tile_elements=128 * F,
+            elements=rows * F,
+            flops=4 * M * D * F,
+            padded_flops=4 * rows * D * F,
+            fill_flops=2 * rows * D * roofline.constant("tile_fill_k"),
+            back_to_back=True,
+        )
+        fused = roofline.predict(arch, "bf16", one, 1, 256, special)
+        # The matrix term is inverse to the share: where it binds, this share makes both times one.
+        share = roofline.constant("back_to_back") * (fused.us - roofline.constant("launch_us"))
+        share /= apart - roofline.constant("launch_us")
+        pays.append(fused.us < apart)
+        lines.append(f"| {D} | {F} | {apart:.0f} | {fused.us:.0f} | {fused.bound} | {share:.2f} |")
+    answer = "pays at both widths" if all(pays) else "pays at one width alone" if any(pays) else "does not pay"
+    return "\n".join(lines) + f"\n\nBy this model one kernel {answer}."
+
+
+# ---- page and picture ----------------------------------------------------------------------------------------------
+
+
+def main_rows(arch: str, dtype: str = "bf16") -> list[static.Row]:
+    """The first row of each kernel and entry, without the variants of odd width and autocast."""
+    first = {}
+    for launch in launches(OPS, arch, dtype):
+        if not launch.variant.startswith((ODD, "autocast")):
+            key = launch.op, launch.kernel, launch.direction, launch.entry_name, "no optional" in launch.variant
+            first.setdefault(key, launch)
+    chosen = [launch for launch in first.values() if "no optional" not in launch.variant]
+    compiled = static.compile_launches((arch, launch) for launch in chosen)
+    return [static.row(arch, dtype, launch, found) for launch, found in zip(chosen, compiled)]
+
+
+def rows_table(rows: list[static.Row]) -> str:
+    """A Markdown table of rows."""
+    lines = [
+        "| op | kernel | entry | tile | registers | spilled | shared | instruction | blocks | special per element | MB | GFLOP "
+        "| predicted µs | % of ceiling | bound |",
+        "|---" * 15 + "|",
+    ]
+    for r in rows:
+        cells = [r.op, f"`{r.kernel}`", r.entry, r.tile, r.registers, r.spill_bytes, r.shared_bytes]
+        cells += [r.matrix_instruction, r.blocks_per_sm, f"{r.special_per_element:.2f}", f"{r.bytes / 1e6:.0f}"]
+        cells += [f"{r.flops / 1e9:.0f}", f"{r.predicted_us:.0f}", f"{100 * r.predicted_fraction:.0f}", r.bound]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def replace_part(text: str, name: str, body: str) -> str:
+    """`text` with what stands between the marks `begin: name` and `end: name` replaced.
+
+    Raises:
+        ValueError: where the marks are missing.
+    """
+    begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"the page has no part {begin.strip()} … {end}")
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    return re.sub(pattern, lambda _: f"{begin}{body}\n{end}", text, flags=re.DOTALL)
+
+
+def write_page(path: pathlib.Path) -> None:
+    """Make the marked parts of a page again: kernels, models and small MLP, all for sm_90."""
+    text = path.read_text()
+    for name, made in (("kernels", rows_table(main_rows("sm_90"))), ("models", models_table("sm_90"))):
+        text = replace_part(text, name, made)
+    path.write_text(replace_part(text, "small MLP", small_mlp_table("sm_90")))
+
+
+def plot(rows: list[static.Row], path: pathlib.Path) -> None:
+    """Operations a byte against predicted rate, a point a kernel and a panel an architecture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    archs = list(dict.fromkeys(r.arch for r in rows))
+    columns = min(5, len(archs))
+    figure, axes = pyplot.subplots(
+        math.ceil(len(archs) / columns),
+        columns,
+        squeeze=False,
+        figsize=(7 * columns, 5 * math.ceil(len(archs) / columns)),
+    )
+    for axis, arch in zip(axes.flat, archs):
+        points = {}
+        for r in rows:
+            if r.arch == arch and r.flops and not r.error:
+                points.setdefault((r.kernel, r.entry, r.dtype), (r.flops / r.bytes, r.flops / r.predicted_us / 1e6))
+        chip = roofline.device(arch)
+        for dtype in dict.fromkeys(dtype for _, _, dtype in points):
+            ceiling = roofline.matrix_tflops(arch, dtype)
+            ridge = ceiling / chip["memory_tbs"]
+            axis.plot([1, ridge, 10_000], [chip["memory_tbs"], ceiling, ceiling], color="0.6")
+        for (kernel, _, _), (intensity, rate) in points.items():
+            axis.scatter(intensity, rate, s=14)
+            axis.annotate(kernel, (intensity, rate), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        axis.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="TFLOP/s, predicted")
+        axis.set_title(f"{arch}, {chip['device']}: predicted, not measured", fontsize=10)
+    for axis in axes.flat[len(archs) :]:
+        axis.remove()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

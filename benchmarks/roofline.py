@@ -1,0 +1,222 @@
+"""How long a launch should take: a roofline whose constants were frozen before the first device run (hardware.json).
+
+    time = launch + max(waves·matrix, waves·special, waves·issue, memory)
+
+matrix    operations of the products, with what the edges of tiles add and `tile_fill_k` steps of K for a tile's start
+          and end, at the matrix rate of the dtype; at half of it (`back_to_back`) where one product waits for another,
+          as in attention, and at `mma_sync` of it where the compiler did not take the widest instruction
+special   exponentials and their like, as many as the code holds for each element of a tile, at their rate
+issue     every instruction of the code once for a tile, those of its innermost loop once a step, one a clock from each
+          of a multiprocessor's schedulers; not for AMD, whose loops are not read
+memory    every distinct tensor of the launch moved once, at the rate of a device copy
+waves     tiles are dealt in rounds to the places of the multiprocessors, and the last round takes as long as a full one;
+          a multiprocessor has as many places as blocks fit, but no more than it takes to busy it (`filling_warps`)
+
+Not in it: how well the terms overlap within a block, bandwidth of shared memory and L2, latency at small sizes, clocks
+that sink under load, and the host. A prediction is no measurement.
+"""
+
+import functools
+import json
+import math
+import pathlib
+from dataclasses import dataclass
+
+from benchmarks.launches import Launch, TorchOp, nbytes, tensors
+
+# Products of an attention kernel over all pairs of a query and a key, by a part of its name; the first that fits.
+ATTENTION_PRODUCTS = {"forward": 2, "query_grad": 3, "key_grad": 4, "maps": 1, "grad": 5, "backward": 5}
+# Rows, columns and summed axis of a product's result, by a part of the kernel's name; the forward kernels are the rest.
+PRODUCT_AXES = {"weight_grad": ("N", "K", "M"), "input_grad": ("M", "K", "N"), "hidden_grad": ("M", "K", "N")}
+
+
+@functools.cache
+def hardware() -> dict:
+    return json.loads((pathlib.Path(__file__).parent / "hardware.json").read_text())
+
+
+def device(arch: str) -> dict:
+    return hardware()["architectures"][arch]
+
+
+def constant(name: str) -> float:
+    return hardware()["model"][name]["value"]
+
+
+# ---- the work of a launch ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a launch has to do."""
+
+    bytes: int  # of its distinct tensors
+    tiles: int  # pieces of work dealt to the multiprocessors, also where a persistent program does several
+    tile_elements: int  # of a tile of the result, or of a tile of scores in attention
+    elements: int  # of all such tiles, edges included
+    flops: float = 0  # operations of the products, two a multiply-add
+    padded_flops: float = 0  # the same as whole tiles do them
+    fill_flops: float = 0  # what the starts and ends of tiles cost, in operations
+    steps: int = 1  # of the innermost loop of a tile
+    back_to_back: bool = False
+
+
+def _up(size: int, block: int) -> int:
+    """`size` to the next multiple of `block`."""
+    return math.ceil(size / block) * block
+
+
+def _by_name(table: dict, kernel: str, default):
+    return next((value for part, value in table.items() if part in kernel), default)
+
+
+def work(launch: Launch) -> Work:
+    """From the sizes of a launch: M, N and K of a product, H, Tq, Tk and D of attention; rows of tensors elsewhere."""
+    sizes, name = launch.kwargs, launch.kernel.__name__
+    moved = nbytes((launch.args, sizes))
+    programs = math.prod(launch.grid)
+    if "Tq" in sizes:
+        return _attention_work(sizes, name, moved, programs)
+    if "PRECISION" in sizes:
+        return _product_work(sizes, name, moved)
+    blocks = [value for key, value in sizes.items() if key.startswith("BLOCK_") and isinstance(value, int)]
+    tile = math.prod(blocks) if blocks else 32 * sizes.get("num_warps", 4)
+    return Work(moved, programs, tile, programs * tile)
+
+
+def _product_work(sizes: dict, name: str, moved: int) -> Work:
+    axes = {
+        "M": sizes["M"] if "M" in sizes else sizes["B"] * sizes["T"],
+        "N": sizes["N"] if "N" in sizes else sizes["D"],
+        "K": sizes["K"],
+    }
+    rows, cols, summed = (axes[axis] for axis in _by_name(PRODUCT_AXES, name, ("M", "N", "K")))
+    span = sizes.get("span", summed)  # of the sum, where several programs share it
+    splits = math.ceil(summed / span)
+    tile = sizes["BLOCK_M"] * sizes["BLOCK_N"]
+    tiles = math.ceil(rows / sizes["BLOCK_M"]) * math.ceil(cols / sizes["BLOCK_N"]) * splits
+    return Work(
+        moved,
+        tiles,
+        tile,
+        tiles * tile,
+        flops=2 * rows * cols * summed,
+        padded_flops=2 * tiles * tile * _up(span, sizes["BLOCK_K"]),
+        fill_flops=2 * tiles * tile * constant("tile_fill_k"),
+        steps=math.ceil(span / sizes["BLOCK_K"]),
+    )
+
+
+def _attention_work(sizes: dict, name: str, moved: int, programs: int) -> Work:
+    """BLOCK_M cuts the queries and BLOCK_N the keys; an axis without a block of its own is in pieces of 16."""
+    heads = next(x.shape[0] for x in tensors(sizes) if x.dim() == 4) * sizes["H"]
+    products = _by_name(ATTENTION_PRODUCTS, name, 0)
+    rows, keys = _up(sizes["Tq"], sizes.get("BLOCK_M", 16)), _up(sizes["Tk"], sizes.get("BLOCK_N", 16))
+    steps = rows // sizes.get("BLOCK_M", rows) if "key_grad" in name else keys // sizes.get("BLOCK_N", keys)
+    width = sizes.get("MAIN", sizes["D"]) + sizes.get("TAIL", 0)
+    return Work(
+        moved,
+        programs,
+        sizes.get("BLOCK_M", rows) * sizes.get("BLOCK_N", keys),
+        heads * rows * keys,
+        flops=2 * products * heads * sizes["Tq"] * sizes["Tk"] * sizes["D"],
+        padded_flops=2 * products * heads * rows * keys * width,
+        steps=steps,
+        back_to_back=True,
+    )
+
+
+# ---- the time of a launch ------------------------------------------------------------------------------------------
+
+
+def blocks_per_sm(arch: str, registers: int, shared_bytes: int, threads: int) -> int:
+    """How many blocks a multiprocessor holds at once: by registers, shared memory, warps and blocks; 1 at least."""
+    chip = device(arch)
+    warps = math.ceil(threads / chip["warp_size"])
+    of_a_warp = _up(max(registers, 1), chip["register_granule"]) * chip["warp_size"]
+    resident = chip["registers"] // chip["partitions"] // of_a_warp * chip["partitions"]
+    by_shared = chip["shared_bytes"] // max(1, shared_bytes + chip["shared_reserved"])
+    return max(1, min(chip["blocks"], chip["warps"] // warps, resident // warps, by_shared))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A launch's time in microseconds, what binds it, and where its time goes (the parts sum to the time)."""
+
+    us: float
+    bound: str  # "matrix", "special", "issue" or "memory"
+    fraction: float  # of the ceiling: useful products at the matrix rate, or bytes at the copy rate, over the time
+    parts: dict[str, float]
+
+
+def matrix_tflops(arch: str, dtype: str, precision: str = "ieee") -> float:
+    """The ceiling of products of that dtype ("bf16", "fp16" or "fp32")."""
+    rates = device(arch)["matrix_tflops"]
+    return rates["16"] if dtype != "fp32" else rates["tf32"] if precision == "tf32" else rates["32"]
+
+
+def predict(
+    arch: str,
+    dtype: str,
+    work: Work,
+    blocks: int,
+    threads: int,
+    special_per_element: float = 0,
+    issued: int = 0,
+    instruction: str = "",
+    precision: str = "ieee",
+) -> Prediction:
+    """The time of a launch of which so many blocks of so many threads fit on a multiprocessor.
+
+    Args:
+        arch, dtype: "sm_90" and its like; "bf16", "fp16" or "fp32", that of the products.
+        work: what there is to do.
+        blocks, threads: that a multiprocessor holds at once, and of each.
+        special_per_element: exponentials and their like for each element of a tile.
+        issued: instructions that a warp issues for a tile.
+        instruction: the matrix instruction that the compiler took, or "".
+        precision: of fp32 products, "ieee" or "tf32".
+    """
+    chip = device(arch)
+    ceiling = matrix_tflops(arch, dtype, precision) * 1e6  # operations a microsecond
+    rate = constant("back_to_back") if work.back_to_back else 1.0
+    if instruction == "HMMA" and "widest_product" in chip:
+        rate *= constant("mma_sync")
+    filling = math.ceil(constant("filling_warps") * chip["warp_size"] / threads)
+    places = chip["multiprocessors"] * min(blocks, filling)
+    waves = math.ceil(work.tiles / places) * places / work.tiles
+    products = work.flops / ceiling
+    matrix = (work.padded_flops + work.fill_flops) / (ceiling * rate)
+    special = work.elements * special_per_element / _special_rate(chip)
+    warps = threads / chip["warp_size"]
+    clocks = work.tiles * warps * issued / chip["issue_per_clock"] / chip["multiprocessors"]
+    issue = clocks / (chip["clock_ghz"] * 1e3)
+    memory = work.bytes / (chip["memory_tbs"] * 1e6)
+    times = {"matrix": waves * matrix, "special": waves * special, "issue": waves * issue, "memory": memory}
+    bound = max(times, key=times.get)
+    longest = times[bound]
+    parts = {"products": products, "launch": constant("launch_us")}
+    if bound == "matrix":
+        parts["edges"] = (work.padded_flops - work.flops) / ceiling
+        parts["fill"] = work.fill_flops / ceiling
+        parts["rate"] = matrix * (1 - rate)
+        parts["waves"] = (waves - 1) * matrix
+    elif bound == "memory":
+        parts["memory"] = memory - products
+    else:
+        parts[bound] = times[bound] / waves - products
+        parts["waves"] = times[bound] * (1 - 1 / waves)
+    us = constant("launch_us") + longest
+    return Prediction(us, bound, max(products, memory) / us, parts)
+
+
+def _special_rate(chip: dict) -> float:
+    """Special functions a microsecond."""
+    return chip["special_per_clock"] * chip["multiprocessors"] * chip["clock_ghz"] * 1e3
+
+
+def predict_torch(arch: str, dtype: str, op: TorchOp) -> float:
+    """Microseconds of a step of PyTorch's own."""
+    chip = device(arch)
+    longest = max(op.flops / (matrix_tflops(arch, dtype) * 1e6), op.bytes / (chip["memory_tbs"] * 1e6))
+    return constant("launch_us") + longest
