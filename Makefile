@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PINS := constraints.txt pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench gpu clean
+.PHONY: help demo test test-all lint bench static gpu clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ lint: $(VENV)/lint.stamp  ## ruff: rules and format
 
 bench: $(VENV)/test.stamp  ## time on this machine's CPU against timm
 	$(BIN)/python -m benchmarks.cpu_inference
+
+static: $(VENV)/test.stamp  ## what the compilers of ten GPUs make of every kernel: half an hour on two cores the first time
+	$(BIN)/python -m benchmarks.static --arch all --dtype all --check
 
 gpu: $(VENV)/test.stamp  ## the tests that need a GPU; skipped with a reason where there is none
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)

@@ -4,6 +4,7 @@ All of it is predicted, and nothing is measured: what is shown here is to be hel
 """
 
 import collections
+import dataclasses
 import math
 import pathlib
 import re
@@ -66,7 +67,7 @@ def forward_flops(name: str) -> int:
 
 
 def model_parts(name: str, arch: str, training: bool) -> tuple[dict[str, float], dict[str, float]]:
-    """Microseconds of a batch by what they go to, "ideal" and LOSSES; and what each kernel loses against its products."""
+    """Microseconds of a batch by what they go to, "ideal" and LOSSES; and what each kernel takes besides products."""
     seen = model_launches(name, arch, BATCH, training)
     predictions = iter(predict_all(arch, "bf16", [step for step in seen if isinstance(step, Launch)]))
     parts, lost = collections.Counter(), collections.Counter()
@@ -105,7 +106,7 @@ def models_table(arch: str) -> str:
                 f"{fraction:.0f}",
                 f"{goal}",
                 *(f"{share:.0f}" for share in shares.values()),
-                blame if fraction < goal else f"goal met; the rest: {blame}",
+                blame if fraction < goal else f"goal met; then {blame}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -114,58 +115,77 @@ def models_table(arch: str) -> str:
 # ---- the MLP of small models ---------------------------------------------------------------------------------------
 
 
+def one_mlp_kernel(M: int, D: int, F: int, fc1: tuple[Launch, dict], fc2: tuple[Launch, dict]) -> tuple:
+    """The work of a kernel that keeps 128 rows of the hidden layer to itself, and the instructions that a warp issues.
+
+    Its epilogues and its loops are those that the compiler made of fc1 and fc2; rows are normalised once, not once for
+    each tile of the hidden layer.
+    """
+    tiles = math.ceil(M / 128)
+    (launch, first), (_, second) = fc1, fc2
+    chunks = math.ceil(F / launch.kwargs["BLOCK_N"])
+    steps = roofline.work(launch).steps
+    issued = chunks * (first["instructions"] - first["loop_instructions"])
+    issued += first["loop_instructions"] * steps + 2 * chunks * steps * second["loop_instructions"]
+    work = roofline.Work(
+        bytes=2 * (2 * M * D + 2 * D * F),
+        tiles=tiles,
+        tile_elements=128 * F,
+        elements=tiles * 128 * F,
+        flops=4 * M * D * F,
+        padded_flops=4 * tiles * 128 * D * F,
+        fill_flops=2 * tiles * 128 * D * roofline.constant("tile_fill_k"),
+        back_to_back=True,
+    )
+    return work, issued
+
+
 def small_mlp_table(arch: str) -> str:
     """Whether the whole MLP in one kernel pays at D = 192 and 384: a Markdown table and the answer."""
     lines = [
-        "| D | F | fc1, fc2 and statistics, µs | one kernel, µs | bound by | as fast from a share of the matrix rate of |",
+        "| D | F | statistics, fc1 and fc2, µs | one kernel, µs | bound by | as fast at a share of the matrix rate |",
         "|---|---|---|---|---|---|",
     ]
-    pays = []
+    pays = {}
     for D in (192, 384):
-        F, M = 4 * D, BATCH * 197
+        M, F = BATCH * 197, 4 * D
         catch = Catch(arch)
-        with catch:
-            for op, variant, call, *operands in op_calls(DTYPES["bf16"], BATCH, 197, D, F, every=False):
+        with catch, torch.no_grad():
+            for op, _, call, *operands in op_calls(DTYPES["bf16"], BATCH, 197, D, F, every=False):
                 if op == "mlp":
-                    catch.run(op, variant, call, *operands)
+                    call(*operands)
         found = [step for step in catch.seen if isinstance(step, Launch)]
-        inference = found[: next(i for i, step in enumerate(found) if "forward" in step.kernel.__name__) + 1]
-        compiled = list(static.compile_launches((arch, launch) for launch in inference))
-        apart = sum(static.predict(arch, "bf16", *pair).us for pair in zip(inference, compiled))
-        fc1, made = next(pair for pair in zip(inference, compiled) if "fc1" in pair[0].kernel.__name__)
-        special = static.special_per_element(fc1, made)
-        rows = math.ceil(M / 128) * 128
-        one = roofline.Work(
-            bytes=2 * (2 * M * D + 2 * D * F),
-            tiles=rows // 128,
-            tile_elements=128 * F,
-            elements=rows * F,
-            flops=4 * M * D * F,
-            padded_flops=4 * rows * D * F,
-            fill_flops=2 * rows * D * roofline.constant("tile_fill_k"),
-            back_to_back=True,
-        )
-        fused = roofline.predict(arch, "bf16", one, 1, 256, special)
-        # The matrix term is inverse to the share: where it binds, this share makes both times one.
-        share = roofline.constant("back_to_back") * (fused.us - roofline.constant("launch_us"))
-        share /= apart - roofline.constant("launch_us")
-        pays.append(fused.us < apart)
-        lines.append(f"| {D} | {F} | {apart:.0f} | {fused.us:.0f} | {fused.bound} | {share:.2f} |")
-    answer = "pays at both widths" if all(pays) else "pays at one width alone" if any(pays) else "does not pay"
-    return "\n".join(lines) + f"\n\nBy this model one kernel {answer}."
+        compiled = list(static.compile_launches((arch, launch) for launch in found))
+        apart = sum(static.predict(arch, "bf16", *pair).us for pair in zip(found, compiled))
+        fc1, fc2 = (pair for pair in zip(found, compiled) if roofline.work(pair[0]).flops)
+        work, issued = one_mlp_kernel(M, D, F, fc1, fc2)
+        special = static.special_per_element(*fc1)
+        fused = roofline.predict(arch, "bf16", work, 1, 256, special, issued)
+        at_full_rate = dataclasses.replace(work, back_to_back=False)
+        least = roofline.predict(arch, "bf16", at_full_rate, 1, 256, special, issued)
+        launch_us = roofline.constant("launch_us")
+        matrix_us = roofline.predict(arch, "bf16", dataclasses.replace(at_full_rate, bytes=0), 1, 256).us - launch_us
+        share = f"{matrix_us / (apart - launch_us):.2f}" if least.us < apart else "none"
+        pays[D] = fused.us < apart
+        lines.append(f"| {D} | {F} | {apart:.0f} | {fused.us:.0f} | {fused.bound} | {share} |")
+    answer = ", ".join(f"at D = {D} {'pays' if pay else 'does not pay'}" for D, pay in pays.items())
+    return "\n".join(lines) + f"\n\nOne kernel {answer}, by this model and with the kernels as they are."
 
 
 # ---- page and picture ----------------------------------------------------------------------------------------------
 
 
-def main_rows(arch: str, dtype: str = "bf16") -> list[static.Row]:
-    """The first row of each kernel and entry, without the variants of odd width and autocast."""
+def main_launches(arch: str, dtype: str) -> list[Launch]:
+    """The first launch of each op, kernel and entry, with every operand there."""
     first = {}
     for launch in launches(OPS, arch, dtype):
-        if not launch.variant.startswith((ODD, "autocast")):
-            key = launch.op, launch.kernel, launch.direction, launch.entry_name, "no optional" in launch.variant
-            first.setdefault(key, launch)
-    chosen = [launch for launch in first.values() if "no optional" not in launch.variant]
+        if not launch.variant.startswith((ODD, "autocast")) and "no optional" not in launch.variant:
+            first.setdefault((launch.op, launch.kernel, launch.direction, launch.entry_name), launch)
+    return list(first.values())
+
+
+def main_rows(arch: str, dtype: str) -> list[static.Row]:
+    chosen = main_launches(arch, dtype)
     compiled = static.compile_launches((arch, launch) for launch in chosen)
     return [static.row(arch, dtype, launch, found) for launch, found in zip(chosen, compiled)]
 
@@ -173,8 +193,8 @@ def main_rows(arch: str, dtype: str = "bf16") -> list[static.Row]:
 def rows_table(rows: list[static.Row]) -> str:
     """A Markdown table of rows."""
     lines = [
-        "| op | kernel | entry | tile | registers | spilled | shared | instruction | blocks | special per element | MB | GFLOP "
-        "| predicted µs | % of ceiling | bound |",
+        "| op | kernel | entry | tile | registers | spilled | shared | instruction | blocks | special per element "
+        "| MB | GFLOP | predicted µs | % of ceiling | bound |",
         "|---" * 15 + "|",
     ]
     for r in rows:
@@ -201,7 +221,7 @@ def replace_part(text: str, name: str, body: str) -> str:
 def write_page(path: pathlib.Path) -> None:
     """Make the marked parts of a page again: kernels, models and small MLP, all for sm_90."""
     text = path.read_text()
-    for name, made in (("kernels", rows_table(main_rows("sm_90"))), ("models", models_table("sm_90"))):
+    for name, made in (("kernels", rows_table(main_rows("sm_90", "bf16"))), ("models", models_table("sm_90"))):
         text = replace_part(text, name, made)
     path.write_text(replace_part(text, "small MLP", small_mlp_table("sm_90")))
 
@@ -215,25 +235,21 @@ def plot(rows: list[static.Row], path: pathlib.Path) -> None:
 
     archs = list(dict.fromkeys(r.arch for r in rows))
     columns = min(5, len(archs))
-    figure, axes = pyplot.subplots(
-        math.ceil(len(archs) / columns),
-        columns,
-        squeeze=False,
-        figsize=(7 * columns, 5 * math.ceil(len(archs) / columns)),
-    )
+    lines = math.ceil(len(archs) / columns)
+    figure, axes = pyplot.subplots(lines, columns, squeeze=False, figsize=(7 * columns, 5 * lines))
     for axis, arch in zip(axes.flat, archs):
-        points = {}
+        chip, points = roofline.device(arch), {}
         for r in rows:
             if r.arch == arch and r.flops and not r.error:
-                points.setdefault((r.kernel, r.entry, r.dtype), (r.flops / r.bytes, r.flops / r.predicted_us / 1e6))
-        chip = roofline.device(arch)
-        for dtype in dict.fromkeys(dtype for _, _, dtype in points):
+                points.setdefault((r.kernel, r.dtype), (r.flops / r.bytes, r.flops / r.predicted_us / 1e6))
+        for dtype in dict.fromkeys(dtype for _, dtype in points):
             ceiling = roofline.matrix_tflops(arch, dtype)
-            ridge = ceiling / chip["memory_tbs"]
-            axis.plot([1, ridge, 10_000], [chip["memory_tbs"], ceiling, ceiling], color="0.6")
-        for (kernel, _, _), (intensity, rate) in points.items():
-            axis.scatter(intensity, rate, s=14)
-            axis.annotate(kernel, (intensity, rate), fontsize=6, xytext=(3, 3), textcoords="offset points")
+            corner = ceiling / chip["memory_tbs"]
+            axis.plot([10, corner, 1000], [10 * chip["memory_tbs"], ceiling, ceiling], color="0.7")
+        for index, ((kernel, dtype), point) in enumerate(sorted(points.items())):
+            colour = pyplot.get_cmap("tab20")(index % 20)
+            axis.scatter(*point, s=24, color=colour, marker="os^v"[index % 4], label=f"{kernel} {dtype}")
+        axis.legend(fontsize=6, loc="lower right")
         axis.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="TFLOP/s, predicted")
         axis.set_title(f"{arch}, {chip['device']}: predicted, not measured", fontsize=10)
     for axis in axes.flat[len(archs) :]:

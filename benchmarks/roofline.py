@@ -9,8 +9,8 @@ special   exponentials and their like, as many as the code holds for each elemen
 issue     every instruction of the code once for a tile, those of its innermost loop once a step, one a clock from each
           of a multiprocessor's schedulers; not for AMD, whose loops are not read
 memory    every distinct tensor of the launch moved once, at the rate of a device copy
-waves     tiles are dealt in rounds to the places of the multiprocessors, and the last round takes as long as a full one;
-          a multiprocessor has as many places as blocks fit, but no more than it takes to busy it (`filling_warps`)
+waves     tiles are dealt in rounds to the places of the multiprocessors, and the last round takes as long as a full
+          one; a multiprocessor has as many places as blocks fit, but no more than busy it (`filling_warps`)
 
 Not in it: how well the terms overlap within a block, bandwidth of shared memory and L2, latency at small sizes, clocks
 that sink under load, and the host. A prediction is no measurement.

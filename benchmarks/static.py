@@ -77,7 +77,7 @@ class Row:
     predicted_us: float = 0
     predicted_fraction: float = 0
     bound: str = ""
-    origin: str = ""
+    origin: str | dict = ""  # of the entry: "predicted", or device, date and versions
     reason: str = ""
     error: str = ""
 
@@ -124,7 +124,7 @@ def loop_instructions(lines: list[tuple[str, str]]) -> int:
 
 
 def resources(arch: str, compiled) -> dict:
-    """Registers and spilled bytes of a thread, shared memory and threads of a block, and the instructions that count."""
+    """Registers and spilled bytes of a thread, shared memory and threads of a block, instructions by kind."""
     if arch.startswith("gfx"):
         code = compiled.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
@@ -320,6 +320,7 @@ def line(r: Row) -> str:
     cells = asdict(r) | {"predicted_fraction": f"{100 * r.predicted_fraction:.0f}"}
     cells["special_per_element"] = f"{r.special_per_element:.2f}"
     cells["matrix_instruction"] = r.matrix_instruction[:8]
+    cells["origin"] = r.origin if isinstance(r.origin, str) else "measured"
     return " ".join(
         f"{cells[name]:>{width}}" if name in HEADINGS else f"{cells[name]:{width}}" for name, width in COLUMNS.items()
     )

@@ -1,5 +1,6 @@
 """The kernels as a GPU's compiler sees them, which the interpreter does not: it types nothing and has no registers."""
 
+import dataclasses
 import os
 
 import pytest
@@ -8,29 +9,118 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter and the compiler cannot share a process", allow_module_level=True)
 
-from benchmarks.static import OPS, faults, launches, row
+from benchmarks import static
+from benchmarks.launches import OPS, TorchOp, launches, model_launches, nbytes, table_in_force
+from benchmarks.predictions import main_rows
 
-# One of each kind; `python -m benchmarks.static --check` compiles all of them.
-VARIANTS = {
-    "attention": ("head width 64", "head width 80"),
-    "mlp": ("gelu, all operands",),
-}
+EVERY_ARCHITECTURE = static.ARCHITECTURES
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
-@pytest.mark.parametrize("op", OPS)
-def test_main_entries_compile_without_a_fault(op, arch):
-    chosen = [launch for launch in launches([op], arch, "bf16") if launch[1] in VARIANTS.get(op, ("all operands",))]
-    assert chosen
-    rows = [row(arch, "bf16", launch) for launch in chosen]
-    found = [f"{r.kernel}, {r.variant}, {r.entry}: {fault}" for r in rows for fault in faults(r)]
+def test_main_entries_compile_without_a_fault(arch):
+    """One launch of each kernel and entry; `make static` compiles every variant for every architecture."""
+    rows = main_rows(arch, "bf16")
+    found = [f"{r.kernel}, {r.variant}, {r.tile}: {fault}" for r in rows for fault in static.faults(r)]
     assert not found, "\n".join(found)
+    assert {r.op for r in rows} == set(OPS)
+    assert {r.direction for r in rows} == {"forward", "backward"}
+    assert all(r.predicted_us > 0 and 0 < r.predicted_fraction < 1 for r in rows)
+    assert all(r.origin and r.matrix_instruction for r in rows if r.flops)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("arch", EVERY_ARCHITECTURE)
+def test_every_entry_of_every_table_is_reached(arch, dtype):
+    found = launches(OPS, arch, dtype)
+    assert static.not_reached(arch, [dtype], found) == []
+    few = found[: len(found) // 4]
+    assert static.not_reached(arch, [dtype], few), "and one that is not reached would be named"
+
+
+def test_a_launch_knows_its_entry():
+    """By the order of the look-ups, not by the tile alone: many entries hold the same numbers."""
+    table = table_in_force("sm_90")
+    for launch in launches(["mlp"], "sm_90", "bf16"):
+        if "PRECISION" in launch.kwargs:
+            stem = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+            assert stem.split("_")[-1] in launch.entry_name or stem in launch.entry_name, launch.entry_name
+            assert launch.entry == table[launch.entry_name]
+        else:
+            assert launch.entry_name == ""
 
 
 def test_a_fault_is_found():
     """The check has teeth: the widest tile on one warp spills, and is said to."""
-    op, variant, kernel, args, kwargs = next(
-        launch for launch in launches(["linear_residual"], "sm_90", "bf16") if launch[2].__name__ == "_forward_kernel"
-    )
-    r = row("sm_90", "bf16", (op, variant, kernel, args, kwargs | {"num_warps": 1}))
-    assert any("spilled" in fault for fault in faults(r)), r
+    launch = next(x for x in launches(["linear_residual"], "sm_90", "bf16") if x.kernel.__name__ == "_forward_kernel")
+    launch = dataclasses.replace(launch, kwargs=launch.kwargs | {"num_warps": 1})
+    (found,) = static.compile_launches([("sm_90", launch)])
+    r = static.row("sm_90", "bf16", launch, found)
+    assert any("spilled" in fault for fault in static.faults(r)), r
+
+
+def a_row(**changes) -> static.Row:
+    row = static.Row("mlp", "mlp.fc1", "forward", "gelu", "sm_90", "bf16", "mlp_fc1 16 any", "m128 n128 k64 w8 s3")
+    right = {"shared_limit": 232448, "matrix_instruction": "HGMMA", "flops": 1e9}
+    return dataclasses.replace(row, **right | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"spill_bytes": 4}, "none allowed"),
+        ({"spill_bytes": 4, "reason": "no reason counts here"}, "none allowed"),
+        ({"spill_bytes": 4, "arch": "sm_100"}, "none allowed"),
+        ({"spill_bytes": 64, "arch": "sm_89"}, ""),
+        ({"spill_bytes": 68, "arch": "sm_89"}, "64 allowed without a reason"),
+        ({"spill_bytes": 68, "arch": "sm_89", "reason": "the smaller tile is slower"}, ""),
+        ({"spill_bytes": 68, "dtype": "fp32"}, "64 allowed without a reason"),
+        ({"shared_bytes": 232_449}, "shared memory"),
+        ({"matrix_instruction": "HMMA"}, "without wgmma"),
+        ({"matrix_instruction": ""}, "without wgmma"),
+        ({"matrix_instruction": "HMMA", "tile": "m32 n128 k64 w8 s3"}, ""),
+        ({"matrix_instruction": "HMMA", "tile": "m64 n128 k64 w2 s3"}, ""),
+        ({"matrix_instruction": "HMMA", "arch": "sm_80"}, ""),
+        ({"matrix_instruction": "", "flops": 0}, ""),
+        ({"error": "Pass failed"}, "Pass failed"),
+    ],
+)
+def test_what_the_check_holds_against_a_row(changes, said):
+    found = static.faults(a_row(**changes))
+    assert (said in "".join(found)) if said else found == []
+
+
+def test_a_compiler_that_dies_is_a_row_with_an_error(monkeypatch):
+    monkeypatch.setattr(static.triton, "compile", lambda *args, **kwargs: os._exit(3))
+    launch = launches(["linear_residual"], "sm_90", "bf16")[0]
+    (found,) = static.compile_launches([("sm_90", launch)])
+    assert "ended with 3" in static.row("sm_90", "bf16", launch, found).error
+
+
+def test_instructions_of_the_loop_that_multiplies():
+    text = ["MOV", "HGMMA A", "FADD", "HGMMA B", "IADD", "@P0 BRA 0x20", "ST", "@P1 BRA 0x0", "BRA 0x80"]
+    lines = [(f"{16 * i:04x}", each) for i, each in enumerate(text)]
+    assert static.loop_instructions(lines) == 4  # FADD to the branch back; the loop round it is a persistent kernel's
+    assert static.loop_instructions([("0000", "MOV"), ("0010", "BRA 0x10")]) == 0
+
+
+def test_bytes_count_every_distinct_tensor_once():
+    import torch
+
+    qkv = torch.empty(2, 5, 3, 4, 8, dtype=torch.bfloat16, device="meta")
+    q, k, v = qkv.unbind(2)
+    assert nbytes(((q, 1), (k, 2), v)) == qkv.numel() * 2
+    assert nbytes((q, {"again": q, "alias": q.view(q.shape)}, None)) == q.numel() * 2
+    assert nbytes(torch.empty(4, device="meta").expand(3, 4)) == 16
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_whole_model_is_caught(training):
+    """Twelve blocks' launches, and what PyTorch does besides."""
+    seen = model_launches("vit_base_patch16_224", "sm_90", 2, training)
+    kernels = [x.kernel.__name__ for x in seen if not isinstance(x, TorchOp)]
+    assert len(kernels) % 12 < 6, "all but the patch embedding's are in the blocks"
+    assert kernels.count("_fc1_kernel") == 12
+    assert any(isinstance(x, TorchOp) and x.flops for x in seen), "the head"
+    directions = {x.direction for x in seen if not isinstance(x, TorchOp)}
+    assert directions == ({"forward", "backward"} if training else {"forward"})
