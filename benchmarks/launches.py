@@ -5,7 +5,11 @@ nothing is compiled and nothing is run. So shapes, strides, hints and tiles are 
 """
 
 import contextlib
+import functools
+import json
+import pathlib
 import sys
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from unittest import mock
@@ -27,6 +31,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPS = ("patch_embed", "ln_linear", "attention", "linear_residual", "mlp")
 ALLOCATIONS = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
 ODD = "width 37, "  # begins the variants whose rows no vector load fits
+
+
+@functools.cache
+def hardware() -> dict:
+    """hardware.json."""
+    return json.loads((pathlib.Path(__file__).parent / "hardware.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,7 @@ class Catch(TorchDispatchMode):
                 (
                     (name, entry)
                     for name, entry in reversed(taken)
-                    if all(kwargs.get(key) == entry[key] for key in entry.keys() - set(tile_table.NOT_LAUNCHED))
+                    if all(kwargs.get(key) == size for key, size in entry.items() if key.startswith(("BLOCK_", "num_")))
                 ),
                 ("", {}),
             )
@@ -160,6 +170,10 @@ class Catch(TorchDispatchMode):
                 if getattr(module, "architecture", None) is architecture:
                     swap(mock.patch.object(module, "architecture", return_value=self.arch))
             swap(mock.patch.object(tile_table, "table", return_value=table))
+            chip = types.SimpleNamespace(
+                multi_processor_count=hardware()["architectures"][self.arch]["multiprocessors"]
+            )
+            swap(mock.patch.object(torch.cuda, "get_device_properties", return_value=chip))
             swap(mock.patch.object(backend, "_why_not_forced", return_value=""))
             if self.autocast:
                 swap(mock.patch.object(backend, "_autocasting", return_value=True))
@@ -174,7 +188,7 @@ class Catch(TorchDispatchMode):
         super().__exit__(*error)
         self._stack.close()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "vit_fast":
             with self._again():

@@ -122,11 +122,10 @@ def one_mlp_kernel(M: int, D: int, F: int, fc1: tuple[Launch, dict], fc2: tuple[
     each tile of the hidden layer.
     """
     tiles = math.ceil(M / 128)
-    (launch, first), (_, second) = fc1, fc2
-    chunks = math.ceil(F / launch.kwargs["BLOCK_N"])
-    steps = roofline.work(launch).steps
-    issued = chunks * (first["instructions"] - first["loop_instructions"])
-    issued += first["loop_instructions"] * steps + 2 * chunks * steps * second["loop_instructions"]
+    chunks, steps = math.ceil(F / fc1[0].kwargs["BLOCK_N"]), roofline.work(fc1[0]).steps
+    first, second = static.a_tile(*fc1), static.a_tile(*fc2)
+    issued = chunks * first["tile_instructions"]
+    issued += first["step_instructions"] * steps + 2 * chunks * steps * second["step_instructions"]
     work = roofline.Work(
         bytes=2 * (2 * M * D + 2 * D * F),
         tiles=tiles,
@@ -159,7 +158,7 @@ def small_mlp_table(arch: str) -> str:
         apart = sum(static.predict(arch, "bf16", *pair).us for pair in zip(found, compiled))
         fc1, fc2 = (pair for pair in zip(found, compiled) if roofline.work(pair[0]).flops)
         work, issued = one_mlp_kernel(M, D, F, fc1, fc2)
-        special = static.special_per_element(*fc1)
+        special = static.a_tile(*fc1)["special_per_element"]
         fused = roofline.predict(arch, "bf16", work, 1, 256, special, issued)
         at_full_rate = dataclasses.replace(work, back_to_back=False)
         least = roofline.predict(arch, "bf16", at_full_rate, 1, 256, special, issued)

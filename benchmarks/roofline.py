@@ -16,23 +16,15 @@ Not in it: how well the terms overlap within a block, bandwidth of shared memory
 that sink under load, and the host. A prediction is no measurement.
 """
 
-import functools
-import json
 import math
-import pathlib
 from dataclasses import dataclass
 
-from benchmarks.launches import Launch, TorchOp, nbytes, tensors
+from benchmarks.launches import Launch, TorchOp, hardware, nbytes, tensors
 
 # Products of an attention kernel over all pairs of a query and a key, by a part of its name; the first that fits.
 ATTENTION_PRODUCTS = {"forward": 2, "query_grad": 3, "key_grad": 4, "maps": 1, "grad": 5, "backward": 5}
-# Rows, columns and summed axis of a product's result, by a part of the kernel's name; the forward kernels are the rest.
-PRODUCT_AXES = {"weight_grad": ("N", "K", "M"), "input_grad": ("M", "K", "N"), "hidden_grad": ("M", "K", "N")}
-
-
-@functools.cache
-def hardware() -> dict:
-    return json.loads((pathlib.Path(__file__).parent / "hardware.json").read_text())
+# Rows and columns of a product's result and its inner index, by a part of the kernel's name; (M, N, K) elsewhere.
+PRODUCT_AXES = {"weight_grad": ("N", "K", "M")}
 
 
 def device(arch: str) -> dict:

@@ -35,11 +35,12 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks import roofline
-from benchmarks.launches import DTYPES, ODD, OPS, Launch, launches, table_in_force
+from benchmarks.launches import DTYPES, ODD, OPS, Launch, hardware, launches, table_in_force
 
-ARCHITECTURES = tuple(roofline.hardware()["architectures"])
+ARCHITECTURES = tuple(hardware()["architectures"])
 FREE_OF_SPILLS = ("sm_80", "sm_90", "sm_100")
 SPILL_LIMIT = 64
+SKIPPED = 32  # instructions behind a branch that are an epilogue and not a masked load
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|QGMMA|UTCHMMA|HMMA|v_mfma\w*|v_wmma\w*)")
 SASS_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 SPECIAL_INSTRUCTION = re.compile(r"\b(MUFU\.|v_(?:exp|log|rcp|rcp_iflag|rsq|sqrt|sin|cos)_f(?:16|32)\b)")
@@ -52,7 +53,8 @@ class Row:
     special_per_element: instructions for exponentials, reciprocals, roots and their like that stand in the code, each
     counted once wherever it stands, times the threads of a program, over the elements of its tile: of the result in a
     product, of the scores in attention, of the rows in hand elsewhere.
-    loop_instructions: of all `instructions`, those of the innermost loop that multiplies; not counted on AMD.
+    step_instructions, tile_instructions: how many a warp issues a step of the innermost loop, and a tile besides; 0 on
+    AMD, whose loops are not read.
     """
 
     op: str
@@ -69,7 +71,8 @@ class Row:
     shared_limit: int = 0
     matrix_instruction: str = ""
     instructions: int = 0
-    loop_instructions: int = 0
+    step_instructions: int = 0
+    tile_instructions: int = 0
     blocks_per_sm: int = 0
     special_per_element: float = 0
     bytes: int = 0
@@ -108,19 +111,35 @@ def nvidia_tool(name: str, cubin: bytes, flag: str) -> str:
         return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def loop_instructions(lines: list[tuple[str, str]]) -> int:
-    """How many of the (address, text) of SASS stand in the innermost loop that multiplies; 0 without such a loop."""
+def read_loops(lines: list[tuple[str, str]]) -> dict:
+    """What of the (address, text) of SASS runs how often.
+
+    "step": instructions of the innermost loop that multiplies, run once a step. A persistent kernel has a loop over
+    tiles too, which flattening makes one with the inner: its epilogue then is what a branch inside that loop can skip.
+    "tile": instructions inside the loops that run once a tile. "special": special functions inside the loops.
+    """
     texts = {int(address, 16): text for address, text in lines}
     products = [address for address, text in texts.items() if MATRIX_INSTRUCTION.search(text)]
     products = products or [address for address, text in texts.items() if "FFMA" in text]
-    inside = []
-    for last, text in texts.items():
-        if jump := re.search(r"\bBRA\S*\s.*?(0x[0-9a-f]+)", text):
-            first = int(jump[1], 16)
-            # A branch back, and not the one to itself that ends a kernel.
-            if first < last and any(first <= product <= last for product in products):
-                inside.append(sum(first <= address <= last for address in texts))
-    return min(inside, default=0)
+    loops, skips = [], []
+    for address, text in texts.items():
+        # A branch without a condition comes back from code that is seldom run and was put aside: no loop.
+        jump = re.search(r"^@.*\bBRA\b.*?(0x[0-9a-f]+)|\bBRA\S*\s+!?UP\d.*?(0x[0-9a-f]+)", text)
+        if jump:
+            target = int(jump[1] or jump[2], 16)
+            span = range(min(address, target), max(address, target) + 1)
+            has_product = any(product in span for product in products)
+            if target < address and has_product:
+                loops.append(span)
+            elif target > address and not has_product and len(span) >= 16 * SKIPPED:
+                skips.append(range(address + 1, target))
+    if not loops:
+        return {"step": 0, "tile": 0, "special": 0}
+    inner, outer = min(loops, key=len), max(loops, key=len)
+    inside = [address for address in texts if address in outer]
+    step = [address for address in inside if address in inner and not any(address in skip for skip in skips)]
+    special = sum(bool(SPECIAL_INSTRUCTION.search(texts[address])) for address in inside)
+    return {"step": len(step), "tile": len(inside) - len(step), "special": special}
 
 
 def resources(arch: str, compiled) -> dict:
@@ -130,14 +149,14 @@ def resources(arch: str, compiled) -> dict:
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
         spilled = 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1])
         instructions = len(re.findall(r"^\t[a-z]_?\w+", code, re.MULTILINE))
-        in_loop = 0
+        loops = None
         threads = int(re.search(r"\.max_flat_workgroup_size:\s*(\d+)", code)[1])
     else:
         usage = nvidia_tool("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
         registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         code = nvidia_tool("cuobjdump", compiled.asm["cubin"], "--dump-sass")
         lines = SASS_INSTRUCTION.findall(code)
-        instructions, in_loop = len(lines), loop_instructions(lines)
+        instructions, loops = len(lines), read_loops(lines)
         threads = int(re.search(r"\.reqntid\s+(\d+)", compiled.asm["ptx"])[1])  # more than num_warps if specialised
     multiply = MATRIX_INSTRUCTION.search(code)
     return {
@@ -146,7 +165,7 @@ def resources(arch: str, compiled) -> dict:
         "shared_bytes": compiled.metadata.shared,
         "matrix_instruction": multiply[1] if multiply else "",
         "instructions": instructions,
-        "loop_instructions": in_loop,
+        "loops": loops,
         "special": len(SPECIAL_INSTRUCTION.findall(code)),
         "threads": threads,
     }
@@ -180,8 +199,23 @@ def kernel_name(launch: Launch) -> str:
     return f"{file}.{launch.kernel.__name__.strip('_').removesuffix('_kernel')}"
 
 
-def special_per_element(launch: Launch, found: dict) -> float:
-    return found["special"] * found["threads"] / roofline.work(launch).tile_elements
+def a_tile(launch: Launch, found: dict) -> dict:
+    """Instructions a step of a tile and a tile besides, and special functions an element.
+
+    Of a persistent kernel what stands outside its loops is left out: it runs once a program, or, being a copy for an
+    empty sum, never.
+    """
+    loops, special = found["loops"], found["special"]
+    step = besides = 0
+    if loops:
+        step, besides = loops["step"], found["instructions"] - loops["step"]
+        if step and "num_programs" in launch.kernel.src:
+            besides, special = loops["tile"], loops["special"]
+    return {
+        "step_instructions": step,
+        "tile_instructions": besides,
+        "special_per_element": round(special * found["threads"] / roofline.work(launch).tile_elements, 3),
+    }
 
 
 def predict(arch: str, dtype: str, launch: Launch, found: dict) -> roofline.Prediction:
@@ -189,14 +223,15 @@ def predict(arch: str, dtype: str, launch: Launch, found: dict) -> roofline.Pred
     work = roofline.work(launch)
     if found["matrix_instruction"] and not work.flops:
         raise ValueError(f"roofline.py knows no products of a kernel named {launch.kernel.__name__}, which multiplies")
+    tile = a_tile(launch, found)
     return roofline.predict(
         arch,
         dtype,
         work,
         roofline.blocks_per_sm(arch, found["registers"], found["shared_bytes"], found["threads"]),
         found["threads"],
-        special_per_element(launch, found),
-        found["instructions"] - found["loop_instructions"] + found["loop_instructions"] * work.steps,
+        tile["special_per_element"],
+        tile["step_instructions"] * work.steps + tile["tile_instructions"],
         found["matrix_instruction"],
         launch.kwargs.get("PRECISION", "ieee"),
     )
@@ -223,12 +258,12 @@ def row(arch: str, dtype: str, launch: Launch, found: dict) -> Row:
     if "error" in found:
         return Row(**row, error=found["error"])
     work, prediction = roofline.work(launch), predict(arch, dtype, launch, found)
-    compiled = {name: value for name, value in found.items() if name not in ("special", "threads")}
+    compiled = {name: value for name, value in found.items() if name not in ("special", "threads", "loops")}
     return Row(
         **row,
         **compiled,
         blocks_per_sm=roofline.blocks_per_sm(arch, found["registers"], found["shared_bytes"], found["threads"]),
-        special_per_element=round(special_per_element(launch, found), 3),
+        **a_tile(launch, found),
         bytes=work.bytes,
         flops=work.flops,
         predicted_us=round(prediction.us, 2),

@@ -97,11 +97,21 @@ def test_a_compiler_that_dies_is_a_row_with_an_error(monkeypatch):
     assert "ended with 3" in static.row("sm_90", "bf16", launch, found).error
 
 
-def test_instructions_of_the_loop_that_multiplies():
-    text = ["MOV", "HGMMA A", "FADD", "HGMMA B", "IADD", "@P0 BRA 0x20", "ST", "@P1 BRA 0x0", "BRA 0x80"]
-    lines = [(f"{16 * i:04x}", each) for i, each in enumerate(text)]
-    assert static.loop_instructions(lines) == 4  # FADD to the branch back; the loop round it is a persistent kernel's
-    assert static.loop_instructions([("0000", "MOV"), ("0010", "BRA 0x10")]) == 0
+def loops_of(*text: str) -> dict:
+    return static.read_loops([(f"{16 * i:04x}", each) for i, each in enumerate(text)])
+
+
+def test_loops_are_read_from_the_code():
+    inner = ["FADD", "HGMMA", "MUFU.EX2", "@P0 BRA 0x20"]
+    assert loops_of("MOV", "MUFU.RCP", *inner, "ST", "EXIT", "BRA 0x80") == {"step": 4, "tile": 0, "special": 1}
+    nested = loops_of("MOV", "MOV", *inner, "MUFU.RCP", "ST", "@!P1 BRA 0x10", "EXIT")
+    assert nested == {"step": 4, "tile": 4, "special": 2}, "a loop over tiles round it: once a tile"
+    epilogue = ["MUFU.TANH"] * 40
+    flat = loops_of("MOV", "HGMMA", f"@P1 BRA 0x{16 * 43:x}", *epilogue, "FADD", "BRA.U UP0, 0x10", "EXIT")
+    assert flat == {"step": 4, "tile": 40, "special": 40}, "one flattened loop, whose branch skips the epilogue"
+    aside = loops_of("HGMMA", "WAIT", "@P0 BRA 0x50", "@P1 BRA 0x0", "EXIT", "WAIT", "BRA 0x20")
+    assert aside["step"] == 4, "code put aside that comes back is no loop"
+    assert loops_of("MOV", "BRA 0x10") == {"step": 0, "tile": 0, "special": 0}
 
 
 def test_bytes_count_every_distinct_tensor_once():

@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the launches are caught where triton would compile them", allow_module_level=True)
 
 from benchmarks import predictions, roofline, static
-from benchmarks.launches import TorchOp, launches
+from benchmarks.launches import TorchOp, hardware, launches
 from benchmarks.roofline import Work
 
 
@@ -22,14 +22,14 @@ def found(op: str, kernel: str, dtype: str = "bf16", variant: str = ""):
 
 
 def test_hardware_covers_what_is_claimed_and_says_where_from():
-    chips = roofline.hardware()["architectures"]
+    chips = hardware()["architectures"]
     claimed = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100"}
     assert set(chips) == claimed
-    assert "2026-11-25" in roofline.hardware()["frozen"]
+    assert "2026-11-25" in hardware()["frozen"]
     for chip in chips.values():
         assert chip["device"]
         assert "datasheet" in chip["source"] or "measured" in chip["source"]
-    assert all(constant["source"] for constant in roofline.hardware()["model"].values())
+    assert all(constant["source"] for constant in hardware()["model"].values())
 
 
 @pytest.mark.parametrize(
