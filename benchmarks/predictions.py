@@ -106,7 +106,7 @@ def models_table(arch: str) -> str:
                 f"{fraction:.0f}",
                 f"{goal}",
                 *(f"{share:.0f}" for share in shares.values()),
-                blame if fraction < goal else f"goal met; then {blame}",
+                blame if fraction < goal else f"reaches the goal; then {blame}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
