@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
+from vit_fast.kernels import tile_table
 
 import vit_fast
 from vit_fast import ops
-from vit_fast.kernels import tile_table
 from vit_fast.ops import backend
 from vit_fast.ops.attention import HEAD_WIDTHS
 
@@ -257,10 +257,10 @@ def op_calls(dtype: torch.dtype, B: int, T: int, D: int, F: int, every: bool) ->
 
 
 def attention_calls(dtype: torch.dtype) -> Iterator[tuple]:
-    """Packed QKV at every head width, short and long, and rows of attention maps."""
-    for tokens in (197, 577):
+    """Packed QKV at every head width, 224 pixels in patches of 16 and of 14, then 384 pixels; and attention maps."""
+    for tokens in (197, 257, 577):
         for width in sorted(HEAD_WIDTHS, key=lambda width: width not in (64, 80, 128)):  # those of most models first
-            qkv = parameter(64, tokens, 3, 12, width, dtype=dtype)
+            qkv = parameter(256, tokens, 3, 12, width, dtype=dtype)
             variant = f"head width {width}, {tokens} tokens"
             yield "attention", variant, ops.attention_qkv, qkv
             if tokens == 197:

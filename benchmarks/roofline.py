@@ -19,6 +19,8 @@ that sink under load, and the host. A prediction is no measurement.
 import math
 from dataclasses import dataclass
 
+from vit_fast.kernels.attention import head_pieces
+
 from benchmarks.launches import Launch, TorchOp, hardware, nbytes, tensors
 
 # Products of an attention kernel over all pairs of a query and a key, by a part of its name; the first that fits.
@@ -63,7 +65,7 @@ def _by_name(table: dict, kernel: str, default):
 
 
 def work(launch: Launch) -> Work:
-    """From the sizes of a launch: M, N and K of a product, H, Tq, Tk and D of attention; rows of tensors elsewhere."""
+    """From the sizes of a launch: M, N and K of a product, or B, T, D and K; H, Tq, Tk and d of attention; its grid."""
     sizes, name = launch.kwargs, launch.kernel.__name__
     moved = nbytes((launch.args, sizes))
     programs = math.prod(launch.grid)
@@ -101,18 +103,18 @@ def _product_work(sizes: dict, name: str, moved: int) -> Work:
 
 def _attention_work(sizes: dict, name: str, moved: int, programs: int) -> Work:
     """BLOCK_M cuts the queries and BLOCK_N the keys; an axis without a block of its own is in pieces of 16."""
-    heads = next(x.shape[0] for x in tensors(sizes) if x.dim() == 4) * sizes["H"]
+    batch, _, heads, width = next(x.shape for x in tensors(sizes) if x.dim() == 4)
+    heads *= batch
     products = _by_name(ATTENTION_PRODUCTS, name, 0)
     rows, keys = _up(sizes["Tq"], sizes.get("BLOCK_M", 16)), _up(sizes["Tk"], sizes.get("BLOCK_N", 16))
     steps = rows // sizes.get("BLOCK_M", rows) if "key_grad" in name else keys // sizes.get("BLOCK_N", keys)
-    width = sizes.get("MAIN", sizes["D"]) + sizes.get("TAIL", 0)
     return Work(
         moved,
         programs,
         sizes.get("BLOCK_M", rows) * sizes.get("BLOCK_N", keys),
         heads * rows * keys,
-        flops=2 * products * heads * sizes["Tq"] * sizes["Tk"] * sizes["D"],
-        padded_flops=2 * products * heads * rows * keys * width,
+        flops=2 * products * heads * sizes["Tq"] * sizes["Tk"] * width,
+        padded_flops=2 * products * heads * rows * keys * sum(head_pieces(width)),
         steps=steps,
         back_to_back=True,
     )

@@ -80,9 +80,9 @@ def test_work_of_the_patch_embedding():
 @pytest.mark.parametrize(("kernel", "products"), [("forward", 2), ("maps", 1)])
 def test_work_of_attention(kernel, products):
     work = roofline.work(found("attention", kernel, variant="head width 64, 197"))
-    assert work.flops == 2 * products * 64 * 12 * 197 * 197 * 64
+    assert work.flops == 2 * products * 256 * 12 * 197 * 197 * 64
     assert work.padded_flops > work.flops
-    assert work.padded_flops / (2 * products * 64) == work.elements >= 64 * 12 * 208 * 197
+    assert work.padded_flops / (2 * products * 64) == work.elements >= 256 * 12 * 208 * 197
     assert work.back_to_back
 
 
