@@ -12,6 +12,7 @@ import re
 import torch
 
 from benchmarks import roofline, static
+from benchmarks.compiled import compile_launches
 from benchmarks.launches import DTYPES, ODD, OPS, Catch, Launch, TorchOp, launches, model_launches, op_calls, sameness
 
 # Name, title, and the goals in per cent of the measured matrix rate: inference and training.
@@ -43,7 +44,7 @@ def predict_all(arch: str, dtype: str, found: list[Launch]) -> list[roofline.Pre
     """
     distinct = {sameness(launch): launch for launch in found}
     known = {}
-    for key, compiled in zip(distinct, static.compile_launches((arch, launch) for launch in distinct.values())):
+    for key, compiled in zip(distinct, compile_launches((arch, launch) for launch in distinct.values())):
         if "error" in compiled:
             raise RuntimeError(f"{distinct[key].kernel.__name__} on {arch}: {compiled['error']}")
         known[key] = static.predict(arch, dtype, distinct[key], compiled)
@@ -154,7 +155,7 @@ def small_mlp_table(arch: str) -> str:
                 if op == "mlp":
                     call(*operands)
         found = [step for step in catch.seen if isinstance(step, Launch)]
-        compiled = list(static.compile_launches((arch, launch) for launch in found))
+        compiled = list(compile_launches((arch, launch) for launch in found))
         apart = sum(static.predict(arch, "bf16", *pair).us for pair in zip(found, compiled))
         fc1, fc2 = (pair for pair in zip(found, compiled) if roofline.work(pair[0]).flops)
         work, issued = one_mlp_kernel(M, D, F, fc1, fc2)
@@ -185,7 +186,7 @@ def main_launches(arch: str, dtype: str) -> list[Launch]:
 
 def main_rows(arch: str, dtype: str) -> list[static.Row]:
     chosen = main_launches(arch, dtype)
-    compiled = static.compile_launches((arch, launch) for launch in chosen)
+    compiled = compile_launches((arch, launch) for launch in chosen)
     return [static.row(arch, dtype, launch, found) for launch, found in zip(chosen, compiled)]
 
 

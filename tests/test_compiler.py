@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter and the compiler cannot share a process", allow_module_level=True)
 
-from benchmarks import static
+from benchmarks import compiled, static
 from benchmarks.launches import OPS, TorchOp, launches, model_launches, nbytes, table_in_force
 from benchmarks.predictions import main_rows
 
@@ -53,7 +53,7 @@ def test_a_fault_is_found():
     """The check has teeth: the widest tile on one warp spills, and is said to."""
     launch = next(x for x in launches(["linear_residual"], "sm_90", "bf16") if x.kernel.__name__ == "_forward_kernel")
     launch = dataclasses.replace(launch, kwargs=launch.kwargs | {"num_warps": 1})
-    (found,) = static.compile_launches([("sm_90", launch)])
+    (found,) = compiled.compile_launches([("sm_90", launch)])
     r = static.row("sm_90", "bf16", launch, found)
     assert any("spilled" in fault for fault in static.faults(r)), r
 
@@ -91,14 +91,14 @@ def test_what_the_check_holds_against_a_row(changes, said):
 
 
 def test_a_compiler_that_dies_is_a_row_with_an_error(monkeypatch):
-    monkeypatch.setattr(static.triton, "compile", lambda *args, **kwargs: os._exit(3))
+    monkeypatch.setattr(compiled.triton, "compile", lambda *args, **kwargs: os._exit(3))
     launch = launches(["linear_residual"], "sm_90", "bf16")[0]
-    (found,) = static.compile_launches([("sm_90", launch)])
+    (found,) = compiled.compile_launches([("sm_90", launch)])
     assert "ended with 3" in static.row("sm_90", "bf16", launch, found).error
 
 
 def loops_of(*text: str) -> dict:
-    return static.read_loops([(f"{16 * i:04x}", each) for i, each in enumerate(text)])
+    return compiled.read_loops([(f"{16 * i:04x}", each) for i, each in enumerate(text)])
 
 
 def test_loops_are_read_from_the_code():

@@ -86,6 +86,17 @@ def test_work_of_attention(kernel, products):
     assert work.back_to_back
 
 
+def test_a_kernel_that_multiplies_unknown_products_is_an_error():
+    import dataclasses
+
+    launch = found("linear_residual", "_forward")
+    unknown = dataclasses.replace(launch, kwargs={k: v for k, v in launch.kwargs.items() if k != "PRECISION"})
+    made = {"registers": 128, "spill_bytes": 0, "shared_bytes": 0, "matrix_instruction": "HGMMA", "instructions": 1}
+    made |= {"loops": None, "special": 0, "threads": 256}
+    assert "knows no products" in static.row("sm_90", "bf16", unknown, made).error
+    assert not static.row("sm_90", "bf16", launch, made).error
+
+
 def test_tiles_do_not_come_from_the_grid_of_a_product():
     """A persistent kernel's grid is the number of multiprocessors."""
     import dataclasses
