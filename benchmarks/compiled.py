@@ -19,7 +19,7 @@ from benchmarks.launches import Launch, hardware
 SKIPPED = 32  # instructions behind a branch that are an epilogue and not a masked load
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|QGMMA|UTCHMMA|HMMA|v_mfma\w*|v_wmma\w*)")
 SASS_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
-SPECIAL_INSTRUCTION = re.compile(r"\b(MUFU\.|v_(?:exp|log|rcp|rcp_iflag|rsq|sqrt|sin|cos)_f(?:16|32)\b)")
+SPECIAL_INSTRUCTION = re.compile(r"\b(MUFU\.|v_(?:exp|log|rcp|rcp_iflag|rsq|sqrt|sin|cos)_f(?:16|32)(?!\d))")
 
 
 def source_for(arch: str, launch: Launch) -> tuple[ASTSource, GPUTarget, dict]:

@@ -114,6 +114,22 @@ def test_loops_are_read_from_the_code():
     assert loops_of("MOV", "BRA 0x10") == {"step": 0, "tile": 0, "special": 0}
 
 
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("MUFU.EX2 R4, R4", True),
+        ("MUFU.TANH R4, R4", True),
+        ("v_exp_f32_e32 v1, v1", True),
+        ("v_rcp_iflag_f32_e32 v1, v1", True),
+        ("v_rsq_f16_e64 v1, v1", True),
+        ("v_ldexp_f32 v1, v1, v2", False),
+        ("FMUL R4, R4, R4", False),
+    ],
+)
+def test_special_functions_are_told_by_name(text, counts):
+    assert bool(compiled.SPECIAL_INSTRUCTION.search(text)) == counts
+
+
 def test_bytes_count_every_distinct_tensor_once():
     import torch
 
