@@ -5,7 +5,8 @@
 matrix    operations of the products, with what the edges of tiles add and `tile_fill_k` steps of K for a tile's start
           and end, at the matrix rate of the dtype; at half of it (`back_to_back`) where one product waits for another,
           as in attention, and at `mma_sync` of it where the compiler did not take the widest instruction
-special   exponentials and their like, as many as the code holds for each element of a tile, at their rate
+special   exponentials and their like, as many as the code holds for each element of a tile, at their rate; on AMD the
+          copies of a loop that the compiler makes before and behind it are counted too
 issue     every instruction of the code once for a tile, those of its innermost loop once a step, one a clock from each
           of a multiprocessor's schedulers; not for AMD, whose loops are not read
 memory    every distinct tensor of the launch moved once, at the rate of a device copy
