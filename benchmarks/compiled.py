@@ -105,7 +105,21 @@ def resources(arch: str, compiled) -> dict:
     }
 
 
+class _Present:
+    """Stands for the driver of a GPU that is not here: a kernel may ask which target it is compiled for."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
 def _child(pipe, arch, source, target, options):
+    triton.runtime.driver.set_active(_Present(target))
+    # What a kernel was told of its target is no part of triton's key to its cache, where earlier compiles of other
+    # programs lie, done without a driver.
+    triton.knobs.cache.dir = f"{triton.knobs.cache.dir}-static"
     try:
         pipe.send(resources(arch, triton.compile(source, target=target, options=options)))
     except Exception as error:

@@ -6,11 +6,12 @@ Weight gradients are summed over tokens in two deterministic stages: spans of to
 fp32, then the partials. The second stage applies what depends on the whole sum.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from . import tile_table
 from .product import (
     TRITON_DTYPE,
     column_pieces,
@@ -31,7 +32,11 @@ from .product import (
     tile_of,
     tiles,
 )
-from .tile_table import lookup
+from .tile_table import lookup, residents
+
+# How many tokens a program multiplies in the time in which it writes its partial, and a later one reads it: 8 bytes an
+# element at a multiprocessor's share of 4.3 TB/s against 2 operations an element and token at its share of 790 TFLOP/s.
+PARTIAL_TOKENS = 750
 
 # ---- input gradient ------------------------------------------------------------------------------------------------
 
@@ -222,16 +227,17 @@ def _finish_kernel(
         tl.store(dscale_ptr + rows, dscale, mask=rows < N)
 
 
-def split_tokens(N: int, K: int, tokens: int, tile: dict, device: torch.device) -> tuple[int, int]:
-    """How many programs share the sum over tokens of an [N, K] gradient, and how many tokens each has.
+@functools.cache
+def split_tokens(tiles: int, tokens: int, step: int, slots: int) -> tuple[int, int]:
+    """How many programs share the sum over tokens of each tile of a gradient, and how many tokens each has.
 
-    There are few tiles and a long sum: it is split until two waves of programs share it, but no span is under four
-    steps of the loop.
+    There are few tiles and a long sum, and programs come in rounds of `slots`: split so that the rounds are full, as
+    far as the partials, written and read again, do not cost more than that gains. No span is under four steps.
     """
-    most = 2 * tile_table.multiprocessors(device) // tiles(N, K, tile)
-    splits = max(1, min(most, tokens // (4 * tile["BLOCK_K"])))
-    span = -(-tokens // splits)
-    span += -span % tile["BLOCK_K"]
+    splits = range(1, max(1, min(16, tokens // (4 * step))) + 1)
+    best = min(splits, key=lambda s: -(-tiles * s // slots) / s + s * PARTIAL_TOKENS / tokens)
+    span = -(-tokens // best)
+    span += -span % step
     return -(-tokens // span), span
 
 
@@ -242,7 +248,7 @@ def launch_weight_grad(kernel, entry: str, M: int, N: int, K: int, dtype, matric
     """
     device = matrices[0].device
     tile = lookup(entry, device, dtype)
-    splits, span = split_tokens(N, K, M, tile, device)
+    splits, span = split_tokens(tiles(N, K, tile), M, tile["BLOCK_K"], residents(entry, device, dtype))
     partial = torch.empty((splits, N, K), dtype=torch.float32, device=device)
     sums = torch.empty((splits, N), dtype=torch.float32, device=device) if with_sums else None
     with scratch_memory():
