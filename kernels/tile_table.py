@@ -22,6 +22,7 @@ import torch
 
 FOLDER = pathlib.Path(__file__).parent / "tiles"
 NOT_LAUNCHED = ("blocks_per_sm", "origin", "reason")  # what an entry says besides the launch's arguments
+MAY_BE_ZERO = ("TMA", "LONGEST")  # a switch, and the longest sequence that a kernel takes where it takes none
 MEASURED = {"device", "date", "triton", "torch"}  # what the origin of a measured entry tells, each a text
 # A product of fewer rows has too few tiles of 128 x 128 to fill the multiprocessors: 10 images of a ViT-B at 224.
 FEW_ROWS = 2048
@@ -66,12 +67,12 @@ def launched(entry: dict) -> dict:
 def fault(entry: dict, like: dict) -> str:
     """What is wrong with an entry in a place where `like` would be right, or "".
 
-    The same numbers must be there, each a whole one above zero (TMA is 0 or 1), and an origin.
+    The same numbers must be there, each a whole one, above zero but for MAY_BE_ZERO, and an origin.
     """
     if not isinstance(entry, dict):
         return f"got {entry!r}, takes an entry"
     got, takes = launched(entry), launched(like)
-    right = all(type(value) is int and (value > 0 or name == "TMA") for name, value in got.items())
+    right = all(type(value) is int and value >= (name not in MAY_BE_ZERO) for name, value in got.items())
     if got.keys() != takes.keys() or not right:
         return f"got {got}, takes {', '.join(takes)}, each a whole number above zero"
     origin = entry.get("origin")

@@ -36,6 +36,11 @@ class Case(NamedTuple):
     spared: int = 0  # how many of the first tensors get no gradient
 
 
+def _block(num_heads: int) -> Callable[..., Tensor]:
+    """`ops.block` of tensors alone: no drop path."""
+    return lambda x, *t: ops.block(x, *t[:7], None, *t[7:], None, num_heads)
+
+
 def cases(batch: int, grid: int, patch: int, heads: int, head_width: int, hidden: int) -> list[Case]:
     """Every op once, as a ViT calls it on square images of grid x grid patches, with one class token."""
     tokens, width = 1 + grid * grid, heads * head_width
@@ -43,6 +48,7 @@ def cases(batch: int, grid: int, patch: int, heads: int, head_width: int, hidden
     vector, images = (width,), (batch, 3, grid * patch, grid * patch)
     tables = [(width, 3, patch, patch), vector, (tokens, width), (1, width)]
     fc1, fc2 = [(hidden, width), (hidden,)], [(width, hidden), vector]
+    halves = [vector, vector, (3 * width, width), (3 * width,), (width, width), vector, vector], [vector, vector, *fc1]
     return [
         Case("patch_embed", ops.patch_embed, [images, *tables], weights=(1,), spared=1),
         Case("ln_linear", ops.ln_linear, [x, vector, vector, *fc1], weights=(3,)),
@@ -51,6 +57,7 @@ def cases(batch: int, grid: int, patch: int, heads: int, head_width: int, hidden
         Case("attention_maps", ops.attention_maps, [head, head], spared=2),
         Case("linear_residual", ops.linear_residual, [(batch, tokens, hidden), *fc2, x, vector], weights=(1,)),
         Case("mlp", ops.mlp, [x, vector, vector, *fc1, *fc2, vector], weights=(3, 5)),
+        Case("block", _block(heads), [x, *halves[0], *halves[1], *fc2, vector], weights=(3, 5, 10, 12)),
     ]
 
 
@@ -70,6 +77,11 @@ EVERY_CLASS = [
         (2, 24, 3, 128),
     )
     for case in cases(batch, grid, 16, heads, head_width, hidden=640)
+]
+# A table may tell narrower heads apart, and within what a block holds the longer half.
+EVERY_CLASS += [
+    Case("attention_qkv", ops.attention_qkv, [(2, tokens, 3, 4, head_width)])
+    for tokens, head_width in ((197, 16), (197, 32), (197, 48), (257, 64))
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
