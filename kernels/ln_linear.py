@@ -56,6 +56,15 @@ def normalised(operand, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
 
 
 @triton.jit
+def standardised_rows(operand, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """As `normalised` without γ, and zero past the row's end: what stands there, −mean·rstd, may overflow fp16, and
+    infinity times the weight's zero is NaN."""
+    _, _, _, _, _, K = operand
+    cols = inner + tl.arange(0, INNER)
+    return tl.where((cols < K)[None, :], normalised(operand, outer, inner, OUTER, INNER), 0.0)
+
+
+@triton.jit
 def standardised(operand, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
     """x̂, of rows that are the inner index."""
     source, mean_ptr, rstd_ptr, M = operand
@@ -101,7 +110,7 @@ def normalised_product(
             y = rstd[:, None] * (sums - mean[:, None] * u[None, :])
         else:
             y = product(
-                normalised, z, rows_outer, weight, row, col, 0, K, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+                standardised_rows, z, rows_outer, weight, row, col, 0, K, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
             )  # fmt: skip
     return y
 
