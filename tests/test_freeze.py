@@ -24,7 +24,7 @@ interpret = pytest.mark.interpret
 
 
 def block_of(width: int = 48, heads: int = 3, full: bool = True, dtype=torch.float16, **options) -> tuple[Block, dict]:
-    """A block in evaluation mode and its parameters by the names of `ops.block`, drawn as in tests/ops/test_block.py."""
+    """A block in evaluation mode and its parameters by the names of `ops.block`, as in tests/ops/test_block.py."""
     block = Block(width, heads, 2, full, proj_bias=full, init_values=0.5 if full else None, dtype=dtype, **options)
     drawn = shaped(2, 4, width, 2 * width, full)() | {"drop1": None, "drop2": None}
     modules = {
