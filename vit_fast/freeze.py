@@ -28,8 +28,8 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Undone, block by block, by `train()`, `load_state_dict()`, `to()` and its kind, a forward pass that wants a gradient
     for a parameter that was folded, every write to one that PyTorch counts, and another parameter or submodule in the
-    place of one; the block then runs as before until it is frozen again. What nobody can notice is a write to a
-    parameter's `.data`: it is not to be done to a frozen model.
+    place of one; the block then runs as before until it is frozen again. What cannot be noticed is a write to a
+    parameter's `.data`, and `to()` of a part of a block alone is one: it is not to be done to a frozen model.
 
     Args:
         model: a VisionTransformer, or a module that holds one or some of its blocks, in evaluation mode.
