@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from vit_fast.kernels.product import matrix, store
+from vit_fast.kernels.product import load_tile, matrix, store_tile
 
 from tests.guard import vast
 from vit_fast.ops import attention, attention_qkv, linear_residual, ln_linear, mlp, patch_embed, use_backend
@@ -67,16 +67,16 @@ def test_heads_far_apart(packed):
 
 
 @triton.jit
-def _copy_kernel(x_ptr, y_ptr, M, N, stride_x, stride_y, BLOCK: tl.constexpr):
-    rows, cols = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
-    tile = matrix((x_ptr, stride_x, 1, M, N, None, 1), rows, cols)
-    store(y_ptr, stride_y, tile, rows, cols, M, N)
+def _copy_kernel(x_ptr, y_ptr, M, N, stride_x, stride_y, BLOCK: tl.constexpr, TMA: tl.constexpr):
+    tile = load_tile(matrix(x_ptr, M, N, stride_x, BLOCK, BLOCK, TMA), 0, 0, BLOCK, BLOCK)
+    store_tile(matrix(y_ptr, M, N, stride_y, BLOCK, BLOCK, TMA), tile, 0, 0, y_ptr.dtype.element_ty)
 
 
 @pytest.mark.interpret
-def test_a_result_that_reaches_far():
+@pytest.mark.parametrize("tma", [False, True])
+def test_a_result_that_reaches_far(tma):
     """What every product writes with, on rows far apart."""
-    x = torch.randn(3, 5, dtype=torch.float16)
-    y = vast(torch.zeros(3, 5, dtype=torch.float16), STRIDE)
-    _copy_kernel[(1,)](x, y, 3, 5, 5, STRIDE, 16)
+    x = torch.randn(3, 8, dtype=torch.float16)
+    y = vast(torch.zeros(3, 8, dtype=torch.float16), STRIDE)
+    _copy_kernel[(1,)](x, y, 3, 8, 8, STRIDE, 16, tma)
     assert torch.equal(x, y)
