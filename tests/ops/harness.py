@@ -47,10 +47,10 @@ def run(op: Callable, tensors: dict[str, Tensor | None], case: Case, upstream: T
     return {"output": output.detach()} | {f"d{name}": g for name, g in zip(wanted, gradients)}
 
 
-def hold_to_the_rule(
+def three_ways(
     op: Callable, reference: Callable, unfused: Callable, case: Case, mode: str, backend: str, device: str = "cpu"
-) -> None:
-    """Assert the error rule for the output and for every gradient, with a random upstream gradient."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Ours, the unfused and the true results of a case with a random upstream gradient: what `run` returns of each."""
     dtype = MODES[mode]
     drawn = case.draw()
     rounded = {name: None if t is None else t.to(dtype) for name, t in drawn.items()}  # what each of the three gets
@@ -69,6 +69,14 @@ def hold_to_the_rule(
         with vit_fast.ops.use_backend(backend):
             ours = run(op, copies(place), case, upstream.to(device))
     assert ours.keys() == truth.keys()
+    return ours, peer, truth
+
+
+def hold_to_the_rule(
+    op: Callable, reference: Callable, unfused: Callable, case: Case, mode: str, backend: str, device: str = "cpu"
+) -> None:
+    """Assert the error rule for the output and for every gradient, with a random upstream gradient."""
+    ours, peer, truth = three_ways(op, reference, unfused, case, mode, backend, device)
     for name in truth:
         assert_close_to_truth(ours[name], peer[name], truth[name], name)
 
