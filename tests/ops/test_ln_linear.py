@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from tests import unfused
-from tests.ops.harness import BACKENDS, MODES, Case, assert_no_second_derivative, hold_to_the_rule, named
+from tests.error_rule import assert_close_to_truth
+from tests.ops.harness import BACKENDS, MODES, Case, assert_no_second_derivative, hold_to_the_rule, named, three_ways
 from vit_fast import reference
 from vit_fast.ops import ln_linear, use_backend
 
@@ -41,6 +42,75 @@ CASES = [
 @pytest.mark.parametrize("case", named(CASES))
 def test_output_and_gradients(case, mode, backend, guarded_memory):
     hold_to_the_rule(ln_linear, reference.ln_linear, unfused.ln_linear, case, mode, backend)
+
+
+# Rows that a careless mean or variance spoils, each as a function of an ordinary row, and ordinary rows among them.
+HARD = {
+    "ordinary": lambda x: x,
+    "mean 1e4, variance 1e-4": lambda x: 1e4 + 1e-2 * x,  # all equal where the dtype holds no more of it
+    "mean 1e4, variance 4096": lambda x: 1e4 + 64 * x,  # two units in the last place of bf16
+    "all equal": lambda x: x[:, :1].expand_as(x),
+    "one giant": lambda x: torch.cat([x[:, :1] + 1e4, x[:, 1:]], dim=1),
+}
+EACH = 8  # rows of a kind: as many as the error rule asks of rows
+
+
+def hard_rows(width: int, batch: int = 2) -> torch.Tensor:
+    """[batch, 40 / batch, width] in fp64: eight rows of each kind of HARD in turn."""
+    rows = torch.stack([make(torch.randn(EACH, width, dtype=torch.float64)) for make in HARD.values()], dim=1)
+    return rows.view(batch, -1, width)
+
+
+def hold_each_kind_to_the_rule(op, reference, unfused, case: Case, mode: str) -> None:
+    """The error rule as ever, and of what has a row for a row of x, for each kind of HARD by itself."""
+    ours, peer, truth = three_ways(op, reference, unfused, case, mode, "triton")
+    for name in truth:
+        assert_close_to_truth(ours[name], peer[name], truth[name], name)
+        if name in ("output", "dx"):
+            ours_of, peer_of, truth_of = (found[name].reshape(EACH, len(HARD), -1).unbind(1) for found in (ours, peer, truth))
+            for kind, *three in zip(HARD, ours_of, peer_of, truth_of):
+                assert_close_to_truth(*three, f"{name}, {kind}")
+
+
+def hard_eps(mode: str) -> float:
+    """1e-12; but in fp16, where 1e6 times a gradient is no number, 1e-6."""
+    return 1e-6 if mode == "fp16" else 1e-12
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("width", [48, 129])
+def test_hard_rows(width, mode, guarded_memory):
+    drawn = shaped(2, 20, width, features=40)
+    case = Case("hard rows", lambda: drawn() | {"x": hard_rows(width)}, {"eps": hard_eps(mode)})
+    hold_each_kind_to_the_rule(ln_linear, reference.ln_linear, unfused.ln_linear, case, mode)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("value", [0.0, 3.7, -1e4])
+def test_nothing_but_equal_rows(value):
+    """x̂ is zero, not nearly so: y = W·β + b in each row, and dγ, which the error rule cannot be asked of, is zero."""
+    args = {name: t.float() for name, t in shaped(2, 9, 70, features=45)().items()}
+    args["x"] = torch.full((2, 9, 70), value)
+    args = {name: t.requires_grad_() for name, t in args.items()}
+    with use_backend("triton"):
+        y = ln_linear(**args, eps=1e-12)
+    dy = torch.randn_like(y)
+    dnorm_weight, dweight = torch.autograd.grad(y, (args["norm_weight"], args["weight"]), dy)
+    torch.testing.assert_close(y, (args["weight"] @ args["norm_bias"] + args["bias"]).expand_as(y), rtol=1e-5, atol=1e-5)
+    assert torch.equal(dnorm_weight, torch.zeros(70))
+    torch.testing.assert_close(dweight, dy.sum((0, 1))[:, None] * args["norm_bias"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.interpret
+def test_hard_rows_change_no_other():
+    args = {name: t.float() for name, t in shaped(2, 20, 70, features=45)().items()}
+    hard = hard_rows(70).float()
+    tame = torch.where((torch.arange(40) % len(HARD) == 0).view(2, 20, 1), hard, torch.randn(2, 20, 70))
+    with use_backend("triton"):
+        among_hard, among_tame = (ln_linear(**args | {"x": x}, eps=1e-12) for x in (hard, tame))
+    ordinary = [y.flatten(0, 1)[:: len(HARD)] for y in (among_hard, among_tame)]
+    assert torch.equal(*ordinary)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,6 +3,7 @@ import torch
 
 from tests import unfused
 from tests.ops.harness import BACKENDS, MODES, Case, assert_no_second_derivative, hold_to_the_rule, named
+from tests.ops.test_ln_linear import hard_eps, hard_rows, hold_each_kind_to_the_rule
 from vit_fast import reference
 from vit_fast.ops import mlp, use_backend
 
@@ -51,6 +52,16 @@ CASES = [
 @pytest.mark.parametrize("case", named(CASES))
 def test_output_and_gradients(case, mode, backend, guarded_memory):
     hold_to_the_rule(mlp, reference.mlp, unfused.mlp, case, mode, backend)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("width", [48, 129])
+def test_hard_rows(width, mode, guarded_memory):
+    drawn = shaped(2, 20, width, hidden=40)
+    settings = {"activation": "gelu", "eps": hard_eps(mode)}
+    case = Case("hard rows", lambda: drawn() | {"x": hard_rows(width)}, settings, constant=("drop",))
+    hold_each_kind_to_the_rule(mlp, reference.mlp, unfused.mlp, case, mode)
 
 
 @pytest.mark.interpret
