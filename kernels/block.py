@@ -44,7 +44,7 @@ def forward(
     norm, qkv, proj, fc are (weight, bias), end is (LayerScale, drop); row_sums are those of qkv and fc1 as in
     `ln_linear.forward`.
     """
-    packed, mean1, rstd1 = ln_linear.forward(x, *norm1, *qkv, eps1, precision, row_sums[0])
+    packed, mean1, rstd1 = ln_linear.forward(x, *norm1, *qkv, eps1, precision, row_sums[0], training)
     q, k, v = _heads(packed, tokens_per_image, heads)
     o, lse = attention.forward(q, k, v, q.shape[-1] ** -0.5, precision, training)
     o = o.flatten(0, 1)

@@ -296,7 +296,7 @@ def linear_finish(partial, sums, weight, bias, layer_scale):
     dweight = torch.empty((N, K), dtype=weight.dtype, device=device)
     dbias = None if bias is None else torch.empty((N,), dtype=bias.dtype, device=device)
     dscale = None if layer_scale is None else torch.empty((N,), dtype=layer_scale.dtype, device=device)
-    _finish_kernel[(triton.cdiv(N, 4),)](
+    _finish_kernel[(-(-N // 4),)](
         partial_ptr=partial,
         sums_ptr=sums,
         weight_ptr=weight,

@@ -162,20 +162,23 @@ def _forward_kernel(
             if bias_ptr is not None:
                 out += load_vector(bias_ptr, col + tl.arange(0, WIDTH), N)[None, :]
             store_tile(y, out, row, col, DTYPE)
-        first = (rows < M) & (first_col == 0)
-        tl.store(mean_ptr + rows, mean, mask=first)
-        tl.store(rstd_ptr + rows, rstd, mask=first)
+        if mean_ptr is not None:
+            first = (rows < M) & (first_col == 0)
+            tl.store(mean_ptr + rows, mean, mask=first)
+            tl.store(rstd_ptr + rows, rstd, mask=first)
 
 
-def forward(x, norm_weight, norm_bias, weight, bias, eps, precision, row_sums=None):
-    """y [M, N] in the dtype of the weight, mean and rstd [M]. The last axis of x and weight has stride 1.
+def forward(x, norm_weight, norm_bias, weight, bias, eps, precision, row_sums=None, training=True):
+    """y [M, N] in the dtype of the weight, mean and rstd [M], None unless training.
 
+    The last axis of x and weight has stride 1.
     With row_sums, u, the weight is V, the bias c, and the norm's weight and bias are None.
     """
     (M, K), N = x.shape, weight.shape[0]
     statistics = statistics_of(x)
-    mean = torch.empty((M,), dtype=torch.float32, device=x.device)
-    rstd = torch.empty((M,), dtype=torch.float32, device=x.device)
+    mean, rstd = None, None
+    if training:
+        mean, rstd = (torch.empty((M,), dtype=torch.float32, device=x.device) for _ in range(2))
     y = torch.empty((M, N), dtype=weight.dtype, device=x.device)
     launch_tiles(
         _forward_kernel,

@@ -14,8 +14,6 @@ elsewhere: `load_tile` and `store_tile` are all that differs. An epilogue takes 
 halves the registers that it needs.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -236,18 +234,18 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-@contextlib.contextmanager
-def scratch_memory():
+class scratch_memory:
     """A block in which Triton takes the memory of descriptors from torch's allocator, on the current stream.
 
     Triton keeps its allocator in a ContextVar: it is set here, in the thread that launches, since autograd runs
     backward in a thread of its own; what the user had set there is put back.
     """
-    token = _allocation._allocator.set(_scratch)
-    try:
-        yield
-    finally:
-        _allocation._allocator.reset(token)
+
+    def __enter__(self) -> None:
+        self.token = _allocation._allocator.set(_scratch)
+
+    def __exit__(self, *_) -> None:
+        _allocation._allocator.reset(self.token)
 
 
 def launch_tiles(kernel, entry: str, M: int, N: int, dtype: torch.dtype, matrices: tuple, **arguments) -> None:

@@ -65,7 +65,7 @@ def _statistics_kernel(
 
 def whole_rows(K: int) -> dict:
     """The launch of a kernel that holds rows whole: 4,096 elements a program of four warps, 32 a thread."""
-    block = triton.next_power_of_2(K)
+    block = 1 << (K - 1).bit_length()
     return {"BLOCK_M": max(1, 4096 // block), "BLOCK_K": block, "num_warps": 4}
 
 
@@ -77,7 +77,7 @@ def new_statistics(M: int, K: int, width: int, device: torch.device) -> torch.Te
 def part_width(statistics: torch.Tensor, K: int) -> int:
     """How many columns a part has: a power of two where there are several, the row itself where there is one."""
     parts = statistics.shape[1]
-    return K if parts == 1 else triton.next_power_of_2(-(-K // parts))
+    return K if parts == 1 else 1 << (-(-K // parts) - 1).bit_length()
 
 
 def statistics_of(x: torch.Tensor) -> torch.Tensor:
