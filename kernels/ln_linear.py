@@ -519,7 +519,7 @@ def weight_grads(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, precis
         splits=partial.shape[0],
         BLOCK_M=32,
         BLOCK_N=128,
-        num_warps=4,
+        num_warps=8,
     )
     return dweight, dbias, dnorm
 
