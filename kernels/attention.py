@@ -52,7 +52,7 @@ def columns(view, rows, n_rows, START: tl.constexpr, SIZE: tl.constexpr, HEAD: t
     offsets = tl.multiple_of(rows.to(tl.int64) * stride_t, ALIGN)
     cols = START + tl.arange(0, SIZE)
     mask = tl.full([1, 1], True, tl.int1) if n_rows is None else rows[:, None] < n_rows
-    if START + SIZE > HEAD[0]:
+    if HEAD[0] < START + SIZE:
         mask = mask & (cols[None, :] < HEAD[0])
     return ptr + offsets[:, None] + cols[None, :], mask
 
@@ -183,9 +183,9 @@ def load_pieces(view, n_rows, PIECES: tl.constexpr, HEAD: tl.constexpr):
     tiles = ()
     for i in tl.static_range(len(PIECES)):
         if i < len(PIECES) - 1:
-            tiles = tiles + (load_head(view, rows_of(i, PIECES), None, HEAD),)
+            tiles += (load_head(view, rows_of(i, PIECES), None, HEAD),)
         else:
-            tiles = tiles + (load_head(view, rows_of(i, PIECES), n_rows, HEAD),)
+            tiles += (load_head(view, rows_of(i, PIECES), n_rows, HEAD),)
     return tiles
 
 
@@ -216,7 +216,7 @@ def _forward_kernel(
         s = dot_rows(q_tile, k_tiles[i], PRECISION)  # [BLOCK_M, PIECES[i]]
         if i == len(PIECES) - 1:
             s = tl.where(rows_of(i, PIECES)[None, :] < Tk, s, -float("inf"))
-        scores = scores + (s,)
+        scores += (s,)
         highest = tl.maximum(highest, tl.max(s, 1))
     reference = highest.to(LSE_DTYPE) * scale_log2
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -228,7 +228,7 @@ def _forward_kernel(
     o_tile = scale_head(sums, (1.0 / total)[:, None])
     store_head(head_view(o, b, h, HEAD), o_tile, rows, Tq, HEAD)
     if lse_ptr is not None:
-        tl.store(lse_ptr + head * Tq + rows, reference + tl.log2(total), mask=rows < Tq)
+        tl.store(lse_ptr + head * Tq + rows, reference + tl.log2(total.to(LSE_DTYPE)), mask=rows < Tq)
 
 
 @triton.jit
@@ -268,7 +268,7 @@ def _forward_streaming_kernel(
     o_tile = scale_head(sums, (1.0 / total)[:, None])
     store_head(head_view(o, b, h, HEAD), o_tile, rows, Tq, HEAD)
     if lse_ptr is not None:
-        lse = highest.to(LSE_DTYPE) * scale_log2 + tl.log2(total)
+        lse = highest.to(LSE_DTYPE) * scale_log2 + tl.log2(total.to(LSE_DTYPE))
         tl.store(lse_ptr + head * Tq + rows, lse, mask=rows < Tq)
 
 
@@ -302,9 +302,9 @@ def _grad_kernel(
     for i in tl.static_range(len(PIECES)):
         # A query outside has a score, lse, do and delta of 0, so that its p is 1 and what it adds is 0.
         rows = rows_of(i, PIECES)
-        lse = lse + (tl.load(lse_ptr + head * Tq + rows, mask=rows < Tq, other=0.0),)
-        delta = delta + (row_sums(o_tiles[i], do_tiles[i]),)
-        dq_sums = dq_sums + (zero_head(PIECES[i], HEAD),)
+        lse += (tl.load(lse_ptr + head * Tq + rows, mask=rows < Tq, other=0.0),)
+        delta += (row_sums(o_tiles[i], do_tiles[i]),)
+        dq_sums += (zero_head(PIECES[i], HEAD),)
     k_view, v_view = head_view(k, b, h, HEAD), head_view(v, b, h, HEAD)
     dk_view, dv_view = head_view(dk, b, h, HEAD), head_view(dv, b, h, HEAD)
     # What LLVM would lift out of the loop, addresses of operands in shared memory, takes more registers than there are.
@@ -322,7 +322,7 @@ def _grad_kernel(
             p = tl.where(keys[None, :] < Tk, probabilities(s, lse[i][:, None], scale_log2), 0.0)
             dv_sums = add_turned_product(dv_sums, do_tiles[i], p, PRECISION)
             ds = p * (dot_rows(do_tiles[i], v_tile, PRECISION) - delta[i][:, None])
-            added = added + (add_product(dq_sums[i], ds, k_tile, PRECISION),)
+            added += (add_product(dq_sums[i], ds, k_tile, PRECISION),)
             dk_sums = add_turned_product(dk_sums, q_tiles[i], ds, PRECISION)
         dq_sums = added
         store_head(dk_view, scale_head(transpose_head(dk_sums), scale), keys, Tk, HEAD)

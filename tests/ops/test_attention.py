@@ -1,5 +1,6 @@
 import math
 import mmap
+import os
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from vit_fast import reference
 from vit_fast.ops import attention, attention_maps, attention_qkv, use_backend
 from vit_fast.ops.attention import HEAD_WIDTHS
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
 # numpy, which the interpreter runs on, speaks of the NaN and the overflow that some cases are about.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
@@ -20,7 +23,27 @@ pytestmark = [
 DTYPES = ["fp32", "fp16", "bf16"]
 MAP_NORESERVE = 0x4000  # Linux; Python has no name for it before 3.13
 
-# The interpreter's tiles are 32 x 16 (queries x keys), 16 x 32 for the gradients of keys: 33 tokens cross both.
+# The interpreter's tiles are 32 queries where a head is taken as a whole, and 32 keys in its backward; where it is
+# streamed 32 x 16 (queries x keys), 16 x 32 for the gradients of keys. 33 tokens cross all of them. A head as a whole
+# is cut in pieces of 16 to 128 rows, queries in backward and keys in forward.
+FORMS = ["whole", "streaming"]
+
+
+@pytest.fixture
+def form(request, monkeypatch):
+    """Takes heads as a whole, as the table does up to 272 tokens, or streams them whatever their length."""
+    if request.param == "streaming":
+        kernels = pytest.importorskip("vit_fast.kernels.attention")
+        monkeypatch.setattr(kernels, "_whole", lambda *_: None)
+
+
+in_both_forms = pytest.mark.parametrize("form", FORMS, indirect=True)
+# PyTorch's backend has one form.
+BACKENDS_AND_FORMS = [
+    pytest.param("torch", "whole", id="torch"),
+    *(pytest.param("triton", form, id=form, marks=pytest.mark.interpret) for form in FORMS),
+]
+on_backends_in_both_forms = pytest.mark.parametrize(("backend", "form"), BACKENDS_AND_FORMS, indirect=["form"])
 
 
 def shaped(batch: int, queries: int, heads: int, width: int, keys: int | None = None, scores=1.0, offset=0.0):
@@ -51,9 +74,24 @@ SEPARATE = [
     Case("last key of a tile", shaped(2, 3, 1, 16, keys=16)),
     Case("first key of a second tile", shaped(4, 3, 2, 16, keys=17)),
     Case("many queries on one key", shaped(3, 40, 1, 16, keys=1), **FLAT),
-    Case("a scale of its own", shaped(2, 7, 2, 48, keys=9), {"scale": 0.3}),
+    Case("a scale of its own", shaped(2, 7, 2, 48, keys=9), {"scale": 0.1}),
     Case("scores around ten thousand", shaped(2, 19, 2, 16, keys=21, offset=1e4)),
     Case("scores around minus ten thousand", shaped(2, 19, 2, 16, keys=21, offset=-1e4)),
+]
+# Queries of one and keys of the other: forward cuts keys in pieces, backward queries, and each streams the other axis.
+PIECES = [
+    Case("two pieces, 96 + 16", shaped(1, 96, 1, 16, keys=100)),
+    Case("three pieces, as a ViT has: 128 + 64 + 16", shaped(1, 197, 1, 16, keys=193)),
+    Case("three pieces of a head of two", shaped(1, 193, 1, 72, keys=197)),
+    Case("four pieces: 128 + 64 + 32 + 16", shaped(1, 225, 1, 16, keys=240)),
+    Case("the longest that is taken as a whole", shaped(1, 272, 1, 16, keys=272)),
+    Case("three pieces, one key", shaped(1, 197, 1, 16, keys=1), **FLAT),
+    Case("a pool of one query over three pieces", shaped(1, 17, 1, 16, keys=208)),
+]
+# Above the longest: what is streamed by the table itself.
+LONG = [
+    Case("one key past the longest", shaped(1, 3, 1, 16, keys=273)),
+    Case("one query past the longest", shaped(1, 273, 1, 16, keys=5)),
 ]
 WIDTHS = [Case(f"heads of {width}", shaped_qkv(2, 17, 2, width)) for width in HEAD_WIDTHS]
 PACKED = [*WIDTHS, Case("packed past every tile", shaped_qkv(1, 49, 1, 16), {"scale": 0.5})]
@@ -63,11 +101,18 @@ def unpacked(f):
     return lambda qkv, scale=None: f(*qkv.unbind(2), scale)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_backends_in_both_forms
 @pytest.mark.parametrize("mode", DTYPES)
 @pytest.mark.parametrize("case", named(SEPARATE))
-def test_output_and_gradients(case, mode, backend, guarded_memory):
+def test_output_and_gradients(case, mode, backend, form, guarded_memory):
     hold_to_the_rule(attention, reference.attention, unfused.attention, case, mode, backend)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("mode", DTYPES)
+@pytest.mark.parametrize("case", named(PIECES + LONG))
+def test_every_cut_in_pieces(case, mode, guarded_memory):
+    hold_to_the_rule(attention, reference.attention, unfused.attention, case, mode, "triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -75,6 +120,13 @@ def test_output_and_gradients(case, mode, backend, guarded_memory):
 @pytest.mark.parametrize("case", named(PACKED))
 def test_packed_output_and_gradients(case, mode, backend, guarded_memory):
     hold_to_the_rule(attention_qkv, unpacked(reference.attention), unpacked(unfused.attention), case, mode, backend)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("form", ["streaming"], indirect=True)
+@pytest.mark.parametrize("case", named(PACKED))
+def test_packed_and_streamed(case, form, guarded_memory):
+    hold_to_the_rule(attention_qkv, unpacked(reference.attention), unpacked(unfused.attention), case, "fp32", "triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -99,17 +151,17 @@ def test_one_query(mode, backend):
         return lambda q, k, v: f(q, k.view(v.shape), v)
 
     def draw():
-        q, k, v = shaped(5, 1, 3, 16, keys=keys)().values()
+        q, k, v = shaped(9, 1, 2, 16, keys=keys, scores=0.5)().values()
         return {"q": q, "k": k.flatten(), "v": v}
 
     ours, truth, peer = map(flat, (attention, reference.attention, unfused.attention))
     hold_to_the_rule(ours, truth, peer, Case("one query", draw), mode, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_backends_in_both_forms
 @pytest.mark.parametrize("mode", DTYPES)
 @pytest.mark.parametrize("keys", [1, 19])
-def test_no_slope(keys, mode, backend):
+def test_no_slope(keys, mode, backend, form):
     """One key takes all: o is its value, and q and k have a gradient of zero but for the rounding of two equal sums.
 
     The error rule would ask for the zero itself; a difference of two sums of d numbers, in two orders, has none.
@@ -128,6 +180,29 @@ def test_no_slope(keys, mode, backend):
     assert dk.abs().max() <= rounding * q.norm()
 
 
+@on_backends_in_both_forms
+@pytest.mark.parametrize("mode", DTYPES)
+def test_equal_keys(mode, backend, form):
+    """Every query sees the mean of the values, and its own gradient is zero but for roundings.
+
+    Not for the error rule: PyTorch's probabilities have no rounding but their own here, ours that of their logarithm.
+    """
+    dtype, tokens = MODES[mode], 19
+    q, k, v = (t.to(dtype) for t in shaped(2, 9, 1, 16, keys=tokens)().values())
+    q, k, v = (t.requires_grad_() for t in (q, k[:, :1].repeat(1, tokens, 1, 1), v))
+    do = torch.randn(2, 9, 16).to(dtype)
+    with use_backend(backend):
+        o = attention(q, k, v)
+        dq, dv = torch.autograd.grad(o, [q, v], do)
+    relative = 2 * torch.finfo(dtype).eps + math.log2(tokens) * torch.finfo(torch.float32).eps
+    for ours, truth in [
+        (o, v.double().mean(1).flatten(1)[:, None].expand(-1, 9, -1)),
+        (dv, do.double().sum(1)[:, None, None].expand(-1, tokens, -1, -1) / tokens),
+    ]:
+        assert (ours.double() - truth).norm() <= relative * truth.norm()
+    assert dq.abs().max() <= torch.finfo(dtype).eps * do.norm() * v.norm() * k.norm() / tokens
+
+
 VIEWS = {
     "heads before tokens": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "every other token": lambda x: x.repeat_interleave(2, 1)[:, ::2],
@@ -138,9 +213,19 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("view", VIEWS)
-def test_strided_views(view, backend):
+STREAMED_VIEWS = ["cut out of a wider head, at an odd element", "tokens before images"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "form", "view"),
+    [
+        pytest.param(*p.values, view, id=f"{p.id}-{view}", marks=p.marks)
+        for p in BACKENDS_AND_FORMS
+        for view in (STREAMED_VIEWS if p.id == "streaming" else VIEWS)
+    ],
+    indirect=["form"],
+)
+def test_strided_views(view, backend, form):
     """Views are read as they are, upstream gradients too: the results are those of dense copies, to the bit."""
     place = VIEWS[view]
     views = [place(t.float()) for t in shaped(2, 18, 2, 48, keys=17)().values()]
@@ -161,11 +246,12 @@ def test_strided_views(view, backend):
 
 
 @pytest.mark.interpret
+@in_both_forms
 @pytest.mark.parametrize("at_start", [False, True])
-@pytest.mark.parametrize("width", [32, 72])
-def test_between_guard_pages(width, at_start, guarded_memory):
+@pytest.mark.parametrize(("width", "tokens"), [(32, 17), (72, 81)])
+def test_between_guard_pages(width, tokens, at_start, form, guarded_memory):
     """Nothing is read or written outside: the end or the start of every tensor is at a page that no one may touch."""
-    tensors = [guarded(t.float().requires_grad_(), at_start) for t in shaped(2, 17, 3, width, keys=33)().values()]
+    tensors = [guarded(t.float().requires_grad_(), at_start) for t in shaped(2, tokens, 1, width, keys=33)().values()]
     with use_backend("triton"):
         o = attention(*tensors)
         gradients = torch.autograd.grad(o, tensors, guarded(torch.randn(o.shape), at_start))
@@ -174,23 +260,34 @@ def test_between_guard_pages(width, at_start, guarded_memory):
 
 
 @pytest.mark.interpret
-def test_offsets_pass_two_to_the_31():
+@in_both_forms
+def test_offsets_pass_two_to_the_31(form):
     """Strides of a billion elements, in address space that is reserved and never filled."""
     region = mmap.mmap(-1, 2**33 + 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     memory = torch.frombuffer(region, dtype=torch.float16)
     near = torch.randn(3, 3, 3, 16).half()
+
+    def run(x):
+        x = x.detach().requires_grad_()
+        with use_backend("triton"):
+            o = attention(x, x, x)
+        return o, torch.autograd.grad(o, x, torch.ones_like(o).cumsum(2))[0]
+
+    expected = run(near)
     far_stride = 1_100_000_000  # its double passes 2^31
     for strides in [(far_stride, 48, 16, 1), (48, far_stride, 16, 1), (48, 16, far_stride, 1)]:
         far = memory.as_strided(near.shape, strides)
         far.copy_(near)
-        with use_backend("triton"):
-            assert torch.equal(attention(far, far, far), attention(near, near, near))
+        assert all(torch.equal(*pair) for pair in zip(run(far), expected))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_images_do_not_mix(backend):
-    """NaN or infinity in one image harms no other; images in another order give the same results in that order."""
-    (qkv,) = shaped_qkv(4, 17, 2, 16)().values()
+@on_backends_in_both_forms
+def test_images_do_not_mix(backend, form):
+    """NaN or infinity in one image harms no other; images alone or in another order give the same results, to the bit.
+
+    PyTorch's backend may choose another order of sums for one image alone.
+    """
+    (qkv,) = shaped_qkv(4, 17, 1, 16)().values()
     qkv = qkv.float()
     order = torch.tensor([2, 0, 3, 1])
 
@@ -202,18 +299,19 @@ def test_images_do_not_mix(backend):
             return o.detach(), gradient, attention_maps(*qkv.detach().unbind(2)[:2])
 
     expected = run(qkv)
-    for ours, theirs in zip(run(qkv[order]), expected):
-        assert torch.equal(ours, theirs[order])
+    for chosen in (order, order[:1]) if backend == "triton" else (order,):
+        for ours, theirs in zip(run(qkv[chosen]), expected):
+            assert torch.equal(ours, theirs[chosen])
     poisoned = qkv.clone()
-    poisoned[1, 5, 1, 0, 3], poisoned[3, 2, 0, 1, 0] = torch.nan, torch.inf
+    poisoned[1, 5, 1, 0, 3], poisoned[3, 2, 0, 0, 0] = torch.nan, torch.inf
     for ours, theirs in zip(run(poisoned), expected):
         assert torch.equal(ours[[0, 2]], theirs[[0, 2]])
         assert ours[1].isnan().any()
         assert ours[3].isnan().any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_same_bits_again(backend):
+@on_backends_in_both_forms
+def test_same_bits_again(backend, form):
     """Two backward passes on the same numbers agree to the bit."""
     qkv = shaped_qkv(2, 33, 2, 16)()["qkv"].float().requires_grad_()
     with use_backend(backend):
@@ -248,7 +346,8 @@ def test_maps(width, mode, backend):
 
 
 @pytest.mark.interpret
-def test_maps_from_lse():
+@in_both_forms
+def test_maps_from_lse(form):
     """The log-sum-exp that training saves gives the rows without another pass over the keys."""
     q, k, v = (t.float() for t in shaped(2, 33, 2, 16, keys=17)().values())
     queries = torch.tensor([32, 1])
@@ -309,6 +408,72 @@ def test_nothing_saved_in_inference(monkeypatch):
     assert torch.equal(frozen, trained)
 
 
+class Recorder:
+    """In a kernel's place: keeps what it is launched with."""
+
+    def __init__(self, name, launches):
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.launches.append((self.name, arguments))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The (kernel, arguments) of a forward and a backward of so many tokens, which do not run."""
+    kernels = pytest.importorskip("vit_fast.kernels.attention")
+    jitted = {name: value for name, value in vars(kernels).items() if name.startswith("_") and name.endswith("_kernel")}
+
+    def launch(tokens):
+        found = []
+        for name in jitted:
+            monkeypatch.setattr(kernels, name, Recorder(name, found))
+        q, k, v = torch.randn(2, tokens, 3, 2, 16).half().unbind(2)
+        o, lse = kernels.forward(q, k, v, 0.25, "ieee", True)
+        kernels.backward(o, q, k, v, o, lse, q, k, v, 0.25, "ieee")
+        return [(name, jitted[name], arguments) for name, arguments in found]
+
+    return launch
+
+
+@pytest.mark.parametrize("tokens", [1, 272, 273])
+def test_the_form_goes_by_the_longest_of_the_entry(tokens, launches):
+    names = [name for name, *_ in launches(tokens)]
+    whole, streaming = ["_forward_kernel", "_grad_kernel"], ["_forward_streaming_kernel"]
+    assert names == (whole if tokens <= 272 else [*streaming, "_query_grad_kernel", "_key_grad_kernel"])
+
+
+def test_row_pieces():
+    """17 cuts, each of as few rows as hold the tokens, large pieces first, all of them tiles that a product takes."""
+    row_pieces = pytest.importorskip("vit_fast.kernels.attention").row_pieces
+    assert row_pieces(197) == (128, 64, 16)
+    for tokens in range(1, 273):
+        pieces = row_pieces(tokens)
+        assert tokens <= sum(pieces) < tokens + 16
+        assert set(pieces) <= {16, 32, 64, 128}
+        assert list(pieces) == sorted(pieces, reverse=True)
+    assert len({row_pieces(tokens) for tokens in range(1, 273)}) == 17
+
+
+@pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
+def test_a_new_length_within_a_cut_is_no_new_compile(launches):
+    """What triton keys a compiled kernel by is the same for all lengths whose last piece is the same."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+
+    def keys(tokens):
+        return [
+            jit.create_function_from_signature(kernel.signature, kernel.params, backend)(**arguments)[1]
+            for _, kernel, arguments in launches(tokens)
+        ]
+
+    assert keys(193) == keys(197) == keys(208)
+    assert keys(192) != keys(193)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty(backend):
     with use_backend(backend):
@@ -318,7 +483,10 @@ def test_empty(backend):
         o.sum().backward()
         assert qkv.grad.shape == qkv.shape
         assert attention(*torch.randn(3, 0, 3, 2, 16)).shape == (0, 3, 32)
-        assert attention(torch.randn(2, 0, 2, 16), *torch.randn(2, 2, 3, 2, 16)).shape == (2, 0, 32)
+        q, k, v = torch.randn(2, 0, 2, 16), *torch.randn(2, 2, 3, 2, 16, requires_grad=True)
+        o = attention(q, k, v)
+        assert o.shape == (2, 0, 32)
+        assert not any(gradient.any() for gradient in torch.autograd.grad(o.sum(), [k, v]))
         assert attention_maps(*torch.randn(2, 0, 3, 2, 16)).shape == (0, 2, 3, 3)
 
 
