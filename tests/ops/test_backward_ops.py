@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.ops import test_linear_residual, test_ln_linear, test_mlp, test_patch_embed
+from tests.ops import test_block, test_linear_residual, test_ln_linear, test_mlp, test_patch_embed
 
 pytestmark = pytest.mark.interpret
 
@@ -39,6 +39,14 @@ def test_mlp_backward(full, strided):
     kept = torch.randn(6, 8), torch.randn(6), torch.rand(6)
     args = _dy(2, 3, 16, strided=strided), x, *kept, *parameters, "gelu"
     torch.library.opcheck(torch.ops.vit_fast.mlp_backward.default, args)
+
+
+@pytest.mark.parametrize(("full", "strided"), [(True, False), (False, True)])
+def test_block_backward(full, strided):
+    x, *parameters = _floats(test_block.shaped(2, 3, 32, 16, full=full)())
+    _, *kept = torch.ops.vit_fast.block_train(x, *parameters, 2, "gelu", 1e-6, 1e-6)
+    args = _dy(2, 3, 32, strided=strided), x, kept, *parameters, 2, "gelu"
+    torch.library.opcheck(torch.ops.vit_fast.block_backward.default, args)
 
 
 @pytest.mark.parametrize("strided", [False, True])
