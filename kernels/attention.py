@@ -34,6 +34,8 @@ import triton.language as tl
 
 from .tile_table import lookup
 
+LN2 = tl.constexpr(math.log(2))
+
 
 @triton.jit
 def head_view(x, b, h, HEAD: tl.constexpr):
@@ -153,10 +155,13 @@ def probabilities(s, lse, scale_log2):
         # In the units of the scores lse is near to them, so that their difference is exact, however large they are.
         reference = lse / scale_log2
         high = reference.to(tl.float32)
-        exponent = (s - high - (reference - high).to(tl.float32)) * scale_log2
-    else:
-        exponent = s * scale_log2 - lse
-    return tl.exp2(exponent)
+        difference = s - high - (reference - high).to(tl.float32)
+        # An exponent of -5 is rounded to 2⁻²², 2^ of it by as much: what rounding took goes back into the result.
+        exponent = difference * scale_log2
+        lost = tl.fma(difference, scale_log2, -exponent)
+        p = tl.exp2(exponent)
+        return tl.where(p > 0, p + p * (lost * LN2), p)  # of a masked key, at −∞, no difference is left
+    return tl.exp2(s * scale_log2 - lse)
 
 
 @triton.jit
@@ -191,20 +196,11 @@ def load_pieces(view, n_rows, PIECES: tl.constexpr, HEAD: tl.constexpr):
 
 @triton.jit(do_not_specialize=["Tq", "Tk"])
 def _forward_kernel(
-    q,
-    k,
-    v,
-    o,
+    q, k, v, o,
     lse_ptr,
-    H,
-    Tq,
-    Tk,
-    scale_log2,
-    HEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PIECES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    H, Tq, Tk, scale_log2,
+    HEAD: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     head, b, h, rows = tile_of_head(Tq, H, BLOCK_M)
     q_tile = load_head(head_view(q, b, h, HEAD), rows, Tq, HEAD)  # [BLOCK_M, d]
     k_tiles = load_pieces(head_view(k, b, h, HEAD), Tk, PIECES, HEAD)
@@ -233,20 +229,11 @@ def _forward_kernel(
 
 @triton.jit
 def _forward_streaming_kernel(
-    q,
-    k,
-    v,
-    o,
+    q, k, v, o,
     lse_ptr,
-    H,
-    Tq,
-    Tk,
-    scale_log2,
-    HEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    H, Tq, Tk, scale_log2,
+    HEAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     head, b, h, rows = tile_of_head(Tq, H, BLOCK_M)
     q_tile = load_head(head_view(q, b, h, HEAD), rows, Tq, HEAD)  # [BLOCK_M, d]
     k_view, v_view = head_view(k, b, h, HEAD), head_view(v, b, h, HEAD)
@@ -274,25 +261,11 @@ def _forward_streaming_kernel(
 
 @triton.jit(do_not_specialize=["Tq", "Tk"])
 def _grad_kernel(
-    q,
-    k,
-    v,
-    o,
-    do,
-    dq,
-    dk,
-    dv,
+    q, k, v, o, do, dq, dk, dv,
     lse_ptr,
-    H,
-    Tq,
-    Tk,
-    scale,
-    scale_log2,
-    HEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PIECES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    H, Tq, Tk, scale, scale_log2,
+    HEAD: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     head, b, h = program.to(tl.int64), program // H, program % H
     q_tiles = load_pieces(head_view(q, b, h, HEAD), Tq, PIECES, HEAD)
@@ -334,24 +307,11 @@ def _grad_kernel(
 
 @triton.jit
 def _query_grad_kernel(
-    q,
-    k,
-    v,
-    o,
-    do,
-    dq,
-    lse_ptr,
-    delta_ptr,
-    H,
-    Tq,
-    Tk,
-    scale,
-    scale_log2,
-    HEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q, k, v, o, do, dq,
+    lse_ptr, delta_ptr,
+    H, Tq, Tk, scale, scale_log2,
+    HEAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     head, b, h, rows = tile_of_head(Tq, H, BLOCK_M)
     q_tile = load_head(head_view(q, b, h, HEAD), rows, Tq, HEAD)  # [BLOCK_M, d]
     do_tile = load_head(head_view(do, b, h, HEAD), rows, Tq, HEAD)
@@ -375,24 +335,11 @@ def _query_grad_kernel(
 
 @triton.jit
 def _key_grad_kernel(
-    q,
-    k,
-    v,
-    do,
-    dk,
-    dv,
-    lse_ptr,
-    delta_ptr,
-    H,
-    Tq,
-    Tk,
-    scale,
-    scale_log2,
-    HEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q, k, v, do, dk, dv,
+    lse_ptr, delta_ptr,
+    H, Tq, Tk, scale, scale_log2,
+    HEAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     head, b, h, keys = tile_of_head(Tk, H, BLOCK_N)
     k_tile = load_head(head_view(k, b, h, HEAD), keys, Tk, HEAD)  # [BLOCK_N, d]
     v_tile = load_head(head_view(v, b, h, HEAD), keys, Tk, HEAD)
@@ -417,19 +364,11 @@ def _key_grad_kernel(
 
 @triton.jit
 def _maps_kernel(
-    q,
-    k,
-    lse_ptr,
-    maps_ptr,
-    H,
-    Tq,
-    Tk,
-    scale_log2,
-    HEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q, k,
+    lse_ptr, maps_ptr,
+    H, Tq, Tk, scale_log2,
+    HEAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     head, b, h, rows = tile_of_head(Tq, H, BLOCK_M)
     q_tile = load_head(head_view(q, b, h, HEAD), rows, Tq, HEAD)  # [BLOCK_M, d]
     k_view = head_view(k, b, h, HEAD)
@@ -460,10 +399,16 @@ def row_pieces(tokens: int) -> tuple[int, ...]:
     return tuple(pieces)
 
 
+@functools.cache
+def _classes(width: int) -> tuple[str, str]:
+    """The shape classes of a form that takes a head as a whole, short ones first."""
+    width = sum(head_pieces(width))
+    return f"{width}", f"{width} long"
+
+
 def _whole(kernel: str, x: torch.Tensor, tokens: int) -> dict | None:
     """The tile of a form that takes a head as a whole, None where no entry lets it have so many tokens."""
-    width = sum(head_pieces(x.shape[-1]))
-    for shape_class in (f"{width}", f"{width} long"):
+    for shape_class in _classes(x.shape[-1]):
         tile = dict(lookup(kernel, x.device, x.dtype, shape_class))
         if tokens <= tile.pop("LONGEST"):
             return tile
@@ -540,14 +485,7 @@ def maps(q, k, lse, scale: float, precision: str):
     rows = torch.empty((B, H, Tq, Tk), dtype=torch.float32, device=q.device)
     tile = _streaming("attention_maps", q)
     _maps_kernel[(B * H * triton.cdiv(Tq, tile["BLOCK_M"]),)](
-        q=_view(q),
-        k=_view(k),
-        lse_ptr=lse,
-        maps_ptr=rows,
-        Tq=Tq,
-        Tk=Tk,
-        scale_log2=_log2(scale),
-        **_arguments(precision, q, k),
-        **tile,
-    )
+        q=_view(q), k=_view(k), lse_ptr=lse, maps_ptr=rows, Tq=Tq, Tk=Tk, scale_log2=_log2(scale),
+        **_arguments(precision, q, k), **tile,
+    )  # fmt: skip
     return rows

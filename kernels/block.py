@@ -21,24 +21,9 @@ def _heads(qkv, tokens_per_image: int, heads: int):
 
 
 def forward(
-    x,
-    norm1,
-    qkv,
-    proj,
-    end1,
-    norm2,
-    fc1,
-    fc2,
-    end2,
-    heads,
-    activation,
-    eps1,
-    eps2,
-    tokens_per_image,
-    precision,
-    training,
-    row_sums=(None, None),
-):
+    x, norm1, qkv, proj, end1, norm2, fc1, fc2, end2, heads, activation, eps1, eps2, tokens_per_image, precision,
+    training, row_sums=(None, None),
+):  # fmt: skip
     """y [M, D] and, where training, (qkv, o, lse, m, h, mean₁, rstd₁, mean₂, rstd₂).
 
     norm, qkv, proj, fc are (weight, bias), end is (LayerScale, drop); row_sums are those of qkv and fc1 as in

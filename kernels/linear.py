@@ -43,24 +43,11 @@ PARTIAL_TOKENS = 750
 
 @triton.jit
 def _input_grad_kernel(
-    dy_ptr,
-    weight_ptr,
-    scale_ptr,
-    drop_ptr,
-    dx_ptr,
-    M,
-    N,
-    K,
-    stride_dy,
-    stride_weight,
-    tokens_per_image,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PIECES: tl.constexpr,
-    TMA: tl.constexpr,
+    dy_ptr, weight_ptr, scale_ptr, drop_ptr, dx_ptr,
+    M, N, K, stride_dy, stride_weight, tokens_per_image,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """dx [M, N] = drop∘((dy∘γ)·W), dy [M, K], W [K, N]: K is what the map gives, and what this product sums over."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
@@ -84,23 +71,10 @@ def linear_input_grad(dy, weight, layer_scale, drop, tokens_per_image, precision
     (M, N), K = dy.shape, weight.shape[1]
     dx = torch.empty((M, K), dtype=weight.dtype, device=dy.device)
     launch_tiles(
-        _input_grad_kernel,
-        "linear_input_grad",
-        M,
-        K,
-        weight.dtype,
-        (dy, weight, dx),
-        dy_ptr=dy,
-        weight_ptr=weight,
-        scale_ptr=layer_scale,
-        drop_ptr=drop,
-        dx_ptr=dx,
-        K=N,
-        stride_dy=dy.stride(0),
-        stride_weight=weight.stride(0),
-        tokens_per_image=tokens_per_image,
-        PRECISION=precision,
-    )
+        _input_grad_kernel, "linear_input_grad", M, K, weight.dtype, (dy, weight, dx),
+        dy_ptr=dy, weight_ptr=weight, scale_ptr=layer_scale, drop_ptr=drop, dx_ptr=dx, K=N, stride_dy=dy.stride(0),
+        stride_weight=weight.stride(0), tokens_per_image=tokens_per_image, PRECISION=precision,
+    )  # fmt: skip
     return dx
 
 
@@ -112,18 +86,10 @@ def weight_grad_tile(
     a,
     load_b: tl.constexpr,
     b,
-    partial_ptr,
-    sums_ptr,
-    N,
-    K,
-    tokens,
-    span,
-    DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    partial_ptr, sums_ptr,
+    N, K, tokens, span,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """First stage: partial[split] = A·Bᵀ over this program's span of tokens, and sums[split] = A·1.
 
     A [N, tokens], scaled, B [K, tokens], partial [splits, N, K], sums [splits, N]. The sums are done by the first
@@ -148,25 +114,11 @@ def weight_grad_tile(
 
 @triton.jit
 def _weight_grad_kernel(
-    dy_ptr,
-    drop_ptr,
-    x_ptr,
-    partial_ptr,
-    sums_ptr,
-    M,
-    N,
-    K,
-    stride_dy,
-    stride_x,
-    tokens_per_image,
-    span,
-    DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
+    dy_ptr, drop_ptr, x_ptr, partial_ptr, sums_ptr,
+    M, N, K, stride_dy, stride_x, tokens_per_image, span,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     dy = matrix(dy_ptr, M, N, stride_dy, BLOCK_K, BLOCK_M, TMA)
     x = matrix(x_ptr, M, K, stride_x, BLOCK_K, BLOCK_N, TMA)
     weight_grad_tile(
@@ -187,21 +139,10 @@ def sum_partials(partial_ptr, splits, N, K, row, col, ROWS: tl.constexpr, COLS: 
 
 @triton.jit
 def _finish_kernel(
-    partial_ptr,
-    sums_ptr,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    dscale_ptr,
-    N,
-    K,
-    stride_weight,
-    splits,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    partial_ptr, sums_ptr, weight_ptr, bias_ptr, scale_ptr, dweight_ptr, dbias_ptr, dscale_ptr,
+    N, K, stride_weight, splits,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Second stage: with G = Σ partial and s = Σ sums, dW = γ∘G, db = γ∘s and dγ = Σₖ W∘G + b∘s; a program has rows."""
     row = tl.program_id(0) * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
@@ -253,16 +194,9 @@ def launch_weight_grad(kernel, entry: str, M: int, N: int, K: int, dtype, matric
     sums = torch.empty((splits, N), dtype=torch.float32, device=device) if with_sums else None
     with scratch_memory():
         kernel[(tiles(N, K, tile), splits)](
-            partial_ptr=partial,
-            sums_ptr=sums,
-            M=M,
-            N=N,
-            K=K,
-            span=span,
-            DTYPE=TRITON_DTYPE[dtype],
-            **arguments,
+            partial_ptr=partial, sums_ptr=sums, M=M, N=N, K=K, span=span, DTYPE=TRITON_DTYPE[dtype], **arguments,
             **described(tile, matrices),
-        )
+        )  # fmt: skip
     return partial, sums
 
 
@@ -270,22 +204,10 @@ def linear_weight_grad(dy, x, weight, bias, layer_scale, drop, tokens_per_image,
     """dW, db and dγ of y = drop∘γ∘(x·Wᵀ + b): dy [M, N] in any dtype, x [M, K] in that of the weight."""
     (M, N), K = dy.shape, x.shape[1]
     partial, sums = launch_weight_grad(
-        _weight_grad_kernel,
-        "linear_weight_grad",
-        M,
-        N,
-        K,
-        weight.dtype,
-        (dy, x),
-        with_sums=bias is not None,
-        dy_ptr=dy,
-        drop_ptr=drop,
-        x_ptr=x,
-        stride_dy=dy.stride(0),
-        stride_x=x.stride(0),
-        tokens_per_image=tokens_per_image,
-        PRECISION=precision,
-    )
+        _weight_grad_kernel, "linear_weight_grad", M, N, K, weight.dtype, (dy, x),
+        with_sums=bias is not None, dy_ptr=dy, drop_ptr=drop, x_ptr=x, stride_dy=dy.stride(0), stride_x=x.stride(0),
+        tokens_per_image=tokens_per_image, PRECISION=precision,
+    )  # fmt: skip
     return linear_finish(partial, sums, weight, bias, layer_scale)
 
 
@@ -297,20 +219,8 @@ def linear_finish(partial, sums, weight, bias, layer_scale):
     dbias = None if bias is None else torch.empty((N,), dtype=bias.dtype, device=device)
     dscale = None if layer_scale is None else torch.empty((N,), dtype=layer_scale.dtype, device=device)
     _finish_kernel[(-(-N // 4),)](
-        partial_ptr=partial,
-        sums_ptr=sums,
-        weight_ptr=weight,
-        bias_ptr=bias,
-        scale_ptr=layer_scale,
-        dweight_ptr=dweight,
-        dbias_ptr=dbias,
-        dscale_ptr=dscale,
-        N=N,
-        K=K,
-        stride_weight=weight.stride(0),
-        splits=splits,
-        BLOCK_M=4,
-        BLOCK_N=256,
-        num_warps=4,
-    )
+        partial_ptr=partial, sums_ptr=sums, weight_ptr=weight, bias_ptr=bias, scale_ptr=layer_scale,
+        dweight_ptr=dweight, dbias_ptr=dbias, dscale_ptr=dscale, N=N, K=K, stride_weight=weight.stride(0),
+        splits=splits, BLOCK_M=4, BLOCK_N=256, num_warps=4,
+    )  # fmt: skip
     return dweight, dbias, dscale

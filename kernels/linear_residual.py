@@ -35,28 +35,11 @@ from .tile_table import lookup, rows_class
 
 @triton.jit
 def _forward_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    drop_ptr,
-    residual_ptr,
-    y_ptr,
-    statistics_ptr,
-    M,
-    N,
-    K,
-    stride_x,
-    stride_weight,
-    stride_residual,
-    tokens_per_image,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PIECES: tl.constexpr,
-    TMA: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, drop_ptr, residual_ptr, y_ptr, statistics_ptr,
+    M, N, K, stride_x, stride_weight, stride_residual, tokens_per_image,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     Y_DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
@@ -100,27 +83,11 @@ def forward(
         tile = lookup("linear_residual_forward", x.device, weight.dtype, rows_class(M))
         statistics = new_statistics(M, N, tile["BLOCK_N"] // tile["PIECES"], x.device)
     launch_tiles(
-        _forward_kernel,
-        "linear_residual_forward",
-        M,
-        N,
-        weight.dtype,
-        (x, weight, residual, y),
-        x_ptr=x,
-        weight_ptr=weight,
-        bias_ptr=bias,
-        scale_ptr=layer_scale,
-        drop_ptr=drop,
-        residual_ptr=residual,
-        y_ptr=y,
-        statistics_ptr=statistics,
-        K=K,
-        stride_x=x.stride(0),
-        stride_weight=weight.stride(0),
-        stride_residual=residual.stride(0),
-        tokens_per_image=tokens_per_image,
-        PRECISION=precision,
-    )
+        _forward_kernel, "linear_residual_forward", M, N, weight.dtype, (x, weight, residual, y),
+        x_ptr=x, weight_ptr=weight, bias_ptr=bias, scale_ptr=layer_scale, drop_ptr=drop, residual_ptr=residual, y_ptr=y,
+        statistics_ptr=statistics, K=K, stride_x=x.stride(0), stride_weight=weight.stride(0),
+        stride_residual=residual.stride(0), tokens_per_image=tokens_per_image, PRECISION=precision,
+    )  # fmt: skip
     return y, statistics
 
 

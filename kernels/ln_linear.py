@@ -78,23 +78,11 @@ def standardised(operand, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr
 
 @triton.jit
 def normalised_product(
-    x,
-    weight,
-    mean,
-    rstd,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    row_sums_ptr,
-    row,
-    col,
-    N,
-    K,
-    DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, weight, mean, rstd,
+    norm_weight_ptr, norm_bias_ptr, row_sums_ptr,
+    row, col, N, K,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """A tile of z·Wᵀ in fp32, or of its folded form where row_sums_ptr, u, is given and the weight is V."""
     z = (x, mean, rstd, norm_weight_ptr, norm_bias_ptr, K)
     if row_sums_ptr is None:
@@ -117,29 +105,13 @@ def normalised_product(
 
 @triton.jit
 def _forward_kernel(
-    x_ptr,
-    statistics_ptr,
+    x_ptr, statistics_ptr,
     norm,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    mean_ptr,
-    rstd_ptr,
-    M,
-    N,
-    K,
-    stride_x,
-    stride_weight,
-    part_width,
-    eps,
-    PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PIECES: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr,
+    M, N, K, stride_x, stride_weight, part_width, eps,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """norm is (γ, β, None), or (None, None, u) where the weight is folded."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
@@ -181,28 +153,11 @@ def forward(x, norm_weight, norm_bias, weight, bias, eps, precision, row_sums=No
         mean, rstd = (torch.empty((M,), dtype=torch.float32, device=x.device) for _ in range(2))
     y = torch.empty((M, N), dtype=weight.dtype, device=x.device)
     launch_tiles(
-        _forward_kernel,
-        "ln_linear_forward",
-        M,
-        N,
-        weight.dtype,
-        (x, weight, y),
-        x_ptr=x,
-        statistics_ptr=statistics,
-        norm=(norm_weight, norm_bias, row_sums),
-        weight_ptr=weight,
-        bias_ptr=bias,
-        y_ptr=y,
-        mean_ptr=mean,
-        rstd_ptr=rstd,
-        K=K,
-        stride_x=x.stride(0),
-        stride_weight=weight.stride(0),
-        part_width=part_width(statistics, K),
-        eps=eps,
-        PARTS=statistics.shape[1],
-        PRECISION=precision,
-    )
+        _forward_kernel, "ln_linear_forward", M, N, weight.dtype, (x, weight, y),
+        x_ptr=x, statistics_ptr=statistics, norm=(norm_weight, norm_bias, row_sums), weight_ptr=weight, bias_ptr=bias,
+        y_ptr=y, mean_ptr=mean, rstd_ptr=rstd, K=K, stride_x=x.stride(0), stride_weight=weight.stride(0),
+        part_width=part_width(statistics, K), eps=eps, PARTS=statistics.shape[1], PRECISION=precision,
+    )  # fmt: skip
     return y, mean, rstd
 
 
@@ -217,20 +172,10 @@ def norm_grad_tile(g, x, mean_g, mean_gx, rstd):
 
 @triton.jit
 def _norm_grad_kernel(
-    dz_ptr,
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    norm_weight_ptr,
-    residual_grad_ptr,
-    dx_ptr,
-    M,
-    K,
-    stride_x,
-    stride_residual_grad,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    dz_ptr, x_ptr, mean_ptr, rstd_ptr, norm_weight_ptr, residual_grad_ptr, dx_ptr,
+    M, K, stride_x, stride_residual_grad,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """dx from dz, of rows that fit in registers, and what reached x past the branch where that is given."""
     row = tl.program_id(0) * BLOCK_M
     rows, cols = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
@@ -254,35 +199,19 @@ def input_grad(dy, x, mean, rstd, norm_weight, weight, precision, residual_grad=
     dx = torch.empty((M, K), dtype=x.dtype, device=x.device)
     tile = whole_rows(K)
     _norm_grad_kernel[(-(-M // tile["BLOCK_M"]),)](
-        dz_ptr=dz,
-        x_ptr=x,
-        mean_ptr=mean,
-        rstd_ptr=rstd,
-        norm_weight_ptr=norm_weight,
-        residual_grad_ptr=residual_grad,
-        dx_ptr=dx,
-        M=M,
-        K=K,
-        stride_x=x.stride(0),
-        stride_residual_grad=0 if residual_grad is None else residual_grad.stride(0),
-        **tile,
-    )
+        dz_ptr=dz, x_ptr=x, mean_ptr=mean, rstd_ptr=rstd, norm_weight_ptr=norm_weight, residual_grad_ptr=residual_grad,
+        dx_ptr=dx, M=M, K=K, stride_x=x.stride(0),
+        stride_residual_grad=0 if residual_grad is None else residual_grad.stride(0), **tile,
+    )  # fmt: skip
     return dx
 
 
 @triton.jit
 def _fold_kernel(
-    weight_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    bias_ptr,
-    folded_ptr,
-    N,
-    K,
-    stride_weight,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    weight_ptr, norm_weight_ptr, norm_bias_ptr, bias_ptr, folded_ptr,
+    N, K, stride_weight,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Rows of W·γ and c = W·β + b, folded [2, N]."""
     row = tl.program_id(0) * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
@@ -305,18 +234,9 @@ def fold(norm_weight, norm_bias, weight, bias):
     N, K = weight.shape
     folded = torch.empty((2, N), dtype=torch.float32, device=weight.device)
     _fold_kernel[(-(-N // 8),)](
-        weight_ptr=weight,
-        norm_weight_ptr=norm_weight,
-        norm_bias_ptr=norm_bias,
-        bias_ptr=bias,
-        folded_ptr=folded,
-        N=N,
-        K=K,
-        stride_weight=weight.stride(0),
-        BLOCK_M=8,
-        BLOCK_K=256,
-        num_warps=4,
-    )
+        weight_ptr=weight, norm_weight_ptr=norm_weight, norm_bias_ptr=norm_bias, bias_ptr=bias, folded_ptr=folded, N=N,
+        K=K, stride_weight=weight.stride(0), BLOCK_M=8, BLOCK_K=256, num_warps=4,
+    )  # fmt: skip
     return folded
 
 
@@ -331,30 +251,11 @@ def sum_parts(parts_ptr, rows, M, PARTS: tl.constexpr):
 
 @triton.jit
 def _summed_input_grad_kernel(
-    dy_ptr,
-    weight_ptr,
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    norm_weight_ptr,
-    row_sums_ptr,
-    residual_grad_ptr,
-    dx_ptr,
-    M,
-    N,
-    K,
-    stride_dy,
-    stride_weight,
-    stride_x,
-    stride_residual_grad,
-    PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PIECES: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dy_ptr, weight_ptr, x_ptr, mean_ptr, rstd_ptr, norm_weight_ptr, row_sums_ptr, residual_grad_ptr, dx_ptr,
+    M, N, K, stride_dy, stride_weight, stride_x, stride_residual_grad,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """dx [M, N] from dy [M, K], W [K, N] and Σ g, Σ g∘x̂ in parts, [2, PARTS, M]; K is what the map gives."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
@@ -387,29 +288,12 @@ def summed_input_grad(dy, x, mean, rstd, norm_weight, weight, row_sums, residual
     (M, K), N = x.shape, weight.shape[0]
     dx = torch.empty((M, K), dtype=x.dtype, device=x.device)
     launch_tiles(
-        _summed_input_grad_kernel,
-        "ln_linear_input_grad",
-        M,
-        K,
-        weight.dtype,
-        (dy, weight, x, residual_grad, dx),
-        dy_ptr=dy,
-        weight_ptr=weight,
-        x_ptr=x,
-        mean_ptr=mean,
-        rstd_ptr=rstd,
-        norm_weight_ptr=norm_weight,
-        row_sums_ptr=row_sums,
-        residual_grad_ptr=residual_grad,
-        dx_ptr=dx,
-        K=N,
-        stride_dy=dy.stride(0),
-        stride_weight=weight.stride(0),
-        stride_x=x.stride(0),
-        stride_residual_grad=residual_grad.stride(0),
-        PARTS=row_sums.shape[1],
-        PRECISION=precision,
-    )
+        _summed_input_grad_kernel, "ln_linear_input_grad", M, K, weight.dtype, (dy, weight, x, residual_grad, dx),
+        dy_ptr=dy, weight_ptr=weight, x_ptr=x, mean_ptr=mean, rstd_ptr=rstd, norm_weight_ptr=norm_weight,
+        row_sums_ptr=row_sums, residual_grad_ptr=residual_grad, dx_ptr=dx, K=N, stride_dy=dy.stride(0),
+        stride_weight=weight.stride(0), stride_x=x.stride(0), stride_residual_grad=residual_grad.stride(0),
+        PARTS=row_sums.shape[1], PRECISION=precision,
+    )  # fmt: skip
     return dx
 
 
@@ -418,25 +302,11 @@ def summed_input_grad(dy, x, mean, rstd, norm_weight, weight, row_sums, residual
 
 @triton.jit
 def _weight_grad_kernel(
-    dy_ptr,
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    partial_ptr,
-    sums_ptr,
-    M,
-    N,
-    K,
-    stride_dy,
-    stride_x,
-    span,
-    DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr, sums_ptr,
+    M, N, K, stride_dy, stride_x, span,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     dy = matrix(dy_ptr, M, N, stride_dy, BLOCK_K, BLOCK_M, TMA)
     x = matrix(x_ptr, M, K, stride_x, BLOCK_K, BLOCK_N, TMA)
     weight_grad_tile(
@@ -447,21 +317,10 @@ def _weight_grad_kernel(
 
 @triton.jit
 def _finish_kernel(
-    partial_ptr,
-    sums_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    weight_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    dnorm_ptr,
-    N,
-    K,
-    stride_weight,
-    splits,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    partial_ptr, sums_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, dweight_ptr, dbias_ptr, dnorm_ptr,
+    N, K, stride_weight, splits,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Second stage: dW = P∘γ + db·βᵀ, db = Σ sums, and this program's rows' share of dγ and dβ, [2, tiles, K]."""
     row, col = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
@@ -485,42 +344,18 @@ def weight_grads(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, precis
     """dW and db (None without b), and the shares [2, tiles, K] of dγ and dβ that `norm_grads` adds up."""
     (M, N), K = dy.shape, x.shape[1]
     partial, sums = launch_weight_grad(
-        _weight_grad_kernel,
-        "ln_linear_weight_grad",
-        M,
-        N,
-        K,
-        weight.dtype,
-        (dy, x),
-        with_sums=True,
-        dy_ptr=dy,
-        x_ptr=x,
-        mean_ptr=mean,
-        rstd_ptr=rstd,
-        stride_dy=dy.stride(0),
-        stride_x=x.stride(0),
+        _weight_grad_kernel, "ln_linear_weight_grad", M, N, K, weight.dtype, (dy, x),
+        with_sums=True, dy_ptr=dy, x_ptr=x, mean_ptr=mean, rstd_ptr=rstd, stride_dy=dy.stride(0), stride_x=x.stride(0),
         PRECISION=precision,
-    )
+    )  # fmt: skip
     dweight = torch.empty((N, K), dtype=weight.dtype, device=x.device)
     dbias = None if bias is None else torch.empty((N,), dtype=bias.dtype, device=x.device)
     dnorm = torch.empty((2, -(-N // 32), K), dtype=torch.float32, device=x.device)
     _finish_kernel[(-(-N // 32), -(-K // 128))](
-        partial_ptr=partial,
-        sums_ptr=sums,
-        norm_weight_ptr=norm_weight,
-        norm_bias_ptr=norm_bias,
-        weight_ptr=weight,
-        dweight_ptr=dweight,
-        dbias_ptr=dbias,
-        dnorm_ptr=dnorm,
-        N=N,
-        K=K,
-        stride_weight=weight.stride(0),
-        splits=partial.shape[0],
-        BLOCK_M=32,
-        BLOCK_N=128,
-        num_warps=8,
-    )
+        partial_ptr=partial, sums_ptr=sums, norm_weight_ptr=norm_weight, norm_bias_ptr=norm_bias, weight_ptr=weight,
+        dweight_ptr=dweight, dbias_ptr=dbias, dnorm_ptr=dnorm, N=N, K=K, stride_weight=weight.stride(0),
+        splits=partial.shape[0], BLOCK_M=32, BLOCK_N=128, num_warps=8,
+    )  # fmt: skip
     return dweight, dbias, dnorm
 
 

@@ -36,29 +36,13 @@ from .tile_table import lookup, rows_class
 
 @triton.jit
 def _fc1_kernel(
-    x_ptr,
-    statistics_ptr,
+    x_ptr, statistics_ptr,
     norm,
-    weight_ptr,
-    bias_ptr,
-    activated_ptr,
-    kept,
-    M,
-    N,
-    K,
-    stride_x,
-    stride_weight,
-    part_width,
-    eps,
-    PARTS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PIECES: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    weight_ptr, bias_ptr, activated_ptr,
+    kept, M, N, K, stride_x, stride_weight, part_width, eps,
+    PARTS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PIECES: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """act(h); norm as in ln_linear's; kept is (h, mean, rstd) for backward, or None."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
@@ -95,29 +79,11 @@ def _fc1_kernel(
 
 @triton.jit
 def _hidden_grad_kernel(
-    dy_ptr,
-    weight_ptr,
-    scale_ptr,
-    drop_ptr,
-    hidden_ptr,
-    folded_ptr,
-    dhidden_ptr,
-    activated_ptr,
-    row_sums_ptr,
-    M,
-    N,
-    K,
-    stride_dy,
-    stride_weight,
-    tokens_per_image,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PIECES: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dy_ptr, weight_ptr, scale_ptr, drop_ptr, hidden_ptr, folded_ptr, dhidden_ptr, activated_ptr, row_sums_ptr,
+    M, N, K, stride_dy, stride_weight, tokens_per_image,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """dh [M, N], act(h) once for the gradient of fc2's weight, and the row sums that the LayerNorm's gradient needs:
     Σ dh∘(W₁·γ) and Σ dh∘(h − c) of this piece of columns, [2, parts, M]."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
@@ -154,23 +120,9 @@ def _hidden_grad_kernel(
 
 
 def forward(
-    x,
-    norm_weight,
-    norm_bias,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    layer_scale,
-    drop,
-    activation,
-    eps,
-    tokens_per_image,
-    precision,
-    training,
-    statistics=None,
-    row_sums=None,
-):
+    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, activation, eps,
+    tokens_per_image, precision, training, statistics=None, row_sums=None,
+):  # fmt: skip
     """y [M, D] in the dtype of x; then h [M, F], mean and rstd [M], None unless training.
 
     `statistics` are those of x where they are at hand; row_sums as in `ln_linear.forward`.
@@ -183,50 +135,20 @@ def forward(
         mean, rstd = (torch.empty((M,), dtype=torch.float32, device=x.device) for _ in range(2))
         kept = (torch.empty((M, width), dtype=fc1_weight.dtype, device=x.device), mean, rstd)
     launch_tiles(
-        _fc1_kernel,
-        "mlp_fc1",
-        M,
-        width,
-        fc1_weight.dtype,
-        (x, fc1_weight, activated),
-        x_ptr=x,
-        statistics_ptr=statistics,
-        norm=(norm_weight, norm_bias, row_sums),
-        weight_ptr=fc1_weight,
-        bias_ptr=fc1_bias,
-        activated_ptr=activated,
-        kept=kept,
-        K=D,
-        stride_x=x.stride(0),
-        stride_weight=fc1_weight.stride(0),
-        part_width=part_width(statistics, D),
-        eps=eps,
-        PARTS=statistics.shape[1],
-        ACTIVATION=activation,
-        PRECISION=precision,
-    )
+        _fc1_kernel, "mlp_fc1", M, width, fc1_weight.dtype, (x, fc1_weight, activated),
+        x_ptr=x, statistics_ptr=statistics, norm=(norm_weight, norm_bias, row_sums), weight_ptr=fc1_weight,
+        bias_ptr=fc1_bias, activated_ptr=activated, kept=kept, K=D, stride_x=x.stride(0),
+        stride_weight=fc1_weight.stride(0), part_width=part_width(statistics, D), eps=eps, PARTS=statistics.shape[1],
+        ACTIVATION=activation, PRECISION=precision,
+    )  # fmt: skip
     y, _ = linear_residual.forward(activated, fc2_weight, fc2_bias, x, layer_scale, drop, tokens_per_image, precision)
     return y, *(kept or (None, None, None))
 
 
 def backward(
-    dy,
-    x,
-    hidden,
-    mean,
-    rstd,
-    norm_weight,
-    norm_bias,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    layer_scale,
-    drop,
-    activation,
-    tokens_per_image,
-    precision,
-):
+    dy, x, hidden, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop,
+    activation, tokens_per_image, precision,
+):  # fmt: skip
     """dx, the shares of dγ and dβ that `ln_linear.norm_grads` adds up, dW₁, db₁, dW₂, db₂ and dγ of the LayerScale
     (None where absent)."""
     (M, D), width = x.shape, fc1_weight.shape[0]
@@ -236,28 +158,12 @@ def backward(
     parts = -(-width // (tile["BLOCK_N"] // tile["PIECES"]))
     row_sums = torch.empty((2, parts, M), dtype=torch.float32, device=x.device)
     launch_tiles(
-        _hidden_grad_kernel,
-        "mlp_hidden_grad",
-        M,
-        width,
-        fc1_weight.dtype,
-        (dy, fc2_weight, hidden),
-        dy_ptr=dy,
-        weight_ptr=fc2_weight,
-        scale_ptr=layer_scale,
-        drop_ptr=drop,
-        hidden_ptr=hidden,
-        folded_ptr=ln_linear.fold(norm_weight, norm_bias, fc1_weight, fc1_bias),
-        dhidden_ptr=dhidden,
-        activated_ptr=activated,
-        row_sums_ptr=row_sums,
-        K=D,
-        stride_dy=dy.stride(0),
-        stride_weight=fc2_weight.stride(0),
-        tokens_per_image=tokens_per_image,
-        ACTIVATION=activation,
-        PRECISION=precision,
-    )
+        _hidden_grad_kernel, "mlp_hidden_grad", M, width, fc1_weight.dtype, (dy, fc2_weight, hidden),
+        dy_ptr=dy, weight_ptr=fc2_weight, scale_ptr=layer_scale, drop_ptr=drop, hidden_ptr=hidden,
+        folded_ptr=ln_linear.fold(norm_weight, norm_bias, fc1_weight, fc1_bias), dhidden_ptr=dhidden,
+        activated_ptr=activated, row_sums_ptr=row_sums, K=D, stride_dy=dy.stride(0), stride_weight=fc2_weight.stride(0),
+        tokens_per_image=tokens_per_image, ACTIVATION=activation, PRECISION=precision,
+    )  # fmt: skip
     fc2_grads = linear_weight_grad(dy, activated, fc2_weight, fc2_bias, layer_scale, drop, tokens_per_image, precision)
     dx = ln_linear.summed_input_grad(dhidden, x, mean, rstd, norm_weight, fc1_weight, row_sums, dy, precision)
     dfc1_weight, dfc1_bias, dnorm = ln_linear.weight_grads(

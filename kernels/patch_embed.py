@@ -64,32 +64,11 @@ def load_rows(table_ptr, rows, n_rows, cols, n_cols):
 
 @triton.jit
 def _forward_kernel(
-    image_ptr,
-    weight_ptr,
-    bias_ptr,
-    position_ptr,
-    prefix_ptr,
-    token_ptr,
-    M,
-    N,
-    K,
-    T,
-    R,
-    COLUMNS,
-    stride_b,
-    stride_c,
-    stride_h,
-    stride_w,
-    FIRST_POSITION: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PIECES: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    image_ptr, weight_ptr, bias_ptr, position_ptr, prefix_ptr, token_ptr,
+    M, N, K, T, R, COLUMNS, stride_b, stride_c, stride_h, stride_w,
+    FIRST_POSITION: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Tokens [M, N], M = B·T. FIRST_POSITION is the token of the position table's first row: 0, or R where prefix tokens
     have no position."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
@@ -120,30 +99,11 @@ def _forward_kernel(
 
 @triton.jit
 def _weight_grad_kernel(
-    dtoken_ptr,
-    image_ptr,
-    partial_ptr,
-    sums_ptr,
-    M,
-    N,
-    K,
-    T,
-    R,
-    COLUMNS,
-    stride_b,
-    stride_c,
-    stride_h,
-    stride_w,
-    span,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dtoken_ptr, image_ptr, partial_ptr, sums_ptr,
+    M, N, K, T, R, COLUMNS, stride_b, stride_c, stride_h, stride_w, span,
+    PH: tl.constexpr, PW: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     dtokens = matrix(dtoken_ptr, M, N, N, BLOCK_K, BLOCK_M, TMA)
     image = (image_ptr, stride_b, stride_c, stride_h, stride_w, M, K, T, R, COLUMNS, PH, PW)
     weight_grad_tile(
@@ -177,22 +137,10 @@ def forward(images, weight, bias, position, prefix, dtype, precision):
     B, D, T = images.shape[0], weight.shape[0], sizes["T"]
     tokens = torch.empty((B, T, D), dtype=dtype, device=images.device)
     launch_tiles(
-        _forward_kernel,
-        "patch_embed_forward",
-        B * T,
-        D,
-        weight.dtype,
-        (weight.view(D, -1), tokens.view(-1, D)),
-        image_ptr=images,
-        weight_ptr=weight,
-        bias_ptr=bias,
-        position_ptr=position,
-        prefix_ptr=prefix,
-        token_ptr=tokens,
-        FIRST_POSITION=0 if position is None else T - position.shape[0],
-        PRECISION=precision,
-        **sizes,
-    )
+        _forward_kernel, "patch_embed_forward", B * T, D, weight.dtype, (weight.view(D, -1), tokens.view(-1, D)),
+        image_ptr=images, weight_ptr=weight, bias_ptr=bias, position_ptr=position, prefix_ptr=prefix, token_ptr=tokens,
+        FIRST_POSITION=0 if position is None else T - position.shape[0], PRECISION=precision, **sizes,
+    )  # fmt: skip
     return tokens
 
 
@@ -201,19 +149,9 @@ def backward(dtokens, images, weight, bias, position, prefix, precision):
     sizes = _geometry(images, weight, prefix)
     (B, T, D), R = dtokens.shape, sizes["R"]
     partial, _ = launch_weight_grad(
-        _weight_grad_kernel,
-        "patch_embed_weight_grad",
-        B * T,
-        D,
-        sizes.pop("K"),
-        weight.dtype,
-        (dtokens.view(-1, D),),
-        with_sums=False,
-        dtoken_ptr=dtokens,
-        image_ptr=images,
-        PRECISION=precision,
-        **sizes,
-    )
+        _weight_grad_kernel, "patch_embed_weight_grad", B * T, D, sizes.pop("K"), weight.dtype, (dtokens.view(-1, D),),
+        with_sums=False, dtoken_ptr=dtokens, image_ptr=images, PRECISION=precision, **sizes,
+    )  # fmt: skip
     dweight, _, _ = linear_finish(partial, None, weight.view(D, -1), None, None)
     sums = dtokens.sum(0, dtype=torch.float32)  # [T, D]
     dbias = None if bias is None else sums[R:].sum(0).to(bias.dtype)

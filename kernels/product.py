@@ -156,17 +156,9 @@ def product(
     load_a: tl.constexpr,
     a,
     load_b: tl.constexpr,
-    b,
-    row,
-    col,
-    start,
-    stop,
-    DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    b, row, col, start, stop,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """The tile of A·Bᵀ at (row, col), its inner index from start to stop; operands in DTYPE, sum in fp32."""
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(start, stop, BLOCK_K):

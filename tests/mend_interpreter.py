@@ -1,7 +1,8 @@
-"""Mends what Triton's interpreter gets wrong in bf16, so that bf16 kernels run on a CPU at all.
+"""Mends what Triton's interpreter gets wrong: bf16, so that such kernels run on a CPU at all, and the fused product.
 
 It stores bf16 as uint16, multiplies these integers in `tl.dot`, and truncates where hardware rounds to nearest even.
-A bf16 result of the interpreter is still no proof of a GPU's: the products here are exact in fp32.
+A bf16 result of the interpreter is still no proof of a GPU's: the products here are exact in fp32. Its `tl.fma` rounds
+the product before it adds, which hardware does not.
 """
 
 import numpy as np
@@ -19,7 +20,7 @@ def _float32_to_bf16(data: np.ndarray) -> np.ndarray:
 
 
 def mend() -> None:
-    """Replace the interpreter's bf16 casts and product. Done once a process, before the first launch."""
+    """Replace the interpreter's bf16 casts and products, and its fma. Done once a process, before the first launch."""
     builder = interpreter.InterpreterBuilder
     original_cast, original_dot = builder.cast_impl, builder.create_dot
 
@@ -40,5 +41,10 @@ def mend() -> None:
         a, b = (cast_impl(self, t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
         return original_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
-    builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    def create_fma(self, x, y, z):
+        with np.errstate(invalid="ignore"):  # ∞ − ∞ is NaN, as in hardware
+            exact = x.data.astype(np.float64) * y.data.astype(np.float64)  # 48 bits of 53
+            return interpreter.TensorHandle((exact + z.data).astype(z.data.dtype), z.dtype.scalar)
+
+    builder.cast_impl, builder.create_dot, builder.create_fma = cast_impl, create_dot, create_fma
     builder.create_fp_to_fp = create_fp_to_fp

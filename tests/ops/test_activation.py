@@ -155,7 +155,7 @@ def counted(arch, dtype, activation, with_grad):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from benchmarks.static import nvidia_tool
+    from benchmarks.compiled import nvidia_tool
 
     pointers = {"x_ptr": "*fp32", "y_ptr": f"*{dtype}"} | ({"slope_ptr": f"*{dtype}"} if with_grad else {})
     constants = {"ACTIVATION": activation, "DTYPE": tl.dtype(dtype), "BLOCK": BLOCK}
