@@ -233,7 +233,7 @@ def parameter(*shape, dtype: torch.dtype) -> torch.Tensor:
 
 
 def op_calls(dtype: torch.dtype, B: int, T: int, D: int, F: int, every: bool) -> Iterator[tuple]:
-    """(op, variant, function, its operands) for each op but attention, block last; with `every`, all activations and options."""
+    """(op, variant, function, operands) for each op but attention, block last; `every`: all activations and options."""
 
     def empty(*shape):
         return parameter(*shape, dtype=dtype)

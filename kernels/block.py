@@ -46,7 +46,7 @@ def forward(
 def backward(
     dy, x, kept, norm1, qkv, proj, end1, norm2, fc1, fc2, end2, heads, activation, tokens_per_image, precision
 ):  # fmt: skip
-    """dx, then the gradients of norm₁, qkv, proj and LayerScale₁, norm₂, fc1, fc2 and LayerScale₂, None where absent."""
+    """dx, then the gradients of norm₁, qkv, proj, LayerScale₁, norm₂, fc1, fc2 and LayerScale₂, None where absent."""
     packed, o, lse, middle, hidden, mean1, rstd1, mean2, rstd2 = kept
     dmiddle, shares2, *mlp_grads = mlp.backward(
         dy, middle, hidden, mean2, rstd2, *norm2, *fc1, *fc2, *end2, activation, tokens_per_image, precision

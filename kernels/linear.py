@@ -182,7 +182,9 @@ def split_tokens(tiles: int, tokens: int, step: int, slots: int) -> tuple[int, i
     return -(-tokens // span), span
 
 
-def launch_weight_grad(kernel, entry: str, M: int, N: int, K: int, dtype, matrices: tuple, with_sums: bool, **arguments):
+def launch_weight_grad(
+    kernel, entry: str, M: int, N: int, K: int, dtype, matrices: tuple, with_sums: bool, **arguments
+):
     """The first stage of an [N, K] gradient over M tokens: partial [S, N, K], and sums [S, N] or None.
 
     The arguments are as `launch_tiles`'s.

@@ -20,7 +20,6 @@ from .product import (
     column_pieces,
     count_tiles,
     launch_tiles,
-    load_tile,
     load_vector,
     matrix,
     product,
@@ -69,8 +68,8 @@ def _forward_kernel(
     FIRST_POSITION: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tokens [M, N], M = B·T. FIRST_POSITION is the token of the position table's first row: 0, or R where prefix tokens
-    have no position."""
+    """Tokens [M, N], M = B·T. FIRST_POSITION is the token of the position table's first row: 0, or R where prefix
+    tokens have no position."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     image = (image_ptr, stride_b, stride_c, stride_h, stride_w, M, K, T, R, COLUMNS, PH, PW)

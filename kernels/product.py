@@ -2,7 +2,7 @@
 
     sums[m, n] = Σₖ A[m, k]·B[n, k]
 
-An operand is a loader, a jit function, and the tuple of its arguments: `load(operand, outer, inner, OUTER, INNER)` gives
+An operand is a loader, a jit function, and the tuple of its arguments. `load(operand, outer, inner, OUTER, INNER)` is
 the tile [OUTER, INNER] whose first row and column these are, zeros outside. k is the inner index of both operands. What
 an op does to an operand on its way to the product (scaling, LayerNorm, cutting an image into patches) is a loader; what
 it does to the result is the epilogue of its kernel.
@@ -216,7 +216,7 @@ def tiles(M: int, N: int, tile: dict) -> int:
 
 def aligned(*matrices: torch.Tensor) -> bool:
     """Whether descriptors can be made of these: their rows begin at multiples of 16 bytes."""
-    for x in matrices:
+    for x in matrices:  # noqa: SIM110 - a generator costs more, and this is asked at every launch
         if x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16:
             return False
     return True

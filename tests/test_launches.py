@@ -115,10 +115,10 @@ def _model(depth: int, **options):
 
 def _assert_each_block_launches(block: list[str], names: dict[int, list[str]], beside: int) -> None:
     """names[depth] is what models of two depths launched: the same before and after the blocks, and `block` in each."""
-    depth, deeper = names
+    depth = min(names)
     first = next(i for i in range(len(names[depth])) if names[depth][i : i + len(block)] == block)
     before, after = names[depth][:first], names[depth][first + depth * len(block) :]
-    assert len(before) + len(after) <= beside, "\n".join(before + ["---"] + after)
+    assert len(before) + len(after) <= beside, "\n".join([*before, "---", *after])
     for depth in names:
         assert names[depth] == before + depth * block + after
 

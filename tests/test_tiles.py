@@ -6,7 +6,6 @@ import pathlib
 
 import pytest
 import torch
-
 from vit_fast.kernels import tile_table
 
 FILES = sorted(tile_table.FOLDER.glob("*.json"))

@@ -9,8 +9,8 @@ import types
 
 import pytest
 import torch
-
 import vit_fast.kernels
+
 from tests.test_cli import run
 from vit_fast import ops, tune, verify
 
@@ -523,9 +523,9 @@ def test_a_name_that_is_not_there(command, arguments, says):
 def test_the_cases_reach_every_entry(architecture, monkeypatch):
     """No kernel is really launched: what counts is which entries are looked up."""
     from triton.runtime.interpreter import GridExecutor
+    from vit_fast.kernels import tile_table
 
     from tests.test_verify import entries
-    from vit_fast.kernels import tile_table
 
     monkeypatch.delenv("VIT_FAST_TILES")
     monkeypatch.setattr(GridExecutor, "__call__", lambda *args, **kwargs: None)

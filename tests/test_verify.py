@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 import torch
-
 import vit_fast.kernels
+
 from vit_fast import ops, verify
 from vit_fast.ops import backend
 
@@ -26,7 +26,6 @@ def entries(table: dict) -> set[tuple[str, str, str]]:
 def test_the_cases_reach_every_entry(architecture, monkeypatch):
     """With that architecture's table, and no kernel really launched: what counts is which entries are looked up."""
     from triton.runtime.interpreter import GridExecutor
-
     from vit_fast.kernels import tile_table
 
     monkeypatch.setattr(GridExecutor, "__call__", lambda *args, **kwargs: None)

@@ -38,9 +38,7 @@ CASES = [
     for case in verify.cases(batch, grid, 16, heads, width, hidden=4 * heads * width)
 ]
 # Where a block holds a whole head, a table tells more widths apart.
-CASES += [
-    verify.Case("attention_qkv", ops.attention_qkv, [(64, 197, 3, 12, width)]) for width in (16, 32, 48, 96, 128)
-]
+CASES += [verify.Case("attention_qkv", ops.attention_qkv, [(64, 197, 3, 12, width)]) for width in (16, 32, 48, 96, 128)]
 # A table's dtype class → the dtypes whose numbers count. The first is the one that is timed.
 DTYPES = {"16": (torch.bfloat16, torch.float16), "32": (torch.float32,)}
 

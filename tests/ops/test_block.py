@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests import unfused
-from tests.ops.harness import BACKENDS, MODES, Case, assert_no_second_derivative, hold_to_the_rule, named, run
+from tests.ops.harness import MODES, Case, assert_no_second_derivative, hold_to_the_rule, named, run
 from tests.ops.test_ln_linear import hard_eps, hard_rows, hold_each_kind_to_the_rule
 from vit_fast import ops, reference
 from vit_fast.ops import block, use_backend

@@ -6,8 +6,8 @@ from vit_fast.kernels.linear_residual import forward
 from vit_fast.kernels.statistics import load_statistics, part_width
 
 from tests import unfused
-from tests.ops.harness import BACKENDS, MODES, Case, assert_no_second_derivative, hold_to_the_rule, named
 from tests.error_rule import assert_close_to_truth
+from tests.ops.harness import BACKENDS, MODES, Case, assert_no_second_derivative, hold_to_the_rule, named
 from tests.ops.test_ln_linear import EACH, HARD, hard_rows
 from vit_fast import reference
 from vit_fast.ops import linear_residual, use_backend

@@ -67,7 +67,9 @@ def hold_each_kind_to_the_rule(op, reference, unfused, case: Case, mode: str) ->
     for name in truth:
         assert_close_to_truth(ours[name], peer[name], truth[name], name)
         if name in ("output", "dx"):
-            ours_of, peer_of, truth_of = (found[name].reshape(EACH, len(HARD), -1).unbind(1) for found in (ours, peer, truth))
+            ours_of, peer_of, truth_of = (
+                found[name].reshape(EACH, len(HARD), -1).unbind(1) for found in (ours, peer, truth)
+            )
             for kind, *three in zip(HARD, ours_of, peer_of, truth_of):
                 assert_close_to_truth(*three, f"{name}, {kind}")
 
@@ -97,7 +99,9 @@ def test_nothing_but_equal_rows(value):
         y = ln_linear(**args, eps=1e-12)
     dy = torch.randn_like(y)
     dnorm_weight, dweight = torch.autograd.grad(y, (args["norm_weight"], args["weight"]), dy)
-    torch.testing.assert_close(y, (args["weight"] @ args["norm_bias"] + args["bias"]).expand_as(y), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        y, (args["weight"] @ args["norm_bias"] + args["bias"]).expand_as(y), rtol=1e-5, atol=1e-5
+    )
     assert torch.equal(dnorm_weight, torch.zeros(70))
     torch.testing.assert_close(dweight, dy.sum((0, 1))[:, None] * args["norm_bias"], rtol=1e-5, atol=1e-5)
 
