@@ -1,4 +1,4 @@
-"""opcheck of the ops that make gradients, on contiguous and on strided operands."""
+"""opcheck of the ops that make gradients, on contiguous and on strided operands; how they split sums over tokens."""
 
 import pytest
 import torch
@@ -55,3 +55,30 @@ def test_patch_embed_backward(prefix, strided):
     operands = _floats(test_patch_embed.shaped(2, 3, (2, 2), 4, 16, prefix=prefix, bias=bool(prefix))())
     args = _dy(2, prefix + 4, 16, strided=strided), *operands
     torch.library.opcheck(torch.ops.vit_fast.patch_embed_backward.default, args)
+
+
+def test_the_cases_of_two_spans_have_two():
+    from vit_fast.kernels import linear, tile_table
+
+    for kernel in ("linear_weight_grad", "ln_linear_weight_grad", "patch_embed_weight_grad"):
+        tile = tile_table.lookup(kernel, torch.device("cpu"), torch.float32)
+        splits, span = linear.split_tokens(linear.tiles(20, 24, tile), 260, tile["BLOCK_K"], 3)
+        assert splits == 2, kernel
+        assert 0 < 260 - span <= span, kernel
+
+
+@pytest.mark.parametrize("partial_tokens", [1, 750])
+def test_spans_are_whole_steps_and_cover_the_tokens(partial_tokens, monkeypatch):
+    from vit_fast.kernels import linear
+
+    monkeypatch.setattr(linear, "PARTIAL_TOKENS", partial_tokens)
+    linear.split_tokens.cache_clear()
+    seen = set()
+    for tiles in (1, 18, 100):
+        for tokens in (1, 63, 256, 257, 5000, 50432):
+            splits, span = linear.split_tokens(tiles, tokens, 64, 132)
+            assert span % 64 == 0
+            assert (splits - 1) * span < tokens <= splits * span
+            assert splits == 1 or span >= 256
+            seen.add(splits)
+    assert len(seen) > 1
