@@ -58,7 +58,7 @@ def test_work_of_a_product():
     work = roofline.work(launch)
     M, N, K = 256 * 197, 768, 768
     assert work.flops == 2 * M * N * K
-    assert work.tiles == M // launch.arguments["BLOCK_M"] * N // launch.arguments["BLOCK_N"]
+    assert work.tiles == (M // launch.kwargs["BLOCK_M"]) * (N // launch.kwargs["BLOCK_N"])
     assert work.padded_flops == work.flops, "every tile is full"
     # x, W, residual (x again here: once) and y in bf16; b, LayerScale and drop.
     assert work.bytes == 2 * (M * K + N * K + M * N + N + N + 256)

@@ -71,7 +71,7 @@ SEPARATE = [
     Case("one token: o is v", shaped(5, 1, 2, 16), **FLAT),
     Case("last query of a tile", shaped(1, 32, 2, 32)),
     Case("first query of a second tile", shaped(1, 33, 1, 32)),
-    Case("last key of a tile", shaped(9, 3, 2, 16, keys=16)),
+    Case("last key of a tile", shaped(9, 4, 3, 16, keys=16)),
     Case("first key of a second tile", shaped(4, 3, 2, 16, keys=17)),
     Case("many queries on one key", shaped(3, 40, 1, 16, keys=1), **FLAT),
     Case("a scale of its own", shaped(2, 7, 2, 48, keys=9), {"scale": 0.1}),
