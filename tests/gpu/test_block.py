@@ -80,6 +80,7 @@ def test_captured_with_its_descriptors():
     """Their memory is the graph's own: a replay after the allocator's cache was emptied and filled gives the same."""
     run = _run()
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             expected = run()
