@@ -2,7 +2,7 @@
 
 forward    m = x + drop∘γ₁∘(attention(LN(x)·Wqkvᵀ)·Wprojᵀ)     y = m + drop∘γ₂∘MLP(LN(m))     6 launches
 backward   of the second half, then of the first, each with the gradient past its branch added by the last kernel of
-           the branch, and one launch for both LayerNorms' dγ and dβ: 16 launches
+           the branch, and one launch for both LayerNorms' dγ and dβ: 16 launches, 17 where attention takes two kernels
 saved      x, qkv, o, m, h, lse and the mean and rstd of both LayerNorms: per token and layer 20·D elements (F = 4·D),
            16 bytes, and one number a head
 

@@ -14,10 +14,10 @@ from tests.ops.test_block import CASES, PEER, case, composed, shaped
 from vit_fast import reference, verify
 from vit_fast.ops import block
 
-# An odd width: rows are no multiple of 16 bytes, so that every operand comes through pointers.
 SIZED = [
     case("ViT-S at two images", shaped(2, 197, 384, 1536), 6),
     case("many rows", shaped(11, 197, 128, 512), 2),
+    # Rows of 257 numbers are no multiple of 16 bytes.
     case("hidden width through pointers", shaped(2, 65, 64, 257), 1),
 ]
 
@@ -28,10 +28,10 @@ def test_output_and_gradients(case, mode):
     hold_to_the_rule(block, composed(reference), composed(PEER), case, mode, "triton", "cuda")
 
 
-def _run(dtype=torch.bfloat16):
-    """Operands of the first sized case, and a run that gives output and gradients."""
+def _run():
+    """A run of the first sized case in bf16, always on the same operands: output and gradients."""
     drawn = SIZED[0].draw()
-    args = {name: None if t is None else t.to("cuda", dtype) for name, t in drawn.items()}
+    args = {name: None if t is None else t.to("cuda", torch.bfloat16) for name, t in drawn.items()}
     wanted = [t.requires_grad_() for name, t in args.items() if t is not None and not name.startswith("drop")]
     upstream = torch.randn_like(args["x"])
 
@@ -108,7 +108,7 @@ def test_every_entry_of_the_table_in_force():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_frozen(dtype):
-    """Folded weights are held to the error of the exact form in PyTorch, rows of large mean among the tokens."""
+    """Folded weights are held to the error of the exact form in PyTorch."""
     model = vit_fast.create_model("vit_tiny_patch16_224", depth=2, num_classes=10, img_size=112)
     for parameter in model.parameters():
         mean, spread = (0.5, 0.3) if parameter.dim() == 1 else (0.0, 0.05)

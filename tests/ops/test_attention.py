@@ -1,18 +1,16 @@
 import math
 import mmap
-import os
 
 import pytest
 import torch
 
 from tests import unfused
+from tests.conftest import INTERPRETING
 from tests.guard import guarded
 from tests.ops.harness import BACKENDS, MODES, Case, hold_to_the_rule, named
 from vit_fast import reference
 from vit_fast.ops import attention, attention_maps, attention_qkv, use_backend
 from vit_fast.ops.attention import HEAD_WIDTHS
-
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 # numpy, which the interpreter runs on, speaks of the NaN and the overflow that some cases are about.
 pytestmark = [
