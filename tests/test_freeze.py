@@ -14,7 +14,7 @@ from tests.error_rule import assert_close_to_truth
 from tests.guard import guarded
 from tests.ops.test_block import composed, shaped
 from vit_fast import reference
-from vit_fast.freeze import _fold
+from vit_fast.freeze import fold
 from vit_fast.layers import Block, LayerScale
 from vit_fast.ops import use_backend
 
@@ -127,7 +127,7 @@ def _product(op: str, x, parameters, eps):
     """y [M, N] of the folded ln_linear, or h of the folded MLP: before a residual that would hide its error."""
     from vit_fast.kernels import ln_linear, mlp
 
-    weight, shift, row_sums = _fold(*parameters)
+    weight, shift, row_sums = fold(*parameters)
     if op == "ln_linear":
         return ln_linear.forward(x, None, None, weight, shift, eps, "ieee", row_sums)[0]
     fc2 = (torch.zeros(x.shape[1], len(weight), dtype=x.dtype), None, None, None)

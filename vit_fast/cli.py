@@ -430,7 +430,7 @@ def _verify_entries(place: torch.device, console: Console) -> None:
     from vit_fast import verify
 
     with console.status("compiling and running every entry of the tile table …"):
-        lines = verify.verify_entries(place)
+        lines = verify.verify_entries(place, workers=os.cpu_count() or 1)
     table = _titled("tile table in force", "kernel", "shape", "dtype", "error", "", "origin")
     verdicts = {True: "[green]agrees[/]", False: "[bold red]DIFFERS[/]", None: "[yellow]not run[/]"}
     for line in lines:

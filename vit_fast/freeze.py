@@ -62,19 +62,24 @@ def _folded(block: Block) -> Folded | None:
         return None
     if any(t is not None and (t.dtype != dtype or t.is_inference() or t.is_meta) for t in sources):
         return None
-    first, second = _fold(*sources[:4]), _fold(*sources[4:])
-    return Folded([*first, *second], sources, count_writes(sources)) if first and second else None
+    halves = sources[:4], sources[4:]
+    operands = [fold(*half) for half in halves]
+    if not all(_fits(folded, *half[::2]) for (folded, *_), half in zip(operands, halves)):
+        return None
+    return Folded([*operands[0], *operands[1]], sources, count_writes(sources))
 
 
-def _fold(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """V = W∘γ [N, K] as rounded, c = W·β + b and u = Σₖ V [N] in fp32; () where V does not fit its dtype."""
+def fold(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """V = W∘γ [N, K] in the dtype of W, c = W·β + b and u = Σₖ V [N] in fp32."""
     wide = weight.float()
-    exact = wide * norm_weight.float()  # so it is: fp32 holds the product of two numbers in half precision
-    folded = exact.to(weight.dtype)
-    row_sums = folded.float()
-    lost, most = (row_sums - exact).norm(dim=1), torch.finfo(weight.dtype).eps / 2 * exact.norm(dim=1)
-    if not (lost <= most).all():  # nor where either is NaN
-        return ()
+    folded = (wide * norm_weight.float()).to(weight.dtype)
     # Not a product: that may round its operands to tf32.
     shift = (wide * norm_bias.float()).sum(1)
-    return folded, shift if bias is None else shift + bias.float(), row_sums.sum(1)
+    return folded, shift if bias is None else shift + bias.float(), folded.float().sum(1)
+
+
+def _fits(folded: Tensor, norm_weight: Tensor, weight: Tensor) -> bool:
+    """Whether V has lost no more in any row than rounding takes."""
+    exact = weight.float() * norm_weight.float()  # so it is: fp32 holds the product of two numbers in half precision
+    lost, most = (folded.float() - exact).norm(dim=1), torch.finfo(weight.dtype).eps / 2 * exact.norm(dim=1)
+    return bool((lost <= most).all())  # nor where either is NaN

@@ -7,9 +7,12 @@ entry of the tile table in force, at sizes that fill tiles and go past them.
 
 import collections
 import contextlib
+import functools
 import importlib.util
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -36,9 +39,21 @@ class Case(NamedTuple):
     spared: int = 0  # how many of the first tensors get no gradient
 
 
-def _block(num_heads: int) -> Callable[..., Tensor]:
+def _block(num_heads: int, x: Tensor, *t: Tensor) -> Tensor:
     """`ops.block` of tensors alone: no drop path."""
-    return lambda x, *t: ops.block(x, *t[:7], None, *t[7:], None, num_heads)
+    return ops.block(x, *t[:7], None, *t[7:], None, num_heads)
+
+
+def _frozen_block(num_heads: int, x: Tensor, *t: Tensor) -> Tensor:
+    """`_block` as `vit_fast.freeze` leaves it: where the kernels run in half precision, its LayerNorms are folded."""
+    from vit_fast.freeze import DTYPES, fold
+    from vit_fast.ops.block import Folded, count_writes, normed
+
+    folded, parameters = None, [*t[:7], None, *t[7:], None]
+    if x.dtype in DTYPES:
+        sources = normed(parameters)
+        folded = Folded([*fold(*sources[:4]), *fold(*sources[4:])], sources, count_writes(sources))
+    return ops.block(x, *parameters, num_heads, folded=folded)
 
 
 def cases(batch: int, grid: int, patch: int, heads: int, head_width: int, hidden: int) -> list[Case]:
@@ -49,6 +64,7 @@ def cases(batch: int, grid: int, patch: int, heads: int, head_width: int, hidden
     tables = [(width, 3, patch, patch), vector, (tokens, width), (1, width)]
     fc1, fc2 = [(hidden, width), (hidden,)], [(width, hidden), vector]
     halves = [vector, vector, (3 * width, width), (3 * width,), (width, width), vector, vector], [vector, vector, *fc1]
+    block = [x, *halves[0], *halves[1], *fc2, vector]
     return [
         Case("patch_embed", ops.patch_embed, [images, *tables], weights=(1,), spared=1),
         Case("ln_linear", ops.ln_linear, [x, vector, vector, *fc1], weights=(3,)),
@@ -57,7 +73,8 @@ def cases(batch: int, grid: int, patch: int, heads: int, head_width: int, hidden
         Case("attention_maps", ops.attention_maps, [head, head], spared=2),
         Case("linear_residual", ops.linear_residual, [(batch, tokens, hidden), *fc2, x, vector], weights=(1,)),
         Case("mlp", ops.mlp, [x, vector, vector, *fc1, *fc2, vector], weights=(3, 5)),
-        Case("block", _block(heads), [x, *halves[0], *halves[1], *fc2, vector], weights=(3, 5, 10, 12)),
+        Case("block", functools.partial(_block, heads), block, weights=(3, 5, 10, 12)),
+        Case("frozen_block", functools.partial(_frozen_block, heads), block, weights=(3, 5, 10, 12), spared=len(block)),
     ]
 
 
@@ -189,7 +206,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def verify_entries(
-    device: str | torch.device, cases: list[Case] = EVERY_CLASS, dtypes: Iterable[torch.dtype] = DTYPES
+    device: str | torch.device,
+    cases: list[Case] = EVERY_CLASS,
+    dtypes: Iterable[torch.dtype] = DTYPES,
+    workers: int = 1,
 ) -> list[dict]:
     """Check every entry of the tile table in force on a device: the miscompiles that are known are of single tiles.
 
@@ -199,6 +219,7 @@ def verify_entries(
     Args:
         device: a GPU; a CPU where Triton's interpreter runs, which takes its time.
         cases: what is run to reach the entries.    dtypes: of the tensors.
+        workers: processes that share the cases: nearly all of the time is the compiler's, which runs on one core.
 
     Returns:
         One dict an entry and dtype: kernel, shape, dtype, origin ("predicted", or by what it was measured), error (as
@@ -214,9 +235,14 @@ def verify_entries(
     from vit_fast.kernels import tile_table
 
     found = collections.defaultdict(list)
-    for dtype in dtypes:
-        for case in cases:
-            for key, judgement in _check(Trial(case, device, dtype)).items():
+    work = [(case, device, dtype) for dtype in dtypes for case in cases]
+    with contextlib.ExitStack() as stack:
+        each = itertools.starmap
+        if workers > 1:  # spawned: a process that has used a GPU cannot fork
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(min(workers, len(work))))
+            each = functools.partial(pool.starmap, chunksize=1)
+        for (_, _, dtype), judged in zip(work, each(_check, work)):
+            for key, judgement in judged.items():
                 found[(*key, dtype)].append(judgement)
     missed = {"error": math.nan, "agrees": None, "why": "no case came to it"}
     lines = []
@@ -237,11 +263,11 @@ def _badness(judgement: dict) -> tuple:
     return not judgement["agrees"], math.inf if math.isnan(error) else error
 
 
-def _check(trial: Trial) -> dict[tuple[str, str, str], dict]:
+def _check(case: Case, device: torch.device, dtype: torch.dtype) -> dict[tuple[str, str, str], dict]:
     """entry → error, agrees, why: of the results of the pass in which it was looked up."""
     from vit_fast.kernels import tile_table
 
-    judged, output = {}, None
+    trial, judged, output = Trial(case, device, dtype), {}, None
     for backward in (False, True):
         with tile_table.recording() as reached, ops.use_backend("triton"):
             try:
