@@ -32,9 +32,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .tile_table import lookup
+from .tile_table import lookup, multiprocessors
 
 LN2 = tl.constexpr(math.log(2))
+HEADS_TO_FILL = 4  # a multiprocessor
 
 
 @triton.jit
@@ -160,8 +161,10 @@ def probabilities(s, lse, scale_log2):
         exponent = difference * scale_log2
         lost = tl.fma(difference, scale_log2, -exponent)
         p = tl.exp2(exponent)
-        return tl.where(p > 0, p + p * (lost * LN2), p)  # of a masked key, at −∞, no difference is left
-    return tl.exp2(s * scale_log2 - lse)
+        p = tl.where(p > 0, p + p * (lost * LN2), p)  # of a masked key, at −∞, no difference is left
+    else:
+        p = tl.exp2(s * scale_log2 - lse)
+    return p
 
 
 @triton.jit
@@ -194,37 +197,43 @@ def load_pieces(view, n_rows, PIECES: tl.constexpr, HEAD: tl.constexpr):
     return tiles
 
 
-@triton.jit(do_not_specialize=["Tq", "Tk"])
+@triton.jit(do_not_specialize=["Tq", "Tk", "span"])
 def _forward_kernel(
     q, k, v, o,
     lse_ptr,
-    H, Tq, Tk, scale_log2,
+    H, Tq, Tk, span, scale_log2,
     HEAD: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    head, b, h, rows = tile_of_head(Tq, H, BLOCK_M)
-    q_tile = load_head(head_view(q, b, h, HEAD), rows, Tq, HEAD)  # [BLOCK_M, d]
+    """A span of a head's queries, a tile after the other: its keys and values are loaded once."""
+    spans = tl.cdiv(Tq, span)
+    program = tl.program_id(0) // spans
+    head, b, h = program.to(tl.int64), program // H, program % H
+    first = tl.program_id(0) % spans * span
     k_tiles = load_pieces(head_view(k, b, h, HEAD), Tk, PIECES, HEAD)
     v_tiles = load_pieces(head_view(v, b, h, HEAD), Tk, PIECES, HEAD)  # now, so that they arrive during the softmax
-    LSE_DTYPE: tl.constexpr = tl.float64 if q_tile[0].dtype == tl.float32 else tl.float32
-    scores = ()
-    highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    for i in tl.static_range(len(PIECES)):
-        s = dot_rows(q_tile, k_tiles[i], PRECISION)  # [BLOCK_M, PIECES[i]]
-        if i == len(PIECES) - 1:
-            s = tl.where(rows_of(i, PIECES)[None, :] < Tk, s, -float("inf"))
-        scores += (s,)
-        highest = tl.maximum(highest, tl.max(s, 1))
-    reference = highest.to(LSE_DTYPE) * scale_log2
-    total = tl.zeros([BLOCK_M], tl.float32)
-    sums = zero_head(BLOCK_M, HEAD)
-    for i in tl.static_range(len(PIECES)):
-        p = probabilities(scores[i], reference[:, None], scale_log2)
-        total += tl.sum(p, 1)
-        sums = add_product(sums, p, v_tiles[i], PRECISION)
-    o_tile = scale_head(sums, (1.0 / total)[:, None])
-    store_head(head_view(o, b, h, HEAD), o_tile, rows, Tq, HEAD)
-    if lse_ptr is not None:
-        tl.store(lse_ptr + head * Tq + rows, reference + tl.log2(total.to(LSE_DTYPE)), mask=rows < Tq)
+    q_view, o_view = head_view(q, b, h, HEAD), head_view(o, b, h, HEAD)
+    for row in range(first, min(first + span, Tq), BLOCK_M):
+        rows = row + tl.arange(0, BLOCK_M)
+        q_tile = load_head(q_view, rows, Tq, HEAD)  # [BLOCK_M, d]
+        LSE_DTYPE: tl.constexpr = tl.float64 if q_tile[0].dtype == tl.float32 else tl.float32
+        scores = ()
+        highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        for i in tl.static_range(len(PIECES)):
+            s = dot_rows(q_tile, k_tiles[i], PRECISION)  # [BLOCK_M, PIECES[i]]
+            if i == len(PIECES) - 1:
+                s = tl.where(rows_of(i, PIECES)[None, :] < Tk, s, -float("inf"))
+            scores += (s,)
+            highest = tl.maximum(highest, tl.max(s, 1))
+        reference = highest.to(LSE_DTYPE) * scale_log2
+        total = tl.zeros([BLOCK_M], tl.float32)
+        sums = zero_head(BLOCK_M, HEAD)
+        for i in tl.static_range(len(PIECES)):
+            p = probabilities(scores[i], reference[:, None], scale_log2)
+            total += tl.sum(p, 1)
+            sums = add_product(sums, p, v_tiles[i], PRECISION)
+        store_head(o_view, scale_head(sums, (1.0 / total)[:, None]), rows, Tq, HEAD)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + head * Tq + rows, reference + tl.log2(total.to(LSE_DTYPE)), mask=rows < Tq)
 
 
 @triton.jit
@@ -450,10 +459,13 @@ def forward(q, k, v, scale: float, precision: str, with_lse: bool):
         **{"Tq": Tq, "Tk": Tk, "scale_log2": _log2(scale)},
     }
     if tile := _whole("attention_forward", q, Tk):
-        kernel, arguments["PIECES"] = _forward_kernel, row_pieces(Tk)
+        # Where heads alone fill the device, a program has one: its keys come once, and not once for each tile of queries.
+        span = Tq if B * H >= HEADS_TO_FILL * multiprocessors(q.device) else tile["BLOCK_M"]
+        programs = B * H * triton.cdiv(Tq, span)
+        _forward_kernel[(programs,)](**arguments, **tile, span=span, PIECES=row_pieces(Tk))
     else:
-        kernel, tile = _forward_streaming_kernel, _streaming("attention_forward_streaming", q)
-    kernel[(B * H * triton.cdiv(Tq, tile["BLOCK_M"]),)](**arguments, **tile)
+        tile = _streaming("attention_forward_streaming", q)
+        _forward_streaming_kernel[(B * H * triton.cdiv(Tq, tile["BLOCK_M"]),)](**arguments, **tile)
     return o.view(B, Tq, H * d), lse
 
 

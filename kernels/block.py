@@ -1,18 +1,22 @@
 """A whole block: the kernels of its two halves in their order, so that what one half knows reaches the other.
 
-forward    m = x + drop∘γ₁∘(attention(LN(x)·Wqkvᵀ)·Wprojᵀ)     y = m + drop∘γ₂∘MLP(LN(m))     6 launches
+forward    m = x + drop∘γ₁∘(attention(LN(x)·Wqkvᵀ)·Wprojᵀ)     y = m + drop∘γ₂∘MLP(LN(m))
+           7 launches; 6 where both LayerNorms are folded
 backward   of the second half, then of the first, each with the gradient past its branch added by the last kernel of
-           the branch, and one launch for both LayerNorms' dγ and dβ: 16 launches, 17 where attention takes two kernels
+           the branch; one launch for the second stages of all four weights, one for both LayerNorms' dγ and dβ
+           13 launches, 14 where attention takes two kernels; one more for each half with LayerScale, a drop path that
+           is active, or autocast
 saved      x, qkv, o, m, h, lse and the mean and rstd of both LayerNorms: per token and layer 20·D elements (F = 4·D),
            16 bytes, and one number a head
 
-The row statistics of m come out of the projection's epilogue, where m is in registers. Those of x do not come from the
-block before: tokens pass between blocks as a plain tensor, which a hook may change, and nothing can ride on it.
+Where the LayerNorms are folded, the row statistics of m come out of the projection's epilogue, where m is in registers.
+Those of x do not come from the block before: tokens pass between blocks as a plain tensor, which a hook may change, and
+nothing can ride on it.
 """
 
 import torch
 
-from . import attention, linear_residual, ln_linear, mlp
+from . import attention, layer_norm, linear, linear_residual, ln_linear, mlp
 
 
 def _heads(qkv, tokens_per_image: int, heads: int):
@@ -34,7 +38,7 @@ def forward(
     o, lse = attention.forward(q, k, v, q.shape[-1] ** -0.5, precision, training)
     o = o.flatten(0, 1)
     middle, statistics = linear_residual.forward(
-        o, *proj, x, *end1, tokens_per_image, precision, with_statistics=True
+        o, *proj, x, *end1, tokens_per_image, precision, with_statistics=row_sums[1] is not None
     )  # fmt: skip
     y, *kept = mlp.forward(
         middle, *norm2, *fc1, *fc2, *end2, activation, eps2, tokens_per_image, precision, training, statistics,
@@ -48,10 +52,10 @@ def backward(
 ):  # fmt: skip
     """dx, then the gradients of norm₁, qkv, proj, LayerScale₁, norm₂, fc1, fc2 and LayerScale₂, None where absent."""
     packed, o, lse, middle, hidden, mean1, rstd1, mean2, rstd2 = kept
-    dmiddle, shares2, *mlp_grads = mlp.backward(
+    dmiddle, shares2, of_fc1, of_fc2 = mlp.first_stage(
         dy, middle, hidden, mean2, rstd2, *norm2, *fc1, *fc2, *end2, activation, tokens_per_image, precision
     )  # fmt: skip
-    do, *proj_grads = linear_residual.backward(dmiddle, o, *proj, *end1, tokens_per_image, precision)
+    do, of_proj = linear_residual.first_stage(dmiddle, o, *proj, *end1, tokens_per_image, precision)
     dpacked = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
     shape = (-1, tokens_per_image, o.shape[1])
     q, k, v = _heads(packed, tokens_per_image, heads)
@@ -59,7 +63,9 @@ def backward(
         do.view(shape), q, k, v, o.view(shape), lse, *_heads(dpacked, tokens_per_image, heads),
         q.shape[-1] ** -0.5, precision,
     )  # fmt: skip
-    dx = ln_linear.input_grad(dpacked, x, mean1, rstd1, norm1[0], qkv[0], precision, residual_grad=dmiddle)
-    dqkv_weight, dqkv_bias, shares1 = ln_linear.weight_grads(dpacked, x, mean1, rstd1, *norm1, *qkv, precision)
-    norm_grads = ln_linear.norm_grads((shares1, *norm1), (shares2, *norm2))
-    return dx, *norm_grads[:2], dqkv_weight, dqkv_bias, *proj_grads, *norm_grads[2:], *mlp_grads
+    dx, shares1, of_qkv = ln_linear.first_stage(
+        dpacked, x, mean1, rstd1, *norm1, *qkv, precision, residual_grad=dmiddle
+    )  # fmt: skip
+    dqkv, dproj, dfc1, dfc2 = zip(*[iter(linear.finish(of_qkv, of_proj, of_fc1, of_fc2))] * 3)
+    dnorms = layer_norm.finish((shares1, *norm1), (shares2, *norm2))
+    return dx, *dnorms[:2], *dqkv[:2], *dproj, *dnorms[2:], *dfc1[:2], *dfc2

@@ -1,8 +1,7 @@
 """A linear map and what follows it in a residual branch, in one kernel.
 
 forward    h = x·Wᵀ + b     y = residual + drop∘γ∘h
-backward   dresidual = dy   dx = drop∘((dy∘γ)·W)
-           G = (drop∘dy)ᵀ·x   s = Σ drop∘dy   dW = γ∘G   db = γ∘s   dγ = Σₖ W∘G + b∘s      (Σ over tokens)
+backward   dresidual = dy   dx, dW, db and dγ as in kernels/linear.py
 shapes     x [M, K]   W [N, K]   b, γ [N]   residual, y [M, N]   drop [B], one draw for each M/B tokens
 saved      x; h is not: the sum over k of W∘G gives LayerScale's gradient without it
 limit      2·M·N·K operations forward, twice that backward; (M·K + N·K + 2·M·N) elements moved forward
@@ -14,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .linear import linear_input_grad, linear_weight_grad
+from .linear import branch_gradient, finish, input_grad, weight_grad
 from .product import (
     column_pieces,
     count_tiles,
@@ -91,7 +90,13 @@ def forward(
     return y, statistics
 
 
+def first_stage(dy, x, weight, bias, layer_scale, drop, tokens_per_image, precision):
+    """dx, and the first stage of dW, db and dγ."""
+    dropped, scaled = branch_gradient(dy, layer_scale, drop, tokens_per_image, weight.dtype)
+    return input_grad(scaled, weight, precision), weight_grad(dropped, x, weight, bias, layer_scale, precision)
+
+
 def backward(dy, x, weight, bias, layer_scale, drop, tokens_per_image, precision):
     """dx, dW, db (None without b) and dγ (None without γ); the residual's gradient is dy itself."""
-    dx = linear_input_grad(dy, weight, layer_scale, drop, tokens_per_image, precision)
-    return dx, *linear_weight_grad(dy, x, weight, bias, layer_scale, drop, tokens_per_image, precision)
+    dx, partials = first_stage(dy, x, weight, bias, layer_scale, drop, tokens_per_image, precision)
+    return dx, *finish(partials)

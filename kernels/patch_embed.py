@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .linear import launch_weight_grad, linear_finish, weight_grad_tile
+from .linear import Partials, finish, launch_weight_grad, weight_grad_tile
 from .product import (
     column_pieces,
     count_tiles,
@@ -106,7 +106,7 @@ def _weight_grad_kernel(
     dtokens = matrix(dtoken_ptr, M, N, N, BLOCK_K, BLOCK_M, TMA)
     image = (image_ptr, stride_b, stride_c, stride_h, stride_w, M, K, T, R, COLUMNS, PH, PW)
     weight_grad_tile(
-        (dtokens, None, M, 1), patches_inner, image, partial_ptr, sums_ptr, N, K, M, span,
+        dtokens, patches_inner, image, partial_ptr, sums_ptr, N, K, M, span,
         DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
 
@@ -151,7 +151,7 @@ def backward(dtokens, images, weight, bias, position, prefix, precision):
         _weight_grad_kernel, "patch_embed_weight_grad", B * T, D, sizes.pop("K"), weight.dtype, (dtokens.view(-1, D),),
         with_sums=False, dtoken_ptr=dtokens, image_ptr=images, PRECISION=precision, **sizes,
     )  # fmt: skip
-    dweight, _, _ = linear_finish(partial, None, weight.view(D, -1), None, None)
+    dweight, _, _ = finish(Partials(partial, None, weight.view(D, -1), None, None))
     sums = dtokens.sum(0, dtype=torch.float32)  # [T, D]
     dbias = None if bias is None else sums[R:].sum(0).to(bias.dtype)
     dposition = None if position is None else sums[T - position.shape[0] :].to(position.dtype, copy=True)

@@ -4,8 +4,8 @@
 
 An operand is a loader, a jit function, and the tuple of its arguments. `load(operand, outer, inner, OUTER, INNER)` is
 the tile [OUTER, INNER] whose first row and column these are, zeros outside. k is the inner index of both operands. What
-an op does to an operand on its way to the product (scaling, LayerNorm, cutting an image into patches) is a loader; what
-it does to the result is the epilogue of its kernel.
+an op does to an operand on its way to the product, as cutting an image into patches, is a loader; what it does to the
+result is the epilogue of its kernel. On Hopper a loader that computes in registers halves the rate of the product.
 
 A kernel is persistent: as many programs as the multiprocessors hold take the tiles of the result in turn, so that
 flattening lets the loads of the next tile run under the epilogue of this one. Tiles reach shared memory through
@@ -124,31 +124,19 @@ def rows_inner(source, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
     return load_tile(source, inner, outer, INNER, OUTER).T
 
 
-@triton.jit
-def _scale_inner(tile, scale_ptr, inner, length, PER):
-    """tile[:, k] times scale[k // PER], where a scale is given."""
-    if scale_ptr is not None:
-        index = inner + tl.arange(0, tile.shape[1])
-        scale = tl.load(scale_ptr + index // PER, mask=index < length, other=0.0)
-        tile = tile.to(tl.float32) * scale.to(tl.float32)[None, :]
-    return tile
-
-
-@triton.jit
-def scaled_rows_outer(operand, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """As `rows_outer`, each column times its scale, where there is one."""
-    source, scale_ptr, length = operand
-    return _scale_inner(load_tile(source, outer, inner, OUTER, INNER), scale_ptr, inner, length, 1)
-
-
-@triton.jit
-def scaled_rows_inner(operand, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """As `rows_inner`, each PER rows times their scale, where there is one."""
-    source, scale_ptr, length, PER = operand
-    return _scale_inner(load_tile(source, inner, outer, INNER, OUTER).T, scale_ptr, inner, length, PER)
-
-
 # ---- the product ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def add_dot(sums, left, right, PRECISION: tl.constexpr):
+    """sums + left·right. In fp32 each step is summed for itself first: a chain of thousands of additions, each rounded,
+    would be further from the truth than PyTorch, which sums in pieces too."""
+    if (left.dtype == tl.float32) & (PRECISION == "ieee"):
+        # Not `+`, of which the compiler would make one product that begins with `sums`.
+        sums = tl.fma(tl.dot(left, right, input_precision=PRECISION), 1.0, sums)
+    else:
+        sums = tl.dot(left, right, sums, input_precision=PRECISION)
+    return sums
 
 
 @triton.jit
@@ -164,19 +152,36 @@ def product(
     for k in range(start, stop, BLOCK_K):
         left = load_a(a, row, k, BLOCK_M, BLOCK_K).to(DTYPE)
         right = load_b(b, col, k, BLOCK_N, BLOCK_K).to(DTYPE)
-        sums = tl.dot(left, right.T, sums, input_precision=PRECISION)
+        sums = add_dot(sums, left, right.T, PRECISION)
     return sums
 
 
 @triton.jit
-def row_sums(
-    load_a: tl.constexpr, a, row, start, stop, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+def product_and_row_sums(
+    load_a: tl.constexpr,
+    a,
+    load_b: tl.constexpr,
+    b, row, col, start, stop,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sum of A over its inner index from start to stop, in fp32."""
-    sums = tl.zeros([BLOCK_M], tl.float32)
+    """As `product`, and the sums of A's rows over the same inner index, [BLOCK_M]."""
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for_ones = tl.zeros([BLOCK_M, 16], tl.float32)
+    row_sums = tl.zeros([BLOCK_M], tl.float32)
+    ones = tl.full([BLOCK_K, 16], 1.0, tl.float32).to(DTYPE)
     for k in range(start, stop, BLOCK_K):
-        sums += tl.sum(load_a(a, row, k, BLOCK_M, BLOCK_K).to(tl.float32), axis=1)
-    return sums
+        left = load_a(a, row, k, BLOCK_M, BLOCK_K).to(DTYPE)
+        right = load_b(b, col, k, BLOCK_N, BLOCK_K).to(DTYPE)
+        sums = add_dot(sums, left, right.T, PRECISION)
+        if DTYPE.primitive_bitwidth == 32:
+            row_sums += tl.sum(left, axis=1)
+        else:
+            # A product with ones: the tile is in shared memory for the other product, and to sum it in registers it
+            # would have to be read from there.
+            for_ones = tl.dot(left, ones, for_ones)
+    if DTYPE.primitive_bitwidth < 32:
+        row_sums = tl.max(for_ones, axis=1)  # of 16 equal columns
+    return sums, row_sums
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Mean and variance of the rows of a matrix [M, K], from those of parts of the columns.
+"""Mean and variance of the rows of a matrix [M, K], from those of parts of the columns: for a folded LayerNorm.
 
 Whoever holds a part of a row in registers writes its mean m and its sum of squares q about that mean; whoever reads
 the row puts them together (Chan, Golub and LeVeque 1979, equation 2.1), n columns a part:
@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .layer_norm import whole_rows
 from .product import load_tile, matrix
 
 
@@ -61,12 +62,6 @@ def _statistics_kernel(
     row = tl.program_id(0) * BLOCK_M
     x = load_tile(matrix(x_ptr, M, K, stride_x, BLOCK_M, BLOCK_K, False), row, 0, BLOCK_M, BLOCK_K).to(tl.float32)
     store_statistics(statistics_ptr, x, row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), M, K)
-
-
-def whole_rows(K: int) -> dict:
-    """The launch of a kernel that holds rows whole: 4,096 elements a program of four warps, 32 a thread."""
-    block = 1 << (K - 1).bit_length()
-    return {"BLOCK_M": max(1, 4096 // block), "BLOCK_K": block, "num_warps": 4}
 
 
 def new_statistics(M: int, K: int, width: int, device: torch.device) -> torch.Tensor:

@@ -7,10 +7,19 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import vit_fast
 
-# Everything that a block launches, in order, PyTorch's own ops among it where there are any. kernels/block.py says why
-# inference takes 6 and not 5: the statistics of x would have to come from the block before, past whatever a hook made
-# of x.
+# Everything that a block launches, in order, PyTorch's own ops among it where there are any.
 FORWARD = [
+    "layer_norm._forward_kernel",  # norm1
+    "ln_linear._forward_kernel",  # qkv
+    "attention._forward_kernel",
+    "linear_residual._forward_kernel",  # the projection
+    "layer_norm._forward_kernel",  # norm2
+    "mlp._fc1_kernel",  # fc1 and the activation
+    "linear_residual._forward_kernel",  # fc2
+]
+# kernels/block.py says why 6 and not 5: the statistics of x would have to come from the block before, past whatever a
+# hook made of x.
+FROZEN = [
     "statistics._statistics_kernel",  # of x
     "ln_linear._forward_kernel",  # norm1 and qkv
     "attention._forward_kernel",
@@ -19,27 +28,22 @@ FORWARD = [
     "linear_residual._forward_kernel",  # fc2
 ]
 BACKWARD = [
-    "ln_linear._fold_kernel",  # fc1's W·γ and W·β + b, for the two means of norm2's gradient
     "mlp._hidden_grad_kernel",  # fc2's input gradient through the activation
     "linear._weight_grad_kernel",  # fc2, first stage
-    "linear._finish_kernel",  # second stage: its weight, its bias, LayerScale
-    "ln_linear._summed_input_grad_kernel",  # fc1's input gradient through norm2, and the residual's
-    "ln_linear._weight_grad_kernel",  # fc1
-    "ln_linear._finish_kernel",
+    "linear._input_grad_kernel",  # fc1
+    "layer_norm._backward_kernel",  # through norm2, and the residual's
+    "linear._weight_grad_kernel",  # fc1
     "linear._input_grad_kernel",  # the projection
     "linear._weight_grad_kernel",
-    "linear._finish_kernel",
     "attention._grad_kernel",  # above 272 tokens two take its place
     "linear._input_grad_kernel",  # qkv
-    "ln_linear._norm_grad_kernel",  # through norm1, and the residual's
-    "ln_linear._weight_grad_kernel",
-    "ln_linear._finish_kernel",
-    "ln_linear._norm_grads_kernel",  # the weights and biases of both norms
+    "layer_norm._backward_kernel",  # through norm1, and the residual's
+    "linear._weight_grad_kernel",
+    "linear._finish_kernel",  # the second stages of all four weights and biases, LayerScale
+    "layer_norm._finish_kernel",  # the weights and biases of both norms
 ]
-# 22 of these are wanted at the most, 18 are the aim. What is between: the second stages of four weight gradients, which
-# add up the spans of tokens that fill the device (one launch for all four would be 3 fewer), and the pass through norm1
-# (the identities that save norm2's would cost qkv's gradient a pass over two tensors of its own width).
-MOST = 22
+BRANCH = "linear._branch_kernel"  # drop∘dy and drop∘dy∘γ, at the head of each half, with a LayerScale or a drop path
+MOST = 22  # forward and backward, as many as attention takes
 DRAW = ["aten.bernoulli_.float", "aten.div_.Tensor"]  # PyTorch's own: the drop path's, once for each half, where active
 
 
@@ -130,8 +134,18 @@ def test_inference(monkeypatch):
         model = _model(depth).eval()
         with torch.no_grad():
             names[depth] = launches(monkeypatch, lambda model=model: model(images))
-    assert len(FORWARD) <= 6
     _assert_each_block_launches(FORWARD, names, beside=3)
+
+
+@pytest.mark.interpret
+def test_frozen_inference(monkeypatch):
+    images, names = torch.randn(1, 3, 32, 32).half(), {}
+    for depth in (2, 3):
+        model = vit_fast.freeze(_model(depth).half().eval())
+        with torch.no_grad():
+            names[depth] = launches(monkeypatch, lambda model=model: model(images))
+    assert len(FROZEN) <= 6
+    _assert_each_block_launches(FROZEN, names, beside=3)
 
 
 @pytest.mark.interpret
@@ -145,9 +159,15 @@ def test_forward_and_backward(options, monkeypatch):
         upstream = torch.randn(logits[0].shape)
         backward[depth] = launches(monkeypatch, lambda logits=logits, upstream=upstream: logits[0].backward(upstream))
         assert all(parameter.grad is not None for parameter in model.parameters())
-    assert len(FORWARD) + len(BACKWARD) <= MOST
+    expected = _with_branches() if options else BACKWARD
+    assert len(FORWARD) + len(expected) <= MOST
     _assert_each_block_launches(FORWARD, forward, beside=3)
-    _assert_each_block_launches(BACKWARD, backward, beside=13)
+    _assert_each_block_launches(expected, backward, beside=13)
+
+
+def _with_branches() -> list[str]:
+    second = BACKWARD.index("linear._input_grad_kernel", 3)  # the projection's: the first half's gradient begins there
+    return [BRANCH, *BACKWARD[:second], BRANCH, *BACKWARD[second:]]
 
 
 @pytest.mark.interpret
@@ -157,4 +177,4 @@ def test_the_drop_path_adds_its_two_draws(monkeypatch):
     x, y = torch.randn(2, 5, 32), []
     assert launches(monkeypatch, lambda: y.append(block(x))) == DRAW + DRAW + FORWARD
     upstream = torch.randn(x.shape)
-    assert launches(monkeypatch, lambda: y[0].backward(upstream)) == BACKWARD
+    assert launches(monkeypatch, lambda: y[0].backward(upstream)) == _with_branches()

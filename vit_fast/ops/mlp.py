@@ -143,19 +143,17 @@ def _backward(
     drop: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from vit_fast.kernels import ln_linear
     from vit_fast.kernels import mlp as kernel
 
-    norm_weight, norm_bias = packed(norm_weight), packed(norm_bias)
     with on_device_of(x):
-        dx, dnorm, *gradients = kernel.backward(
+        dx, *gradients = kernel.backward(
             as_rows(dy),
             as_rows(x),
             hidden,
             mean,
             rstd,
-            norm_weight,
-            norm_bias,
+            packed(norm_weight),
+            packed(norm_bias),
             as_rows(fc1_weight),
             packed(fc1_bias),
             as_rows(fc2_weight),
@@ -166,7 +164,6 @@ def _backward(
             x.shape[1:-1].numel(),
             float32_precision(fc1_weight.dtype),
         )
-        gradients = *ln_linear.norm_grads((dnorm, norm_weight, norm_bias)), *gradients
     return dx.view(x.shape), *(or_empty(gradient, dy) for gradient in gradients)
 
 
