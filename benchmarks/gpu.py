@@ -270,6 +270,31 @@ SHAPES = (
 )
 
 
+def _passes(contenders: dict, tensors: tuple, spared: int) -> tuple[dict, dict]:
+    """Runs forward, and forward and backward, of those contenders that run at all."""
+    wanted = [t.requires_grad_() for t in tensors[spared:]]
+    upstream = torch.randn_like(contenders["vit_fast"](*tensors))
+
+    def forward(contender):
+        with torch.no_grad():
+            return contender(*tensors)
+
+    def both(contender):
+        return torch.autograd.grad(contender(*tensors), wanted, upstream, allow_unused=True)
+
+    found = {}, {}
+    for name, contender in contenders.items():
+        try:
+            forward(contender)
+            both(contender)
+        except RuntimeError as error:
+            print(name, "left out:", str(error).splitlines()[0])
+        else:
+            for runs, run in zip(found, (forward, both)):
+                runs[name] = functools.partial(run, contender)
+    return found
+
+
 def measure_ops(batch: int, rounds: int = ROUNDS, only: str = "") -> list[dict]:
     """Each op and its peers: microseconds forward, and forward and backward, and the distance from fp64 PyTorch."""
     lines = []
@@ -280,32 +305,15 @@ def measure_ops(batch: int, rounds: int = ROUNDS, only: str = "") -> list[dict]:
                 continue
             if shape[0] > 300 and op != "attention":
                 continue
-            wanted = [t.requires_grad_() for t in tensors if t is not tensors[0] or op != "patch_embed"]
-            forward, both = {}, {}
-            upstream = torch.randn_like(contenders["vit_fast"](*tensors))
-            for name, contender in contenders.items():
-
-                def one(contender=contender):
-                    with torch.no_grad():
-                        return contender(*tensors)
-
-                def two(contender=contender):
-                    return torch.autograd.grad(contender(*tensors), wanted, upstream, allow_unused=True)
-
-                try:
-                    one()
-                    two()
-                except RuntimeError as error:
-                    print(op, model, name, "left out:", str(error).splitlines()[0])
-                    continue
-                forward[name], both[name] = one, two
+            spared = 1 if op == "patch_embed" else 0
+            forward, both = _passes(contenders, tensors, spared)
             for direction, runs in (("forward", forward), ("both", both)):
                 times = time_in_turn(runs, rounds)
                 line = {"op": op, "model": model, "batch": B, "direction": direction}
                 line["us"] = {name: quantiles(samples) for name, samples in times.items()}
                 lines.append(line)
                 print(op, model, direction, {name: q[1] for name, q in line["us"].items()})
-            del tensors, forward, both, runs, wanted, upstream
+            del tensors, forward, both, runs
             empty_memory()
     return lines
 
@@ -339,7 +347,7 @@ def graphed(run: Callable) -> Callable:
 
 
 def models(batch: int, rounds: int = ROUNDS, compiled: bool = True) -> list[dict]:
-    """Images a second: ours eager, frozen and in a graph, timm's eager and compiled; training steps with fused AdamW."""
+    """Microseconds a batch: ours eager and in a graph, timm's eager and compiled; training steps with fused AdamW."""
     from tests import mend_torchvision
 
     mend_torchvision.mend()
@@ -354,8 +362,6 @@ def models(batch: int, rounds: int = ROUNDS, compiled: bool = True) -> list[dict
             with torch.inference_mode():
                 runs["vit_fast"] = functools.partial(ours, images)
                 runs["vit_fast graph"] = graphed(runs["vit_fast"])
-                frozen = vit_fast.freeze(new_model(name))
-                runs["vit_fast frozen graph"] = graphed(functools.partial(frozen, images))
                 runs["timm"] = functools.partial(theirs, images)
                 runs["timm graph"] = graphed(runs["timm"])
                 if compiled and size in (1, batch):
@@ -365,7 +371,7 @@ def models(batch: int, rounds: int = ROUNDS, compiled: bool = True) -> list[dict
             lines.append({"model": name, "batch": size, "pass": "inference"})
             lines[-1]["us"] = {run: quantiles(samples) for run, samples in times.items()}
             print(name, size, {run: round(size / q[1] * 1e6) for run, q in lines[-1]["us"].items()}, flush=True)
-            del runs, ours, theirs, frozen
+            del runs, ours, theirs
             empty_memory()
     for name in MODELS:
         size = batch if "huge" not in name else batch // 4
@@ -423,8 +429,6 @@ def prepare(task: tuple) -> None:
     if step == "kernels":
         name, training = which
         pass_of(new_model(name, training, depth=1), batch, training)()
-        if not training:
-            pass_of(vit_fast.freeze(new_model(name, depth=1)), batch, False)()
     else:
         measure_ops(batch, 2, only=which)
 

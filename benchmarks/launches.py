@@ -26,7 +26,6 @@ import vit_fast
 from vit_fast import ops
 from vit_fast.ops import backend
 from vit_fast.ops.attention import HEAD_WIDTHS
-from vit_fast.ops.block import Folded, count_writes, normed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPS = ("patch_embed", "ln_linear", "attention", "linear_residual", "mlp", "block")
@@ -258,18 +257,6 @@ def op_calls(dtype: torch.dtype, B: int, T: int, D: int, F: int, every: bool) ->
         if D % 64 == 0:  # elsewhere no kernel takes its heads
             first = *norm, empty(3 * D, D), optional(3 * D), empty(D, D), *end
             yield "block", variant, ops.block, x, *first, *parameters, D // 64
-            if every and dtype != torch.float32:
-                yield "block", f"frozen, {variant}", frozen_block, x, *first, *parameters, D // 64
-
-
-def frozen_block(x: torch.Tensor, *parameters_and_heads) -> torch.Tensor:
-    """`ops.block` in inference, its LayerNorms folded as `vit_fast.freeze` leaves them."""
-    *parameters, heads = (t.detach() if isinstance(t, torch.Tensor) else t for t in parameters_and_heads)
-    folded = []
-    for weight in (parameters[2], parameters[10]):
-        folded += [weight, *(torch.empty(len(weight), dtype=torch.float32, device="meta") for _ in range(2))]
-    sources = normed(parameters)
-    return ops.block(x.detach(), *parameters, heads, folded=Folded(folded, sources, count_writes(sources)))
 
 
 def attention_calls(dtype: torch.dtype) -> Iterator[tuple]:

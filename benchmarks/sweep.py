@@ -20,7 +20,13 @@ from vit_fast.kernels import layer_norm, tile_table
 from benchmarks.gpu import DEVICE, REHEARSAL, SLEEP, hold_the_device, launch_clock, record
 from vit_fast import ops, verify
 
-SHAPES = {"B": (256, 14, 12, 64), "H": (128, 16, 16, 80)}
+SHAPES = {
+    "B": (256, 14, 12, 64),
+    "H": (128, 16, 16, 80),
+    "B at 8": (8, 14, 12, 64),
+    "B at 1": (1, 14, 12, 64),
+    "B/14": (256, 16, 12, 64),
+}
 if REHEARSAL:
     SHAPES = {"B": (2, 2, 2, 32)}
 ARCH = "interpreter" if REHEARSAL else tile_table.architecture(torch.device(DEVICE, 0))
@@ -34,6 +40,16 @@ TILES = [
     *((256, 128, 64, pieces, 8, 3, 1) for pieces in (1, 2)),
     *((64, 256, 64, pieces, 4, 2, 2) for pieces in (2, 4)),
     (64, 128, 64, 1, 4, 3, 3),
+]
+FEW = [
+    *((64, 64, 64, 1, 4, stages, 2) for stages in (3, 4, 6)),
+    (64, 64, 128, 1, 4, 3, 1),
+    (64, 64, 128, 1, 4, 4, 1),
+    (64, 128, 64, 1, 4, 4, 1),
+    (128, 64, 64, 1, 4, 4, 1),
+    (64, 32, 64, 1, 4, 5, 2),
+    (64, 32, 128, 1, 4, 4, 1),
+    (128, 128, 64, 1, 8, 4, 1),
 ]
 KERNELS = {
     "ln_linear_forward": ("ln_linear.forward",),
@@ -58,6 +74,8 @@ def candidates() -> list[tuple]:
             if weight:
                 del entry["PIECES"]
             found.append((kernel, "any" if weight else "many", entry, names))
+        for numbers in FEW if not weight else ():
+            found.append((kernel, "few", dict(zip(PRODUCT, numbers)) | {"TMA": 1, "origin": "predicted"}, names))
     for shape, entry in table["attention_forward"]["16"].items():
         for rows, warps, stages in ATTENTION:
             new = entry | {"BLOCK_M": rows, "num_warps": warps, "num_stages": stages}
@@ -98,14 +116,17 @@ class Block:
         with torch.no_grad():
             return self.call(*self.tensors)
 
-    def frozen(self):
-        with torch.no_grad():
-            return verify._frozen_block(self.case.call.args[0], *self.tensors[:7], None, *self.tensors[8:], None)
-
     def run(self):
         y = self.call(*self.tensors)
         wanted = [t for i, t in enumerate(self.tensors) if i != 7]
         return [y.detach(), *torch.autograd.grad(y, wanted, self.upstream)]
+
+
+def concerned(name: str, kernel: str, shape: str) -> bool:
+    """Whether a model's shape comes to that entry."""
+    if kernel.startswith("attention"):
+        return True
+    return (shape == "few") == name.startswith("B at") if shape else not name.startswith("B at")
 
 
 def using(kernel: str, shape: str, entry: dict):
@@ -113,7 +134,7 @@ def using(kernel: str, shape: str, entry: dict):
         return tile_table.using(ARCH, kernel, "16", shape, entry)
     from unittest import mock
 
-    def whole_rows(K):
+    def whole_rows(K, _):
         block = 1 << (K - 1).bit_length()
         return {"BLOCK_M": max(1, entry["elements"] // block), "BLOCK_K": block, "num_warps": entry["warps"]}
 
@@ -128,7 +149,6 @@ def timed(block: Block, names: tuple, rounds: int) -> dict[str, float]:
         with launch_clock() as found:
             block.forward()
             block.run()
-            block.frozen()
         for _, _, stop in found:
             stop.synchronize()
         passes.append([(kernel, 1e3 * a.elapsed_time(b)) for kernel, a, b in found if kernel.startswith(names)])
@@ -140,11 +160,12 @@ def prepare(task: tuple) -> str:
     try:
         with using(kernel, shape, entry), ops.use_backend("triton"):
             for name, (batch, *rest) in SHAPES.items():
+                if not concerned(name, kernel, shape):
+                    continue
                 SHAPES[name] = (min(batch, 16), *rest)
                 block = Block(name)
                 block.forward()
                 block.run()
-                block.frozen()
         if not REHEARSAL:
             torch.cuda.synchronize()
     except Exception as error:
@@ -159,8 +180,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4)
     parser.add_argument("--only", nargs="*", default=())
     given = parser.parse_args()
+    given.only = set(given.only)
     start = time.monotonic()
-    tasks = [task for task in candidates() if not given.only or task[0] in given.only]
+    tasks = [task for task in candidates() if not given.only or given.only & {task[0], task[1]}]
     with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
         waiting = [pool.apply_async(prepare, (task,)) for task in tasks]
         reasons = []
@@ -182,6 +204,8 @@ def main() -> None:
             print(name, "as it is", everything, flush=True)
             lines.append({"model": name, "kernel": "all", "us": everything})
             for (kernel, shape, entry, names), reason in zip(tasks, reasons):
+                if not concerned(name, kernel, shape):
+                    continue
                 line = {"model": name, "kernel": kernel, "shape": shape, "entry": entry, "why": reason}
                 if not reason:
                     try:

@@ -32,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .product import add_dot
 from .tile_table import lookup, multiprocessors
 
 LN2 = tl.constexpr(math.log(2))
@@ -133,9 +134,9 @@ def dot_rows(a, b, PRECISION: tl.constexpr):
 def add_product(sums, weights, x, PRECISION: tl.constexpr):
     """sums + weights·x, the weights rounded to the dtype of x."""
     weights = weights.to(x[0].dtype)
-    tile = (tl.dot(weights, x[0], sums[0], input_precision=PRECISION),)
+    tile = (add_dot(sums[0], weights, x[0], PRECISION),)
     if len(x) == 2:
-        tile = (tile[0], tl.dot(weights, x[1], sums[1], input_precision=PRECISION))
+        tile = (tile[0], add_dot(sums[1], weights, x[1], PRECISION))
     return tile
 
 
@@ -143,9 +144,9 @@ def add_product(sums, weights, x, PRECISION: tl.constexpr):
 def add_turned_product(sums, x, weights, PRECISION: tl.constexpr):
     """sums + xᵀ·weights, that is (weightsᵀ·x)ᵀ, the weights rounded to the dtype of x."""
     weights = weights.to(x[0].dtype)
-    tile = (tl.dot(tl.trans(x[0]), weights, sums[0], input_precision=PRECISION),)
+    tile = (add_dot(sums[0], tl.trans(x[0]), weights, PRECISION),)
     if len(x) == 2:
-        tile = (tile[0], tl.dot(tl.trans(x[1]), weights, sums[1], input_precision=PRECISION))
+        tile = (tile[0], add_dot(sums[1], tl.trans(x[1]), weights, PRECISION))
     return tile
 
 
@@ -212,7 +213,8 @@ def _forward_kernel(
     k_tiles = load_pieces(head_view(k, b, h, HEAD), Tk, PIECES, HEAD)
     v_tiles = load_pieces(head_view(v, b, h, HEAD), Tk, PIECES, HEAD)  # now, so that they arrive during the softmax
     q_view, o_view = head_view(q, b, h, HEAD), head_view(o, b, h, HEAD)
-    for row in range(first, min(first + span, Tq), BLOCK_M):
+    # As in `_grad_kernel`, what LLVM would lift out of the loop takes more registers than there are.
+    for row in tl.range(first, min(first + span, Tq), BLOCK_M, disable_licm=True):
         rows = row + tl.arange(0, BLOCK_M)
         q_tile = load_head(q_view, rows, Tq, HEAD)  # [BLOCK_M, d]
         LSE_DTYPE: tl.constexpr = tl.float64 if q_tile[0].dtype == tl.float32 else tl.float32
@@ -459,7 +461,7 @@ def forward(q, k, v, scale: float, precision: str, with_lse: bool):
         **{"Tq": Tq, "Tk": Tk, "scale_log2": _log2(scale)},
     }
     if tile := _whole("attention_forward", q, Tk):
-        # Where heads alone fill the device, a program has one: its keys come once, and not once for each tile of queries.
+        # Where heads alone fill the device each has one program: its keys come once, not once for each tile of queries.
         span = Tq if B * H >= HEADS_TO_FILL * multiprocessors(q.device) else tile["BLOCK_M"]
         programs = B * H * triton.cdiv(Tq, span)
         _forward_kernel[(programs,)](**arguments, **tile, span=span, PIECES=row_pieces(Tk))

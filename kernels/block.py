@@ -1,7 +1,7 @@
 """A whole block: the kernels of its two halves in their order, so that what one half knows reaches the other.
 
 forward    m = x + drop∘γ₁∘(attention(LN(x)·Wqkvᵀ)·Wprojᵀ)     y = m + drop∘γ₂∘MLP(LN(m))
-           7 launches; 6 where both LayerNorms are folded
+           7 launches
 backward   of the second half, then of the first, each with the gradient past its branch added by the last kernel of
            the branch; one launch for the second stages of all four weights, one for both LayerNorms' dγ and dβ
            13 launches, 14 where attention takes two kernels; one more for each half with LayerScale, a drop path that
@@ -9,9 +9,6 @@ backward   of the second half, then of the first, each with the gradient past it
 saved      x, qkv, o, m, h, lse and the mean and rstd of both LayerNorms: per token and layer 20·D elements (F = 4·D),
            16 bytes, and one number a head
 
-Where the LayerNorms are folded, the row statistics of m come out of the projection's epilogue, where m is in registers.
-Those of x do not come from the block before: tokens pass between blocks as a plain tensor, which a hook may change, and
-nothing can ride on it.
 """
 
 import torch
@@ -26,23 +23,19 @@ def _heads(qkv, tokens_per_image: int, heads: int):
 
 def forward(
     x, norm1, qkv, proj, end1, norm2, fc1, fc2, end2, heads, activation, eps1, eps2, tokens_per_image, precision,
-    training, row_sums=(None, None),
+    training,
 ):  # fmt: skip
     """y [M, D] and, where training, (qkv, o, lse, m, h, mean₁, rstd₁, mean₂, rstd₂).
 
-    norm, qkv, proj, fc are (weight, bias), end is (LayerScale, drop); row_sums are those of qkv and fc1 as in
-    `ln_linear.forward`.
+    norm, qkv, proj, fc are (weight, bias), end is (LayerScale, drop).
     """
-    packed, mean1, rstd1 = ln_linear.forward(x, *norm1, *qkv, eps1, precision, row_sums[0], training)
+    packed, mean1, rstd1 = ln_linear.forward(x, *norm1, *qkv, eps1, precision, training)
     q, k, v = _heads(packed, tokens_per_image, heads)
     o, lse = attention.forward(q, k, v, q.shape[-1] ** -0.5, precision, training)
     o = o.flatten(0, 1)
-    middle, statistics = linear_residual.forward(
-        o, *proj, x, *end1, tokens_per_image, precision, with_statistics=row_sums[1] is not None
-    )  # fmt: skip
+    middle = linear_residual.forward(o, *proj, x, *end1, tokens_per_image, precision)
     y, *kept = mlp.forward(
-        middle, *norm2, *fc1, *fc2, *end2, activation, eps2, tokens_per_image, precision, training, statistics,
-        row_sums[1],
+        middle, *norm2, *fc1, *fc2, *end2, activation, eps2, tokens_per_image, precision, training
     )  # fmt: skip
     return y, (packed, o, lse, middle, kept[0], mean1, rstd1, kept[1], kept[2])
 

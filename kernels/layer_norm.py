@@ -21,10 +21,10 @@ from .tile_table import multiprocessors
 PROGRAMS = 4  # of backward, a multiprocessor: each has a share of dγ and dβ to itself
 
 
-def whole_rows(K: int) -> dict:
-    """The launch of a kernel that holds rows whole: 4,096 elements a program of four warps, 32 a thread."""
+def whole_rows(K: int, elements: int) -> dict:
+    """The launch of a kernel of four warps that holds rows whole, about so many elements of them."""
     block = 1 << (K - 1).bit_length()
-    return {"BLOCK_M": max(1, 4096 // block), "BLOCK_K": block, "num_warps": 4}
+    return {"BLOCK_M": max(1, elements // block), "BLOCK_K": block, "num_warps": 4}
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def forward(x, weight, bias, eps, dtype, training):
     mean, rstd = None, None
     if training:
         mean, rstd = (torch.empty((M,), dtype=torch.float32, device=x.device) for _ in range(2))
-    tile = whole_rows(K)
+    tile = whole_rows(K, 4096)
     _forward_kernel[(-(-M // tile["BLOCK_M"]),)](
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, z_ptr=z, mean_ptr=mean, rstd_ptr=rstd, M=M, K=K,
         stride_x=x.stride(0), eps=eps, **tile,
@@ -105,7 +105,7 @@ def backward(dz, x, mean, rstd, weight, bias, residual_grad=None):
     """dx [M, K] in the dtype of x, z [M, K] in that of dz, and shares [2, programs, K] of dγ and dβ for `finish`."""
     M, K = x.shape
     dx, z = torch.empty((M, K), dtype=x.dtype, device=x.device), torch.empty_like(dz)
-    tile = whole_rows(K)
+    tile = whole_rows(K, 2048)  # four tensors of them are held
     steps = -(-M // tile["BLOCK_M"])
     span = -(-steps // (PROGRAMS * multiprocessors(x.device))) * tile["BLOCK_M"]
     shares = torch.empty((2, -(-M // span), K), dtype=torch.float32, device=x.device)

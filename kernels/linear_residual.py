@@ -5,8 +5,6 @@ backward   dresidual = dy   dx, dW, db and dγ as in kernels/linear.py
 shapes     x [M, K]   W [N, K]   b, γ [N]   residual, y [M, N]   drop [B], one draw for each M/B tokens
 saved      x; h is not: the sum over k of W∘G gives LayerScale's gradient without it
 limit      2·M·N·K operations forward, twice that backward; (M·K + N·K + 2·M·N) elements moved forward
-
-Where a LayerNorm of y follows, the epilogue also writes the statistics of y's rows, which it holds in registers.
 """
 
 import torch
@@ -23,18 +21,15 @@ from .product import (
     load_vector,
     matrix,
     product,
-    rounded,
     rows_outer,
     store_tile,
     tile_of,
 )
-from .statistics import new_statistics, store_statistics
-from .tile_table import lookup, rows_class
 
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, scale_ptr, drop_ptr, residual_ptr, y_ptr, statistics_ptr,
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, drop_ptr, residual_ptr, y_ptr,
     M, N, K, stride_x, stride_weight, stride_residual, tokens_per_image,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -64,30 +59,19 @@ def _forward_kernel(
                 branch *= load_drop(drop_ptr, rows, tokens_per_image, M)
             out = branch + load_tile(residual, row, col, BLOCK_M, WIDTH).to(tl.float32)
             store_tile(y, out, row, col, Y_DTYPE)
-            if statistics_ptr is not None:
-                store_statistics(statistics_ptr, rounded(out, Y_DTYPE), rows, cols, M, N)
 
 
-def forward(
-    x, weight, bias, residual, layer_scale, drop, tokens_per_image, precision, with_statistics=False
-):  # fmt: skip
-    """y [M, N] in the dtype of the residual, and the statistics of its rows, None unless asked for.
-
-    The last axis of x, weight and residual has stride 1.
-    """
+def forward(x, weight, bias, residual, layer_scale, drop, tokens_per_image, precision):
+    """y [M, N] in the dtype of the residual. The last axis of x, weight and residual has stride 1."""
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty((M, N), dtype=residual.dtype, device=x.device)
-    statistics = None
-    if with_statistics:
-        tile = lookup("linear_residual_forward", x.device, weight.dtype, rows_class(M))
-        statistics = new_statistics(M, N, tile["BLOCK_N"] // tile["PIECES"], x.device)
     launch_tiles(
         _forward_kernel, "linear_residual_forward", M, N, weight.dtype, (x, weight, residual, y),
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, scale_ptr=layer_scale, drop_ptr=drop, residual_ptr=residual, y_ptr=y,
-        statistics_ptr=statistics, K=K, stride_x=x.stride(0), stride_weight=weight.stride(0),
+        K=K, stride_x=x.stride(0), stride_weight=weight.stride(0),
         stride_residual=residual.stride(0), tokens_per_image=tokens_per_image, PRECISION=precision,
     )  # fmt: skip
-    return y, statistics
+    return y
 
 
 def first_stage(dy, x, weight, bias, layer_scale, drop, tokens_per_image, precision):

@@ -14,7 +14,6 @@ import triton.language as tl
 from . import layer_norm, linear_residual, ln_linear
 from .activation import activate, activate_with_grad
 from .linear import branch_gradient, finish, weight_grad
-from .ln_linear import norm_operand, norm_product
 from .product import (
     column_pieces,
     count_tiles,
@@ -33,23 +32,23 @@ from .product import (
 
 @triton.jit
 def _fc1_kernel(
-    x_ptr, weight_ptr, bias_ptr, hidden_ptr, activated_ptr,
-    folded, M, N, K, stride_x, stride_weight,
-    PARTS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PIECES: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    z_ptr, weight_ptr, bias_ptr, hidden_ptr, activated_ptr,
+    M, N, K, stride_weight,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """act(h), and h for backward or None; x and folded as in ln_linear's."""
+    """act(h) of z = LN(x), and h for backward where it is wanted."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
-    x = matrix(x_ptr, M, K, stride_x, BLOCK_M, BLOCK_K, TMA)
+    z = matrix(z_ptr, M, K, K, BLOCK_M, BLOCK_K, TMA)
     weight = matrix(weight_ptr, N, K, stride_weight, BLOCK_N, BLOCK_K, TMA)
     activated = matrix(activated_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
     if hidden_ptr is not None:
         hidden = matrix(hidden_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
     for tile in tl.range(tl.program_id(0), count_tiles(M, N, BLOCK_M, BLOCK_N), tl.num_programs(0), flatten=True):
         row, first_col = tile_of(tile, M, N, BLOCK_M, BLOCK_N)
-        sums = norm_product(
-            x, weight, folded, row, first_col, M, N, K, PARTS, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        sums = product(
+            rows_outer, z, rows_outer, weight, row, first_col, 0, K, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )  # fmt: skip
         pieces = column_pieces(sums, PIECES)
         for piece in tl.static_range(PIECES):
@@ -95,24 +94,19 @@ def _hidden_grad_kernel(
 
 def forward(
     x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, activation, eps,
-    tokens_per_image, precision, training, statistics=None, row_sums=None,
+    tokens_per_image, precision, training,
 ):  # fmt: skip
-    """y [M, D] in the dtype of x; then h [M, F], mean and rstd [M], None unless training.
-
-    row_sums as in `ln_linear.forward`; `statistics` are those of x where they are at hand for the folded form.
-    """
+    """y [M, D] in the dtype of x; then h [M, F], mean and rstd [M], None unless training."""
     (M, D), width = x.shape, fc1_weight.shape[0]
-    z, folded, mean, rstd = norm_operand(
-        x, norm_weight, norm_bias, eps, fc1_weight.dtype, training, row_sums, statistics
-    )  # fmt: skip
+    z, mean, rstd = layer_norm.forward(x, norm_weight, norm_bias, eps, fc1_weight.dtype, training)
     activated = torch.empty((M, width), dtype=fc1_weight.dtype, device=x.device)
     hidden = torch.empty_like(activated) if training else None
     launch_tiles(
         _fc1_kernel, "mlp_fc1", M, width, fc1_weight.dtype, (z, fc1_weight, activated),
-        x_ptr=z, weight_ptr=fc1_weight, bias_ptr=fc1_bias, hidden_ptr=hidden, activated_ptr=activated, K=D,
-        stride_x=z.stride(0), stride_weight=fc1_weight.stride(0), ACTIVATION=activation, PRECISION=precision, **folded,
+        z_ptr=z, weight_ptr=fc1_weight, bias_ptr=fc1_bias, hidden_ptr=hidden, activated_ptr=activated, K=D,
+        stride_weight=fc1_weight.stride(0), ACTIVATION=activation, PRECISION=precision,
     )  # fmt: skip
-    y, _ = linear_residual.forward(activated, fc2_weight, fc2_bias, x, layer_scale, drop, tokens_per_image, precision)
+    y = linear_residual.forward(activated, fc2_weight, fc2_bias, x, layer_scale, drop, tokens_per_image, precision)
     return y, hidden, mean, rstd
 
 

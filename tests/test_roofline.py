@@ -102,7 +102,7 @@ def test_tiles_do_not_come_from_the_grid_of_a_product():
     """A persistent kernel's grid is the number of multiprocessors."""
     import dataclasses
 
-    launch = found("ln_linear", "_forward")
+    launch = found("linear_residual", "_forward")
     persistent = dataclasses.replace(launch, grid=(132,))
     assert roofline.work(persistent) == roofline.work(launch)
 

@@ -9,7 +9,6 @@ from vit_fast.layers import AttentionPoolLatent, Block
 from vit_fast.model import VisionTransformer
 from vit_fast.ops import backend
 from vit_fast.ops.attention import HEAD_WIDTHS
-from vit_fast.ops.block import count_writes, is_made_of
 
 
 class Line(NamedTuple):
@@ -36,7 +35,7 @@ def explain(model: nn.Module) -> Explanation:
     """Which code the next forward pass of `model` runs, part by part: Triton or PyTorch, and why.
 
     The answer is for the state that counts now: device and dtype of the parameters, autocast, `use_backend`, training
-    mode and dropout, hooks, `freeze`.
+    mode and dropout, hooks.
 
     Args:
         model: a VisionTransformer, or a module that holds one or some of its blocks.
@@ -58,21 +57,20 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _parts(module: nn.Module) -> Iterator[tuple]:
-    """(submodule, op, a tensor like those that it computes with, why it steps aside or ""); then, or "" for each, why
-    no kernel takes attention's head width, and what else is to be said of the kernels."""
+    """(submodule, op, a tensor like those that it computes with, why it steps aside or ""); then, or "", why no kernel
+    takes attention's head width."""
     if isinstance(module, VisionTransformer):
         yield "patch_embed", "patch_embed", module.patch_embed.proj.weight, module.embed_aside()
     elif isinstance(module, Block):
         tensor, aside = next(module.parameters()), module.attention_aside()
         plain = not aside and type(module.attn.q_norm) is nn.Identity and type(module.attn.k_norm) is nn.Identity
-        note = "; frozen, where no gradient is wanted" if _frozen(module) else ""
-        yield "attn", "ln_linear", tensor, aside, "", note
+        yield "attn", "ln_linear", tensor, aside
         op, op_aside = "attention_qkv" if plain else "attention", module.attention_op_aside()
         yield "attn", op, tensor, op_aside, "" if op_aside else _head_width(module.attn.head_dim)
         yield "attn", "linear_residual", tensor, aside
         aside = module.mlp_aside()
         if aside or type(module.mlp.norm) is nn.Identity:
-            yield "mlp", "mlp", tensor, aside, "", note
+            yield "mlp", "mlp", tensor, aside
         else:
             yield "mlp", "ln_linear", tensor, ""
             yield "mlp", "linear_residual", tensor, ""
@@ -85,15 +83,7 @@ def _head_width(width: int) -> str:
     return "" if width in HEAD_WIDTHS else f"head width {width}: the kernels take {', '.join(map(str, HEAD_WIDTHS))}"
 
 
-def _frozen(block: Block) -> bool:
-    """Whether the kernels take the block's folded weights."""
-    if block.folded is None or block.attention_aside() or block.mlp_aside() or not block.lacks_inner_norms():
-        return False
-    sources = block.normed_parameters()
-    return is_made_of(block.folded, sources) and count_writes(sources) == block.folded.writes
-
-
-def _choice(op: str, tensor: Tensor, aside: str, refusal: str = "", note: str = "") -> tuple[str, str]:
+def _choice(op: str, tensor: Tensor, aside: str, refusal: str = "") -> tuple[str, str]:
     """The backend of an op on a tensor of this device and dtype, and the reason for it."""
     if aside:
         return "torch", aside
@@ -103,7 +93,7 @@ def _choice(op: str, tensor: Tensor, aside: str, refusal: str = "", note: str = 
         return "none", f"raises {type(error).__name__}: {error}"
     if runs:
         where = "Triton's interpreter" if tensor.device.type == "cpu" else f"a tensor on {tensor.device.type}"
-        return "triton", where + note
+        return "triton", where
     if backend.chosen_backend() == "torch":
         return "torch", "use_backend('torch')"
     return "torch", refusal or backend.why_not_triton(tensor.device) or f"the kernels do not take {tensor.dtype}"

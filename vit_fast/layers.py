@@ -22,8 +22,7 @@ from torch.nn.modules import module as nn_module
 from vit_fast import ops
 from vit_fast.arguments import pair
 from vit_fast.initialise import trunc_normal_tf_
-from vit_fast.ops.backend import compute_dtype, exporting, needs_grad, say_aside
-from vit_fast.ops.block import Folded
+from vit_fast.ops.backend import compute_dtype, say_aside
 from vit_fast.positions import resample_patch_weight
 
 LAYER_NORM = functools.partial(nn.LayerNorm, eps=1e-6)
@@ -291,8 +290,6 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One layer, equations 2 and 3 of the paper: x [B, T, D] → [B, T, D]."""
 
-    folded: Folded | None = None  # set by vit_fast.freeze; neither parameter nor buffer
-
     def __init__(
         self,
         dim: int,
@@ -379,32 +376,7 @@ class Block(nn.Module):
         attn = self.attn
         return all(type(norm) is nn.Identity for norm in (attn.q_norm, attn.k_norm, attn.norm, self.mlp.norm))
 
-    def normed_parameters(self) -> list[Tensor | None]:
-        """Weight and bias of norm1, qkv, norm2 and fc1, of which `folded` is made."""
-        modules = (self.norm1, self.attn.qkv, self.norm2, self.mlp.fc1)
-        return [parameter for module in modules for parameter in (module.weight, module.bias)]
-
-    # Folded weights end with whatever says that the parameters change; they are in no copy and in no pickle.
-
-    def train(self, mode: bool = True) -> "Block":
-        if mode:
-            self.folded = None
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args):
-        self.folded = None
-        super()._load_from_state_dict(*args)
-
-    def _apply(self, *args, **kwargs):
-        self.folded = None
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "folded": None}
-
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if self.folded is not None and needs_grad(*self.folded.sources) and not exporting():
-            self.folded = None  # a fused optimiser's step is a write that PyTorch does not count
         attention_reason = "a mask is given" if attn_mask is not None or is_causal else self.attention_aside()
         mlp_reason = self.mlp_aside()
         if not (attention_reason or mlp_reason) and self.lacks_inner_norms():
@@ -441,7 +413,6 @@ class Block(nn.Module):
             activation_of(mlp.act),
             norm1.eps,
             norm2.eps,
-            self.folded,
         )
 
     def _packed_qkv(self, x: Tensor) -> Tensor:

@@ -44,18 +44,6 @@ def _block(num_heads: int, x: Tensor, *t: Tensor) -> Tensor:
     return ops.block(x, *t[:7], None, *t[7:], None, num_heads)
 
 
-def _frozen_block(num_heads: int, x: Tensor, *t: Tensor) -> Tensor:
-    """`_block` as `vit_fast.freeze` leaves it: where the kernels run in half precision, its LayerNorms are folded."""
-    from vit_fast.freeze import DTYPES, fold
-    from vit_fast.ops.block import Folded, count_writes, normed
-
-    folded, parameters = None, [*t[:7], None, *t[7:], None]
-    if x.dtype in DTYPES:
-        sources = normed(parameters)
-        folded = Folded([*fold(*sources[:4]), *fold(*sources[4:])], sources, count_writes(sources))
-    return ops.block(x, *parameters, num_heads, folded=folded)
-
-
 def cases(batch: int, grid: int, patch: int, heads: int, head_width: int, hidden: int) -> list[Case]:
     """Every op once, as a ViT calls it on square images of grid x grid patches, with one class token."""
     tokens, width = 1 + grid * grid, heads * head_width
@@ -74,7 +62,6 @@ def cases(batch: int, grid: int, patch: int, heads: int, head_width: int, hidden
         Case("linear_residual", ops.linear_residual, [(batch, tokens, hidden), *fc2, x, vector], weights=(1,)),
         Case("mlp", ops.mlp, [x, vector, vector, *fc1, *fc2, vector], weights=(3, 5)),
         Case("block", functools.partial(_block, heads), block, weights=(3, 5, 10, 12)),
-        Case("frozen_block", functools.partial(_frozen_block, heads), block, weights=(3, 5, 10, 12), spared=len(block)),
     ]
 
 

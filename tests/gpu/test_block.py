@@ -7,8 +7,6 @@ import torch
 import triton
 from vit_fast.kernels import product
 
-import vit_fast
-from tests.error_rule import assert_close_to_truth
 from tests.ops.harness import MODES, hold_to_the_rule
 from tests.ops.test_block import CASES, PEER, case, composed, shaped
 from vit_fast import reference, verify
@@ -113,20 +111,3 @@ def test_a_thousand_runs_give_the_same_bits():
     expected = run()
     for _ in range(1000):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), expected))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_frozen(dtype):
-    """Folded weights are held to the error of the exact form in PyTorch."""
-    model = vit_fast.create_model("vit_tiny_patch16_224", depth=2, num_classes=10, img_size=112)
-    for parameter in model.parameters():
-        mean, spread = (0.5, 0.3) if parameter.dim() == 1 else (0.0, 0.05)
-        torch.nn.init.normal_(parameter, mean, spread)
-    images = torch.randn(4, 3, 112, 112)
-    with torch.inference_mode():
-        with vit_fast.ops.use_backend("torch"):
-            truth = model.to(dtype).double().eval()(images.to(dtype).double())
-            model.to("cuda", dtype)
-            peer = model(images.to("cuda", dtype))
-        vit_fast.freeze(model)
-        assert_close_to_truth(*(t.flatten() for t in (model(images.to("cuda", dtype)), peer, truth)), "logits")

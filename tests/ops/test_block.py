@@ -231,7 +231,7 @@ def test_opcheck(full):
     drawn = shaped(2, 3, 32, 16, full=full)()
     args = {name: None if t is None else t.float() for name, t in drawn.items()}
     settings = (2, "gelu", 1e-6, 1e-6)
-    torch.library.opcheck(torch.ops.vit_fast.block.default, (*args.values(), *settings, None, None))
+    torch.library.opcheck(torch.ops.vit_fast.block.default, (*args.values(), *settings))
     args = {name: t if t is None or name.startswith("drop") else t.requires_grad_() for name, t in args.items()}
     torch.library.opcheck(torch.ops.vit_fast.block_train.default, (*args.values(), *settings))
 

@@ -1,14 +1,8 @@
 import pytest
 import torch
-import triton
-import triton.language as tl
-from vit_fast.kernels.linear_residual import forward
-from vit_fast.kernels.statistics import load_statistics, part_width
 
 from tests import unfused
-from tests.error_rule import assert_close_to_truth
 from tests.ops.harness import BACKENDS, MODES, Case, assert_no_second_derivative, hold_to_the_rule, named
-from tests.ops.test_ln_linear import EACH, HARD, hard_rows
 from vit_fast import reference
 from vit_fast.ops import linear_residual, use_backend
 
@@ -53,65 +47,6 @@ CASES = [
 @pytest.mark.parametrize("case", named(CASES))
 def test_output_and_gradients(case, mode, backend, guarded_memory):
     hold_to_the_rule(linear_residual, reference.linear_residual, unfused.linear_residual, case, mode, backend)
-
-
-@triton.jit
-def _read_kernel(statistics_ptr, mean_ptr, rstd_ptr, M, K, width, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    rows = tl.arange(0, BLOCK)
-    mean, rstd = load_statistics(statistics_ptr, rows, M, K, width, eps, PARTS)
-    tl.store(mean_ptr + rows, mean, mask=rows < M)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
-
-
-def _mean_and_rstd(y, statistics, eps):
-    """What a kernel that reads rows of y makes of their statistics."""
-    M, K = y.shape
-    mean, rstd = torch.empty((M,)), torch.empty((M,))
-    _read_kernel[(1,)](statistics, mean, rstd, M, K, part_width(statistics, K), eps, statistics.shape[1], 64)
-    return mean, rstd
-
-
-STORED = {
-    "fp32": (torch.float32, torch.float32),
-    "fp16": (torch.float16, torch.float16),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "autocast": (torch.bfloat16, torch.float32),
-}
-
-
-@pytest.mark.interpret
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    ("features", "parts"),
-    [
-        pytest.param(16, {"fp32": 1, "half": 1}, id="one part"),
-        pytest.param(48, {"fp32": 3, "half": 2}, id="the last half full in fp16"),
-        pytest.param(70, {"fp32": 5, "half": 3}, id="six columns in the last"),
-        pytest.param(129, {"fp32": 9, "half": 5}, id="one column in the last"),
-    ],
-)
-def test_statistics_of_the_rows_that_are_stored(features, parts, mode, guarded_memory):
-    """Those that the next LayerNorm reads, of hard rows, as near to fp64 as PyTorch's own of the stored rows."""
-    dtype, stored = STORED[mode]
-    x, weight = torch.randn(40, 24).to(dtype), torch.randn(features, 24).to(dtype) / 5
-    residual, scale = hard_rows(features).view(40, features).to(stored), torch.full((features,), 1e-2, dtype=stored)
-    drop = torch.tensor([0.0, 1.25], dtype=stored)
-    y, statistics = forward(x, weight, None, residual, scale, drop, 20, "ieee", with_statistics=True)
-    assert statistics.shape == (2, parts["fp32" if dtype == torch.float32 else "half"], 40)
-    assert torch.isfinite(statistics).all()
-    assert torch.equal(y[:20], residual[:20])  # of the dropped image: hard rows as they are
-    eps = 1e-12
-    found = _mean_and_rstd(y, statistics, eps)
-    _, *peer = torch.native_layer_norm(y.float(), (features,), None, None, eps)
-    exact = y.double()
-    truth = exact.mean(1), ((exact - exact.mean(1, keepdim=True)).square().mean(1) + eps).rsqrt()
-    for name, *three in zip(("mean", "rstd"), found, peer, truth):
-        for kind, *of_kind in zip(HARD, *(t.reshape(EACH, len(HARD)).unbind(1) for t in three)):
-            assert_close_to_truth(*of_kind, f"{name}, {kind}")
-    # Rows that came out equal have no variance at all; those of fp16 and bf16 at 1e4 do so by rounding alone.
-    equal = (y == y[:, :1]).all(1)
-    assert equal.sum() >= (4 if stored == torch.float32 else 8)
-    assert (statistics[1][:, equal] == 0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,8 +1,5 @@
 """block: both halves of a Transformer block in one op."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -43,47 +40,23 @@ SETTINGS = "int num_heads, str activation, float eps1, float eps2"
 KEPT = 9  # what training keeps: qkv, o, lse, the residual stream between the halves, h, two means and two rstds
 
 
-class Folded(NamedTuple):
-    """Both LayerNorms of a block folded into the weights behind them, as `vit_fast.freeze` leaves them."""
-
-    operands: list[Tensor]  # V [N, D] in fp16 or bf16, c and u [N] in fp32 (kernels/ln_linear.py): qkv's, then fc1's
-    sources: list[Tensor | None]  # the parameters of which they were made, as `normed` lists them
-    writes: list[int]  # how often each of these had been written to then, as `count_writes` lists it
-
-
-def normed(parameters: Sequence) -> list:
-    """Of the 16 parameters in the order of the schema, those of each LayerNorm and of the linear map behind it."""
-    return [*parameters[:4], *parameters[8:12]]
-
-
-def is_made_of(folded: Folded, sources: list) -> bool:
-    """Whether these are the very tensors of which `folded` was made."""
-    return all(one is other for one, other in zip(folded.sources, sources))
-
-
-def count_writes(tensors: list) -> list[int]:
-    """How often PyTorch saw each tensor written to: everything but a write to its `.data`."""
-    return [t._version for t in tensors if t is not None]
-
-
 def _grouped(parameters: tuple) -> list[tuple]:
     """The 16 parameters in the order of the schema as the kernels take them: in pairs, each of one layer."""
     ready = [as_rows(t) if t is not None and t.dim() == 2 else packed(t) for t in parameters]
     return list(zip(ready[::2], ready[1::2]))
 
 
-def _forward(training: bool, x: Tensor, groups: list[tuple], settings: tuple, row_sums=(None, None)):
+def _forward(training: bool, x: Tensor, parameters: tuple, settings: tuple):
     from vit_fast.kernels import block as kernel
 
     with on_device_of(x):
         y, kept = kernel.forward(
             as_rows(x),
-            *groups,
+            *_grouped(parameters),
             *settings,
             x.shape[1],
-            float32_precision(groups[1][0].dtype),
+            float32_precision(parameters[2].dtype),
             training,
-            row_sums,
         )
     return y.view(x.shape), kept
 
@@ -91,16 +64,10 @@ def _forward(training: bool, x: Tensor, groups: list[tuple], settings: tuple, ro
 @torch.library.custom_op(
     "vit_fast::block",
     mutates_args=(),
-    schema=f"(Tensor x, {PARAMETERS}, {SETTINGS}, Tensor[]? folded, int[]? writes) -> Tensor",
+    schema=f"(Tensor x, {PARAMETERS}, {SETTINGS}) -> Tensor",
 )
 def _block(x, *parameters_and_settings):
-    parameters, (*settings, folded, writes) = parameters_and_settings[:16], parameters_and_settings[16:]
-    groups, row_sums = _grouped(parameters), (None, None)
-    # Asked here and not before the call: a compiled graph asks no Python between its inputs and this op.
-    if folded is not None and count_writes(normed(parameters)) == writes:
-        groups[0] = groups[4] = (None, None)
-        groups[1], groups[5], row_sums = folded[0:2], folded[3:5], (folded[2], folded[5])
-    return _forward(False, x, groups, settings, row_sums)[0]
+    return _forward(False, x, parameters_and_settings[:16], parameters_and_settings[16:])[0]
 
 
 @_block.register_fake
@@ -114,7 +81,7 @@ def _(x, *_):
     schema=f"(Tensor x, {PARAMETERS}, {SETTINGS}) -> ({', '.join(['Tensor'] * (1 + KEPT))})",
 )
 def _block_train(x, *parameters_and_settings):
-    y, kept = _forward(True, x, _grouped(parameters_and_settings[:16]), parameters_and_settings[16:])
+    y, kept = _forward(True, x, parameters_and_settings[:16], parameters_and_settings[16:])
     return y, *kept
 
 
@@ -235,7 +202,6 @@ def block(
     activation: str = "gelu",
     eps1: float = 1e-6,
     eps2: float = 1e-6,
-    folded: Folded | None = None,
 ) -> Tensor:
     """m = x + drop1∘layer_scale1∘(attention(LN(x)·Wqkvᵀ + bqkv)·Wprojᵀ + bproj), then `mlp` of m: a block.
 
@@ -253,8 +219,6 @@ def block(
         num_heads: a divisor of D; the scores are multiplied by 1/√(D/num_heads).
         activation: "gelu" (exact, erf), "gelu_tanh" or "quick_gelu".
         eps1, eps2: added to the norms' variances.
-        folded: what `vit_fast.freeze` made of these norms, qkv and fc1, or None. The kernels take it in their place
-            where x has its dtype, no gradient is wanted, and it was made of these very tensors as they still are.
 
     It is `ln_linear`, `attention_qkv`, `linear_residual` and `mlp` in turn; where no kernel takes one of them that is
     what runs. As one op it launches fewer kernels, and the gradients of its branches are added where they are made.
@@ -298,7 +262,4 @@ def block(
     settings = (num_heads, activation, eps1, eps2)
     if needs_grad(x, *parameters.values()):
         return _block_train(x, *parameters.values(), *settings)[0]
-    # x in a wider dtype would be rounded before it is centred. A weight that was cast is another tensor.
-    if folded is None or x.dtype != dtype or not is_made_of(folded, normed([*parameters.values()])):
-        return _block(x, *parameters.values(), *settings, None, None)
-    return _block(x, *parameters.values(), *settings, folded.operands, folded.writes)
+    return _block(x, *parameters.values(), *settings)
