@@ -43,7 +43,7 @@ DEVICE = "cpu" if REHEARSAL else "cuda"
 MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224")
 if REHEARSAL:
     MODELS = ("vit_tiny_patch16_224",)
-STEPS = ("tests", "kernels", "ops", "models")
+STEPS = ("tests", "compile", "kernels", "ops", "models")
 SLEEP = 40_000_000  # clocks for which the device waits while launches queue up: their cost on the host is not measured
 ROUNDS = 9
 
@@ -346,58 +346,57 @@ def graphed(run: Callable) -> Callable:
     return graph.replay
 
 
-def models(batch: int, rounds: int = ROUNDS, compiled: bool = True) -> list[dict]:
-    """Microseconds a batch: ours eager and in a graph, timm's eager and compiled; training steps with fused AdamW."""
+def their_model(name: str, training: bool = False) -> torch.nn.Module:
+    """timm's."""
     from tests import mend_torchvision
 
     mend_torchvision.mend()
     import timm
 
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=1000).to(DEVICE, torch.bfloat16).train(training)
+
+
+def models(batch: int, rounds: int = ROUNDS, compiled: bool = True) -> list[dict]:
+    """Microseconds a batch: ours eager and in a graph, timm's eager, in a graph and compiled; training steps with fused
+    AdamW, and the memory that they take besides weights."""
     lines = []
+
+    def note(name: str, size: int, training: bool, runs: dict) -> None:
+        times = {run: quantiles(samples) for run, samples in time_in_turn(runs, rounds).items()}
+        lines.append({"model": name, "batch": size, "training": training, "us": times})
+        print(json.dumps(lines[-1]), {run: round(size / q[1] * 1e6) for run, q in times.items()}, flush=True)
+
     for name in ("vit_small_patch16_224", *MODELS)[REHEARSAL:]:
+        ours, theirs = new_model(name), their_model(name)
         for size in (1, 8, 64, batch):
-            runs, ours = {}, new_model(name)
             images = torch.randn(size, 3, 224, 224, device=DEVICE, dtype=torch.bfloat16)
-            theirs = timm.create_model(name, num_classes=1000).to(DEVICE, torch.bfloat16).eval()
             with torch.inference_mode():
-                runs["vit_fast"] = functools.partial(ours, images)
-                runs["vit_fast graph"] = graphed(runs["vit_fast"])
-                runs["timm"] = functools.partial(theirs, images)
-                runs["timm graph"] = graphed(runs["timm"])
-                if compiled and size in (1, batch):
-                    mode = "max-autotune" if size == 1 else "default"
-                    runs[f"timm {mode}"] = functools.partial(torch.compile(theirs, mode=mode), images)
-                times = time_in_turn(runs, rounds)
-            lines.append({"model": name, "batch": size, "pass": "inference"})
-            lines[-1]["us"] = {run: quantiles(samples) for run, samples in times.items()}
-            print(name, size, {run: round(size / q[1] * 1e6) for run, q in lines[-1]["us"].items()}, flush=True)
-            del runs, ours, theirs
-            empty_memory()
+                runs = {"vit_fast": functools.partial(ours, images), "timm": functools.partial(theirs, images)}
+                for whose in tuple(runs):
+                    runs[f"{whose} graph"] = graphed(runs[whose])
+                if compiled and size == batch and "small" not in name:
+                    runs["timm compiled"] = functools.partial(torch.compile(theirs), images)
+                note(name, size, False, runs)
+        del ours, theirs, runs
+        empty_memory()
     for name in MODELS:
         size = batch if "huge" not in name else batch // 4
-        runs = {}
-        for whose in ("vit_fast", "timm") + ("timm compiled",) * compiled:
-            if whose == "vit_fast":
-                model = new_model(name, True)
-            else:
-                model = timm.create_model(name, num_classes=1000).to(DEVICE, torch.bfloat16).train()
-                model = torch.compile(model) if whose == "timm compiled" else model
-            backward = pass_of(model, size, True)
+        for whose in ("vit_fast", "timm") + ("timm compiled",) * (compiled and "huge" not in name):
+            model = new_model(name, True) if whose == "vit_fast" else their_model(name, True)
+            backward = pass_of(torch.compile(model) if "compiled" in whose else model, size, True)
             optimiser = torch.optim.AdamW(model.parameters(), fused=True)
 
             def step(backward=backward, optimiser=optimiser):
                 backward()
                 optimiser.step()
 
-            before = 0 if REHEARSAL else torch.cuda.memory_allocated()
-            times = time_in_turn({whose: step}, rounds)[whose]
-            runs[whose] = quantiles(times)
-            memory = 0 if REHEARSAL else (torch.cuda.max_memory_allocated() - before) / 1e9
-            print(name, "training", size, whose, round(size / runs[whose][1] * 1e6), f"{memory:.1f} GB", flush=True)
-            runs[whose + " GB"] = memory
+            note(name, size, True, {whose: step})
+            if not REHEARSAL:
+                lines[-1]["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+                print(f"{lines[-1]['peak_gb']:.1f} GB at most")
             del model, backward, optimiser, step
             empty_memory()
-        lines.append({"model": name, "batch": size, "pass": "training", "us": runs})
     return lines
 
 
@@ -426,6 +425,11 @@ def record(results) -> dict:
 def prepare(task: tuple) -> None:
     """Compile what a step will launch: it is run once, small."""
     step, which, batch = task
+    if step == "timm":
+        name, training = which
+        model = torch.compile(their_model(name, training))
+        pass_of(model, batch, training)()
+        return
     if step == "kernels":
         name, training = which
         pass_of(new_model(name, training, depth=1), batch, training)()
@@ -438,7 +442,8 @@ def tasks(batch: int) -> list[tuple]:
     found = [
         ("kernels", which, size) for which in itertools.product(names, (True, False)) for size in (min(batch, 16), 1)
     ]
-    return [task for task in found if task[2] > 1 or not task[1][1]] + [("ops", "B at 384", min(batch, 16))]
+    theirs = [("timm", which, batch) for which in itertools.product(MODELS, (False, True)) if which[0] != MODELS[-1]]
+    return theirs + [task for task in found if task[2] > 1 or not task[1][1]] + [("ops", "B at 384", min(batch, 16))]
 
 
 def main() -> None:
@@ -453,6 +458,10 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.alone:
+        if given.steps == ["compile"]:
+            with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
+                pool.map(prepare, [task for task in tasks(given.batch_size) if task[0] == "timm"], chunksize=1)
+            return
         run = {"kernels": kernels, "ops": measure_ops, "models": models}[given.steps[0]]
         options = {"compiled": not given.no_compile} if run is models else {}
         (given.out / f"{given.steps[0]}.json").write_text(json.dumps(record(run(given.batch_size, **options))))
@@ -486,7 +495,7 @@ def main() -> None:
         child.kill()
         said("tests:", (given.out / "tests.txt").read_text()[-3000:])
     for step in given.steps:
-        if step == "tests":
+        if step in ("tests", "compile"):
             continue
         command = [sys.executable, "-m", "benchmarks.gpu", str(given.out), step, "--alone"]
         command += ["--batch-size", str(given.batch_size)] + ["--no-compile"] * given.no_compile

@@ -1,12 +1,14 @@
 """Tiles side by side, in the block that launches them: what each costs where it is used.
 
-python -m benchmarks.sweep OUT.json [--workers N] [--minutes 4] [--only KERNEL …]
+python -m benchmarks.sweep OUT [--workers N] [--minutes 4]
 
-Every candidate takes the place of its entry in turn, and a block of a ViT-B, L and H runs forward and backward; each
-launch of that kernel is timed by the device. A candidate whose block gives other numbers is marked wrong.
+Every candidate takes the place of its entry in turn, and a block runs forward and backward at the shapes that come to
+it; each launch of that kernel is timed by the device. OUT/sweep.json has all of it. OUT/tiles.json has the winners, for
+VIT_FAST_TILES: what gives other numbers than the entry in force does not win.
 """
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import os
@@ -15,80 +17,93 @@ import statistics
 import time
 
 import torch
-from vit_fast.kernels import layer_norm, tile_table
+import triton
+from vit_fast.kernels import tile_table
 
 from benchmarks.gpu import DEVICE, REHEARSAL, SLEEP, hold_the_device, launch_clock, record
 from vit_fast import ops, verify
 
+# Batch, patches a side, heads, head width; the class of rows that its products are in.
 SHAPES = {
     "B": (256, 14, 12, 64),
     "H": (128, 16, 16, 80),
-    "B at 8": (8, 14, 12, 64),
-    "B at 1": (1, 14, 12, 64),
     "B/14": (256, 16, 12, 64),
+    "B at 384": (64, 24, 12, 64),
+    "B, 8 images": (8, 14, 12, 64),
+    "B, 1 image": (1, 14, 12, 64),
 }
+ROWS = {"B": "many", "H": "many", "B, 8 images": "some", "B, 1 image": "few"}
 if REHEARSAL:
     SHAPES = {"B": (2, 2, 2, 32)}
 ARCH = "interpreter" if REHEARSAL else tile_table.architecture(torch.device(DEVICE, 0))
-PRODUCT = "BLOCK_M", "BLOCK_N", "BLOCK_K", "PIECES", "num_warps", "num_stages", "blocks_per_sm"
-TILES = [
-    *((128, 256, 64, pieces, 8, 3, 1) for pieces in (1, 2, 4)),
-    (128, 256, 64, 4, 8, 4, 1),
-    (128, 256, 128, 2, 8, 2, 1),
-    *((128, 128, 64, pieces, warps, stages, 2) for warps in (4, 8) for stages in (3, 2) for pieces in (2, 4)),
-    (128, 128, 64, 1, 8, 5, 1),
-    *((256, 128, 64, pieces, 8, 3, 1) for pieces in (1, 2)),
-    *((64, 256, 64, pieces, 4, 2, 2) for pieces in (2, 4)),
-    (64, 128, 64, 1, 4, 3, 3),
-]
-FEW = [
-    *((64, 64, 64, 1, 4, stages, 2) for stages in (3, 4, 6)),
-    (64, 64, 128, 1, 4, 3, 1),
-    (64, 64, 128, 1, 4, 4, 1),
-    (64, 128, 64, 1, 4, 4, 1),
-    (128, 64, 64, 1, 4, 4, 1),
-    (64, 32, 64, 1, 4, 5, 2),
-    (64, 32, 128, 1, 4, 4, 1),
-    (128, 128, 64, 1, 8, 4, 1),
-]
+PRODUCT = "BLOCK_M", "BLOCK_N", "BLOCK_K", "PIECES", "num_warps", "num_stages", "blocks_per_sm", "TMA"
+TILES = {
+    "many": [
+        *((128, 256, 64, pieces, 8, 3, 1, 2) for pieces in (1, 2, 4)),
+        (128, 256, 64, 1, 8, 4, 1, 2),
+        *((128, 128, 64, pieces, warps, 3, 2, 2) for warps in (4, 8) for pieces in (1, 2)),
+        (128, 128, 64, 4, 8, 3, 2, 2),
+        (128, 128, 64, 1, 8, 4, 1, 2),
+    ],
+    "some": [
+        *((128, 128, 64, 1, 8, 4, 1, tma) for tma in (0, 2)),
+        (128, 128, 64, 1, 8, 5, 1, 1),
+        *((128, 64, 64, 1, 4, 4, 2, tma) for tma in (1, 2)),
+        (128, 128, 64, 2, 4, 4, 1, 2),
+    ],
+    "few": [
+        *((64, 64, 128, 1, 4, 4, 1, tma) for tma in (0, 1, 2)),
+        *((64, 128, 64, 1, 4, 4, 1, tma) for tma in (0, 1, 2)),
+        *((64, 32, 128, 1, 4, 4, 1, tma) for tma in (0, 2)),
+        *((64, 64, 64, 1, 4, 6, 1, tma) for tma in (0, 2)),
+    ],
+}
 KERNELS = {
     "ln_linear_forward": ("ln_linear.forward",),
     "linear_residual_forward": ("linear_residual.forward",),
     "mlp_fc1": ("mlp.fc1",),
     "mlp_hidden_grad": ("mlp.hidden_grad",),
     "linear_input_grad": ("linear.input_grad",),
-    "linear_weight_grad": ("linear.weight_grad",),
 }
-ATTENTION = [(rows, warps, stages) for rows, warps in ((64, 4), (128, 8), (128, 4)) for stages in (1, 2, 3)]
-GRAD = [(keys, warps, stages) for keys in (16, 32, 64) for warps in (4, 8) for stages in (1, 2)]
+STREAMING = {
+    "attention_forward_streaming": ("attention.forward_streaming",),
+    "attention_query_grad": ("attention.query_grad",),
+    "attention_key_grad": ("attention.key_grad",),
+}
+# Queries, keys, warps, stages.
+PAIRS = [(64, 64, 4, 1), (64, 64, 4, 3), (128, 64, 8, 2), (64, 128, 4, 2), (64, 128, 8, 2), (128, 128, 8, 2)]
+MARGIN = 0.01  # how much faster an entry must be to take another's place
+WRONG = 1e-2  # of a result, in norm: other tiles sum in another order
+GRAD = [(32, 4, 2), (64, 4, 2), (64, 8, 2), (128, 8, 2)]
 
 
 def candidates() -> list[tuple]:
-    """(table's kernel, shape class, entry, names of its launches)."""
+    """(table's kernel, shape class, entry, names of its launches, models)."""
     found = []
     table = tile_table.table(ARCH)
     for kernel, names in KERNELS.items():
-        weight = kernel == "linear_weight_grad"
-        for numbers in dict.fromkeys((*tile[:3], 1, *tile[4:]) for tile in TILES) if weight else TILES:
-            entry = dict(zip(PRODUCT, numbers)) | {"TMA": 1, "origin": "predicted"}
-            if weight:
-                del entry["PIECES"]
-            found.append((kernel, "any" if weight else "many", entry, names))
-        for numbers in FEW if not weight else ():
-            found.append((kernel, "few", dict(zip(PRODUCT, numbers)) | {"TMA": 1, "origin": "predicted"}, names))
-    for shape, entry in table["attention_forward"]["16"].items():
-        for rows, warps, stages in ATTENTION:
-            new = entry | {"BLOCK_M": rows, "num_warps": warps, "num_stages": stages}
-            found.append(("attention_forward", shape, new, ("attention.forward",)))
-    for shape in ("64", "64 long", "80"):
-        for keys, warps, stages in GRAD:
-            entry = table["attention_grad"]["16"].get(shape, {}) | {"LONGEST": 272}
-            new = entry | {"BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
-            found.append(("attention_grad", shape, new, ("attention.grad",)))
-    for elements in (1024, 2048, 4096, 8192):
-        for warps in (1, 2, 4, 8):
-            if elements // warps in (512, 1024, 2048):
-                found.append(("layer_norm", "", {"elements": elements, "warps": warps}, ("layer_norm.",)))
+        for rows, tiles in TILES.items():
+            models = [name for name, its in ROWS.items() if its == rows]
+            for numbers in tiles:
+                entry = {**dict(zip(PRODUCT, numbers)), "origin": "predicted"}
+                if entry["blocks_per_sm"] == 1:
+                    del entry["blocks_per_sm"]
+                found.append((kernel, rows, entry, names, models))
+    for kernel, names in STREAMING.items():
+        for shape, models in (("64", ["B at 384"]), ("128", ["H"])):
+            if kernel == "attention_forward_streaming" and shape == "128":
+                continue  # no model here comes to it
+            entry = table[kernel]["16"][shape]
+            for numbers in PAIRS:
+                new = entry | dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), numbers))
+                found.append((kernel, shape, new, names, models))
+    for keys, warps, stages in GRAD:
+        new = table["attention_grad"]["16"]["64 long"] | {"BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+        found.append(
+            ("attention_grad", "64 long", new, ("attention.grad", "attention.query", "attention.key"), ["B/14"])
+        )
+    new = table["attention_grad"]["16"]["64 long"] | {"LONGEST": 208}
+    found.append(("attention_grad", "64 long", new, ("attention.grad", "attention.query", "attention.key"), ["B/14"]))
     return found
 
 
@@ -122,23 +137,8 @@ class Block:
         return [y.detach(), *torch.autograd.grad(y, wanted, self.upstream)]
 
 
-def concerned(name: str, kernel: str, shape: str) -> bool:
-    """Whether a model's shape comes to that entry."""
-    if kernel.startswith("attention"):
-        return True
-    return (shape == "few") == name.startswith("B at") if shape else not name.startswith("B at")
-
-
 def using(kernel: str, shape: str, entry: dict):
-    if kernel != "layer_norm":
-        return tile_table.using(ARCH, kernel, "16", shape, entry)
-    from unittest import mock
-
-    def whole_rows(K, _):
-        block = 1 << (K - 1).bit_length()
-        return {"BLOCK_M": max(1, entry["elements"] // block), "BLOCK_K": block, "num_warps": entry["warps"]}
-
-    return mock.patch.object(layer_norm, "whole_rows", whole_rows)
+    return tile_table.using(ARCH, kernel, "16", shape, entry)
 
 
 def timed(block: Block, names: tuple, rounds: int) -> dict[str, float]:
@@ -156,12 +156,12 @@ def timed(block: Block, names: tuple, rounds: int) -> dict[str, float]:
 
 
 def prepare(task: tuple) -> str:
-    kernel, shape, entry, _ = task
+    """Compile what a candidate launches, by running it small; what is wrong with it, or ""."""
+    kernel, shape, entry, _, models = task
     try:
         with using(kernel, shape, entry), ops.use_backend("triton"):
-            for name, (batch, *rest) in SHAPES.items():
-                if not concerned(name, kernel, shape):
-                    continue
+            for name in models[:1]:
+                batch, *rest = SHAPES[name]
                 SHAPES[name] = (min(batch, 16), *rest)
                 block = Block(name)
                 block.forward()
@@ -173,58 +173,95 @@ def prepare(task: tuple) -> str:
     return ""
 
 
+def measure(task: tuple, name: str, block: Block, truth: list) -> dict:
+    kernel, shape, entry, names, _ = task
+    line = {"model": name, "kernel": kernel, "shape": shape, "entry": entry, "why": ""}
+    try:
+        with using(kernel, shape, entry):
+            got = block.run()
+            line["error"] = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, truth))
+            line["us"] = [us for _, us in timed(block, names, 5)]
+    except Exception as error:
+        line["why"] = f"{type(error).__name__}: {str(error)[:150]}"
+    numbers = [value for key, value in entry.items() if key != "origin"]
+    print(name, kernel, shape, numbers, line.get("us"), f"{line.get('error', 0):.0e}", line["why"][:60], flush=True)
+    return line
+
+
+def winners(lines: list[dict]) -> dict:
+    """Of each place of the table the entry that takes the least time over its models; the one in force by a hair."""
+    origin = {
+        "device": torch.cuda.get_device_name() if not REHEARSAL else "rehearsal",
+        "date": datetime.date.today().isoformat(),
+        "triton": triton.__version__,
+        "torch": str(torch.__version__),
+    }
+    places, found = {}, {}
+    for line in lines:
+        if line.get("us") and line["error"] < WRONG:
+            key = json.dumps({k: v for k, v in line["entry"].items() if k != "origin"})
+            place = places.setdefault((line["kernel"], line["shape"]), {})
+            place.setdefault(key, {})[line["model"]] = sum(line["us"])
+    for (kernel, shape), entries in places.items():
+        old = tile_table.table(ARCH)[kernel]["16"][shape]
+        old = json.dumps({k: v for k, v in old.items() if k != "origin"})
+        if old not in entries:
+            continue
+        base = entries[old]
+        scores = {
+            key: sum(times[model] / base[model] for model in base) * (1 if key == old else 1 / (1 - MARGIN))
+            for key, times in entries.items()
+            if times.keys() == base.keys()
+        }
+        best = min(scores, key=scores.get)
+        found.setdefault(kernel, {}).setdefault("16", {})[shape] = {**json.loads(best), "origin": origin}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--minutes", type=float, default=4)
-    parser.add_argument("--only", nargs="*", default=())
     given = parser.parse_args()
-    given.only = set(given.only)
     start = time.monotonic()
-    tasks = [task for task in candidates() if not given.only or given.only & {task[0], task[1]}]
+
+    def left() -> float:
+        return max(1, 60 * given.minutes - (time.monotonic() - start))
+
+    table = tile_table.table(ARCH)
+    tasks = candidates()
+    for kernel, shape, names, models in dict.fromkeys((k, s, n, tuple(m)) for k, s, _, n, m in tasks):
+        tasks.append((kernel, shape, table[kernel]["16"][shape], names, models))  # the entry in force
     with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
         waiting = [pool.apply_async(prepare, (task,)) for task in tasks]
         reasons = []
         for one in waiting:
             try:
-                reasons.append(one.get(max(1, 60 * given.minutes - (time.monotonic() - start))))
+                reasons.append(one.get(left()))
             except multiprocessing.TimeoutError:
                 reasons.append("not compiled in time")
     print(f"[{time.monotonic() - start:.0f} s] compiled {len(tasks)}", flush=True)
-    while (given.out.parent / "busy").exists():
+    while (given.out / "busy").exists():
         time.sleep(0.5)
     print(f"[{time.monotonic() - start:.0f} s] alone", flush=True)
     lines = []
     for name in SHAPES:
-        block = Block(name)
         with ops.use_backend("triton"):
+            block = Block(name)
             truth = block.run()
             everything = timed(block, ("",), 5)
             print(name, "as it is", everything, flush=True)
             lines.append({"model": name, "kernel": "all", "us": everything})
-            for (kernel, shape, entry, names), reason in zip(tasks, reasons):
-                if not concerned(name, kernel, shape):
-                    continue
-                line = {"model": name, "kernel": kernel, "shape": shape, "entry": entry, "why": reason}
-                if not reason:
-                    try:
-                        with using(kernel, shape, entry):
-                            got = block.run()
-                            line["error"] = max(
-                                ((a - b).norm() / b.norm()).item() for a, b in zip(got, truth) if b.norm() > 0
-                            )
-                            line["us"] = timed(block, names, 3)
-                            if not line["us"]:
-                                continue
-                    except Exception as error:
-                        line["why"] = f"{type(error).__name__}: {str(error)[:150]}"
-                lines.append(line)
-                numbers = [v for k, v in entry.items() if k not in ("origin", "TMA", "reason")]
-                times = [us for _, us in line.get("us", [])]
-                print(name, kernel, shape, numbers, times, f"{line.get('error', 0):.0e}", line["why"][:60], flush=True)
+            for task, reason in zip(tasks, reasons):
+                if name in task[4] and not reason:
+                    lines.append(measure(task, name, block, truth))
         del block, truth
-        given.out.write_text(json.dumps(record(lines)))
+    for task, reason in zip(tasks, reasons):
+        if reason:
+            print("refused:", *task[:3], reason[:120])
+    (given.out / "tiles.json").write_text(tile_table.text(winners(lines[1:])))
+    (given.out / "sweep.json").write_text(json.dumps(record(lines)))
     print(f"[{time.monotonic() - start:.0f} s] done")
 
 

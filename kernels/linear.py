@@ -96,7 +96,7 @@ def _input_grad_kernel(
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     dy = matrix(dy_ptr, M, K, stride_dy, BLOCK_M, BLOCK_K, TMA)
     weight = matrix(weight_ptr, K, N, stride_weight, BLOCK_K, BLOCK_N, TMA)
-    dx = matrix(dx_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
+    dx = matrix(dx_ptr, M, N, N, BLOCK_M, WIDTH, TMA == 1)
     for tile in tl.range(tl.program_id(0), count_tiles(M, N, BLOCK_M, BLOCK_N), tl.num_programs(0), flatten=True):
         row, col = tile_of(tile, M, N, BLOCK_M, BLOCK_N)
         sums = product(
@@ -292,8 +292,8 @@ def finish(*gradients: Partials) -> list:
             partial, sums, weight, bias, layer_scale, dweight, dbias, dscale, N, K, weight.stride(0), splits
         )  # fmt: skip
     rows = max(len(gradient.weight) for gradient in gradients)
-    _finish_kernel[(-(-rows // 4), len(gradients))](
-        first=groups[0], second=groups[1], third=groups[2], fourth=groups[3], COUNT=len(gradients), BLOCK_M=4,
-        BLOCK_N=256, num_warps=4,
+    _finish_kernel[(-(-rows // 2), len(gradients))](
+        first=groups[0], second=groups[1], third=groups[2], fourth=groups[3], COUNT=len(gradients), BLOCK_M=2,
+        BLOCK_N=1024, num_warps=4,
     )  # fmt: skip
     return found

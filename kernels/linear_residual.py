@@ -36,18 +36,20 @@ def _forward_kernel(
 ):  # fmt: skip
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     Y_DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-    WIDTH: tl.constexpr = BLOCK_N // PIECES
+    # A residual stream in fp32 takes twice the shared memory.
+    COUNT: tl.constexpr = PIECES * (Y_DTYPE.primitive_bitwidth // DTYPE.primitive_bitwidth)
+    WIDTH: tl.constexpr = BLOCK_N // COUNT
     x = matrix(x_ptr, M, K, stride_x, BLOCK_M, BLOCK_K, TMA)
     weight = matrix(weight_ptr, N, K, stride_weight, BLOCK_N, BLOCK_K, TMA)
-    residual = matrix(residual_ptr, M, N, stride_residual, BLOCK_M, WIDTH, TMA)
-    y = matrix(y_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
+    residual = matrix(residual_ptr, M, N, stride_residual, BLOCK_M, WIDTH, TMA == 1)
+    y = matrix(y_ptr, M, N, N, BLOCK_M, WIDTH, TMA == 1)
     for tile in tl.range(tl.program_id(0), count_tiles(M, N, BLOCK_M, BLOCK_N), tl.num_programs(0), flatten=True):
         row, first_col = tile_of(tile, M, N, BLOCK_M, BLOCK_N)
         h = product(
             rows_outer, x, rows_outer, weight, row, first_col, 0, K, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )  # fmt: skip
-        pieces = column_pieces(h, PIECES)
-        for piece in tl.static_range(PIECES):
+        pieces = column_pieces(h, COUNT)
+        for piece in tl.static_range(COUNT):
             col = first_col + piece * WIDTH
             rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, WIDTH)
             branch = pieces[piece]

@@ -42,9 +42,9 @@ def _fc1_kernel(
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     z = matrix(z_ptr, M, K, K, BLOCK_M, BLOCK_K, TMA)
     weight = matrix(weight_ptr, N, K, stride_weight, BLOCK_N, BLOCK_K, TMA)
-    activated = matrix(activated_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
+    activated = matrix(activated_ptr, M, N, N, BLOCK_M, WIDTH, TMA == 1)
     if hidden_ptr is not None:
-        hidden = matrix(hidden_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
+        hidden = matrix(hidden_ptr, M, N, N, BLOCK_M, WIDTH, TMA == 1)
     for tile in tl.range(tl.program_id(0), count_tiles(M, N, BLOCK_M, BLOCK_N), tl.num_programs(0), flatten=True):
         row, first_col = tile_of(tile, M, N, BLOCK_M, BLOCK_N)
         sums = product(
@@ -75,9 +75,9 @@ def _hidden_grad_kernel(
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     dy = matrix(dy_ptr, M, K, stride_dy, BLOCK_M, BLOCK_K, TMA)
     weight = matrix(weight_ptr, K, N, stride_weight, BLOCK_K, BLOCK_N, TMA)
-    hidden = matrix(hidden_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
-    dhidden = matrix(dhidden_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
-    activated = matrix(activated_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
+    hidden = matrix(hidden_ptr, M, N, N, BLOCK_M, WIDTH, TMA == 1)
+    dhidden = matrix(dhidden_ptr, M, N, N, BLOCK_M, WIDTH, TMA == 1)
+    activated = matrix(activated_ptr, M, N, N, BLOCK_M, WIDTH, TMA == 1)
     for tile in tl.range(tl.program_id(0), count_tiles(M, N, BLOCK_M, BLOCK_N), tl.num_programs(0), flatten=True):
         row, first_col = tile_of(tile, M, N, BLOCK_M, BLOCK_N)
         sums = product(

@@ -74,7 +74,7 @@ def _forward_kernel(
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     image = (image_ptr, stride_b, stride_c, stride_h, stride_w, M, K, T, R, COLUMNS, PH, PW)
     weight = matrix(weight_ptr, N, K, K, BLOCK_N, BLOCK_K, TMA)
-    tokens = matrix(token_ptr, M, N, N, BLOCK_M, WIDTH, TMA)
+    tokens = matrix(token_ptr, M, N, N, BLOCK_M, WIDTH, TMA == 1)
     for tile in tl.range(tl.program_id(0), count_tiles(M, N, BLOCK_M, BLOCK_N), tl.num_programs(0), flatten=True):
         row, first_col = tile_of(tile, M, N, BLOCK_M, BLOCK_N)
         sums = product(

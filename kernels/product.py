@@ -10,8 +10,9 @@ result is the epilogue of its kernel. On Hopper a loader that computes in regist
 A kernel is persistent: as many programs as the multiprocessors hold take the tiles of the result in turn, so that
 flattening lets the loads of the next tile run under the epilogue of this one. Tiles reach shared memory through
 descriptors (TMA) where the architecture has them and the operands are aligned to 16 bytes, and through pointers
-elsewhere: `load_tile` and `store_tile` are all that differs. An epilogue takes its tile in PIECES of columns, which
-halves the registers that it needs.
+elsewhere: `load_tile` and `store_tile` are all that differs. TMA is 0 for pointers, 1 for descriptors, and 2 for
+descriptors of the operands alone. An epilogue takes its tile in PIECES of columns, which halves the registers that it
+needs.
 """
 
 import torch
@@ -201,13 +202,11 @@ def count_tiles(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def column_pieces(tile, PIECES: tl.constexpr):
-    """A tile [M, N] as a tuple of PIECES (1, 2 or 4) tiles [M, N / PIECES]."""
+    """A tile [M, N] as a tuple of PIECES, a power of two, tiles [M, N / PIECES]."""
     pieces = (tile,)
     if PIECES > 1:
-        pieces = tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
-    if PIECES > 2:
-        tl.static_assert(PIECES == 4)
-        pieces = column_pieces(pieces[0], 2) + column_pieces(pieces[1], 2)
+        left, right = tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+        pieces = column_pieces(left, PIECES // 2) + column_pieces(right, PIECES // 2)
     return pieces
 
 

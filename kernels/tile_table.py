@@ -5,7 +5,7 @@ launch's tile sizes, num_warps and num_stages; of a persistent kernel how many o
 ("blocks_per_sm", 1 where it is not said); its "origin": "predicted", by the compiler and the model of
 benchmarks/roofline.py, or where measured {"device": …, "date": …, "triton": …, "torch": …}; and a "reason" where it
 breaks a rule of `benchmarks.static --check` for one. The shape class is "any", or what the kernel's launch tells apart:
-"few" and "many" rows of a product, "64" and "128" for the width of a head.
+"few", "some" and "many" rows of a product, "64" and "128" for the width of a head.
 
 An architecture without a file takes the nearest of its maker. What VIT_FAST_TILES names, else the user's cache, where
 `vit-fast tune` writes, takes the place of single entries.
@@ -24,8 +24,9 @@ FOLDER = pathlib.Path(__file__).parent / "tiles"
 NOT_LAUNCHED = ("blocks_per_sm", "origin", "reason")  # what an entry says besides the launch's arguments
 MAY_BE_ZERO = ("TMA", "LONGEST")  # a switch, and the longest sequence that a kernel takes where it takes none
 MEASURED = {"device", "date", "triton", "torch"}  # what the origin of a measured entry tells, each a text
-# A product of fewer rows has too few tiles of 128 x 128 to fill the multiprocessors: 10 images of a ViT-B at 224.
-FEW_ROWS = 2048
+# A product of so few rows has too few tiles to fill the multiprocessors: of 128 x 128 up to FEW_ROWS, 2 images of a
+# ViT-B at 224, of 128 x 256 up to SOME_ROWS, 10 images.
+FEW_ROWS, SOME_ROWS = 512, 2048
 
 log = logging.getLogger("vit_fast")
 
@@ -140,12 +141,19 @@ def text(table: dict) -> str:
 
 def rows_class(rows: int) -> str:
     """The shape class of a product with so many rows."""
-    return "few" if rows <= FEW_ROWS else "many"
+    return "few" if rows <= FEW_ROWS else "some" if rows <= SOME_ROWS else "many"
 
 
 def dtype_class(dtype: torch.dtype) -> str:
     """The class of a table that a dtype belongs to."""
     return "32" if dtype.itemsize == 4 else "16"
+
+
+def _entry_for(shape_class: str, classes: dict) -> str:
+    """The entry of a shape class in a table that need not tell it apart."""
+    if shape_class not in classes:
+        shape_class = "few" if shape_class == "some" and "few" in classes else "any"
+    return shape_class
 
 
 _recorded: list | None = None
@@ -162,7 +170,7 @@ def lookup(kernel: str, device: torch.device, dtype: torch.dtype, shape_class: s
         shape_class: which entry, where the table tells shapes apart; "any" is taken where it does not.
     """
     classes = table(architecture(device))[kernel][dtype_class(dtype)]
-    shape = shape_class if shape_class in classes else "any"
+    shape = _entry_for(shape_class, classes)
     if _recorded is not None:
         _recorded.append((kernel, dtype_class(dtype), shape))
     return launched(classes[shape])
@@ -178,8 +186,7 @@ def multiprocessors(device: torch.device) -> int:
 def residents(kernel: str, device: torch.device, dtype: torch.dtype, shape_class: str = "any") -> int:
     """How many programs of a persistent kernel the device shall hold at once; arguments as `lookup`'s."""
     classes = table(architecture(device))[kernel][dtype_class(dtype)]
-    entry = classes.get(shape_class) or classes["any"]
-    return multiprocessors(device) * entry.get("blocks_per_sm", 1)
+    return multiprocessors(device) * classes[_entry_for(shape_class, classes)].get("blocks_per_sm", 1)
 
 
 def _forget() -> None:

@@ -24,13 +24,14 @@ from vit_fast.ops.backend import use_triton
 MARGIN = 0.02  # how much faster an entry must be to take another's place
 ROUNDS = 20
 FLUSH = 1 << 30  # bytes written between two runs
-# What a table tells apart, at the sizes that count: ViT-B at 224 with many rows of tokens and with few, at 384, and
+# What a table tells apart, at the sizes that count: ViT-B at 224 with many, some and few rows of tokens, at 384, and
 # ViT-H's heads at 224 and at 384.
 CASES = [
     case
     for batch, grid, heads, width in (
         (64, 14, 12, 64),
         (8, 14, 12, 64),
+        (1, 14, 12, 64),
         (16, 24, 12, 64),
         (32, 14, 16, 80),
         (8, 24, 16, 80),
@@ -295,7 +296,7 @@ class Tuner:
             "device": name,
             "date": datetime.date.today().isoformat(),
             "triton": triton_version,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
         }
         entry = {**numbers, "origin": origin}
         own = json.loads(self.file.read_text())

@@ -73,6 +73,7 @@ EVERY_CLASS = [
     case
     for batch, grid, heads, head_width in (
         (2, 14, 5, 64),
+        (5, 14, 5, 64),
         (11, 14, 5, 64),
         (2, 24, 5, 64),
         (2, 14, 4, 80),
@@ -91,7 +92,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @contextlib.contextmanager
-def _convolution_like_ours() -> Iterator[None]:
+def convolution_like_ours() -> Iterator[None]:
     """PyTorch's own convolution takes tf32 unless told: as the kernel multiplies, so does what it is compared with."""
     convolution = torch.backends.cudnn.conv
     before = convolution.fp32_precision
@@ -118,7 +119,7 @@ class Trial:
             if index in case.weights:  # as in a model: products neither overflow nor saturate a GELU
                 tensor /= math.sqrt(tensor[0].numel())
             self.tensors.append(tensor.to(device, dtype).requires_grad_(index >= case.spared))
-        with ops.use_backend("torch"), _convolution_like_ours():
+        with ops.use_backend("torch"), convolution_like_ours():
             output = self.forward()
             self.upstream = torch.randn(output.shape, generator=generator).to(device, output.dtype)
             peers = [output.detach(), *self.backward(output)]
