@@ -92,12 +92,13 @@ def resources(arch: str, compiled) -> dict:
         lines = SASS_INSTRUCTION.findall(code)
         instructions, loops = len(lines), read_loops(lines)
         threads = int(re.search(r"\.reqntid\s+(\d+)", compiled.asm["ptx"])[1])  # more than num_warps if specialised
-    multiply = MATRIX_INSTRUCTION.search(code)
+    multiply = MATRIX_INSTRUCTION.findall(code)
     return {
         "registers": registers,
         "spill_bytes": spilled,
         "shared_bytes": compiled.metadata.shared,
-        "matrix_instruction": multiply[1] if multiply else "",
+        "matrix_instruction": multiply[0] if multiply else "",
+        "slow_products": len(re.findall(r"HGMMA\S+ R\d+, R\d+, gdesc", code)) + multiply.count("HMMA"),
         "instructions": instructions,
         "loops": loops,
         "special": len(SPECIAL_INSTRUCTION.findall(code)),

@@ -1,6 +1,6 @@
 """What the roofline says of whole models and of small ones, and the page and the picture that show it.
 
-All of it is predicted, and nothing is measured: what is shown here is to be held against a device.
+All of it is predicted but for the one table that holds it against a device.
 """
 
 import collections
@@ -13,7 +13,20 @@ import torch
 
 from benchmarks import roofline, static
 from benchmarks.compiled import compile_launches
-from benchmarks.launches import DTYPES, ODD, OPS, Catch, Launch, TorchOp, launches, model_launches, op_calls, sameness
+from benchmarks.launches import (
+    DTYPES,
+    ODD,
+    OPS,
+    Catch,
+    Launch,
+    TorchOp,
+    launches,
+    model_launches,
+    op_calls,
+    parameter,
+    sameness,
+)
+from vit_fast import ops
 
 # Name, title, and the goals in per cent of the measured matrix rate: inference and training.
 MODELS = (
@@ -29,6 +42,7 @@ LOSSES = {
     "rate": "products that wait for products, and mma.sync",
     "special": "special functions",
     "issue": "other instructions",
+    "exposed": "epilogues that no product hides",
     "memory": "memory",
     "waves": "the last wave",
     "launch": "launches",
@@ -218,12 +232,77 @@ def replace_part(text: str, name: str, body: str) -> str:
     return re.sub(pattern, lambda _: f"{begin}{body}\n{end}", text, flags=re.DOTALL)
 
 
+MEASURED = {"B": (256, 197, 768, 12), "H": (128, 257, 1280, 16)}  # batch, tokens, width, heads of what was measured
+
+
+def blocks_table() -> str:
+    """Each launch of a block as it is predicted now and as a device measured it: a Markdown table.
+
+    Where the entry in the table is another than the one that was in force then, the time is that of the sweep.
+    """
+    from benchmarks.report import results
+
+    timed = {row["model"]: row["us"] for row in results("blocks")["results"]}
+    lines = ["| model | pass | kernel | predicted, µs | measured, µs | measured / predicted |", "|---" * 6 + "|"]
+    for model, shape in MEASURED.items():
+        found = block_launches(*shape)
+        for launch, prediction, (kernel, us) in zip(found, predict_all("sm_90", "bf16", found), timed[model]):
+            assert static.kernel_name(launch) == kernel, (
+                f"the block launches {static.kernel_name(launch)}, not {kernel}"
+            )
+            us = swept(launch, model) or us
+            ratio = us / prediction.us
+            cells = [
+                f"ViT-{model}",
+                launch.direction,
+                f"`{kernel}`",
+                f"{prediction.us:,.0f}",
+                f"{us:,.0f}",
+                f"{ratio:.2f}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def block_launches(B: int, T: int, D: int, heads: int) -> list[Launch]:
+    """Of a ViT's own block in bf16: inference, then a training step."""
+    catch = Catch("sm_90")
+
+    def empty(*shape):
+        return parameter(*shape, dtype=DTYPES["bf16"])
+
+    first = empty(D), empty(D), empty(3 * D, D), empty(3 * D), empty(D, D), empty(D), None, None
+    second = empty(D), empty(D), empty(4 * D, D), empty(4 * D), empty(D, 4 * D), empty(D), None, None
+    with catch:
+        catch.run("block", "", ops.block, empty(B, T, D), *first, *second, heads)
+    return [step for step in catch.seen if isinstance(step, Launch)]
+
+
+def swept(launch: Launch, model: str) -> float | None:
+    """What the sweep measured for the entry that a launch takes, where only one launch of a block takes it."""
+    from benchmarks.report import results
+
+    place = launch.entry_name.split(" ", 2)
+    entry = {key: value for key, value in launch.entry.items() if key not in ("origin", "reason")}
+    for row in results("sweep")["results"]:
+        if [row["model"], row["kernel"], row["shape"]] == [model, *place[::2]] and row["entry"] == entry:
+            if len(row["us"]) == 1:
+                return row["us"][0]
+    return None
+
+
 def write_page(path: pathlib.Path) -> None:
-    """Make the marked parts of a page again: kernels, models and small MLP, all for sm_90."""
+    """Make the parts of a page again that come from the compiler, all for sm_90."""
     text = path.read_text()
-    for name, made in (("kernels", rows_table(main_rows("sm_90", "bf16"))), ("models", models_table("sm_90"))):
-        text = replace_part(text, name, made)
-    path.write_text(replace_part(text, "small MLP", small_mlp_table("sm_90")))
+    parts = {
+        "kernels": rows_table(main_rows("sm_90", "bf16")),
+        "models": models_table("sm_90"),
+        "small MLP": small_mlp_table("sm_90"),
+        "blocks": blocks_table(),
+    }
+    for name, body in parts.items():
+        text = replace_part(text, name, body)
+    path.write_text(text)
 
 
 def plot(rows: list[static.Row], path: pathlib.Path) -> None:

@@ -1,4 +1,5 @@
-"""How long a launch should take: a roofline whose constants were frozen before the first device run (hardware.json).
+"""How long a launch should take: a roofline whose constants were frozen before the first device run (hardware.json),
+and changed since where a measurement contradicts them.
 
     time = launch + max(waves·matrix, waves·special, waves·issue, memory)
 
@@ -13,8 +14,11 @@ memory    every distinct tensor of the launch moved once, at the rate of a devic
 waves     tiles are dealt in rounds to the places of the multiprocessors, and the last round takes as long as a full
           one; a multiprocessor has as many places as blocks fit, but no more than busy it (`filling_warps`)
 
-Not in it: how well the terms overlap within a block, bandwidth of shared memory and L2, latency at small sizes, clocks
-that sink under load, and the host. A prediction is no measurement.
+exposed   what an epilogue issues, its special functions too, which no product hides: all of it where a multiprocessor
+          holds one block, half where it holds two; not in attention
+
+Not in it: how well the other terms overlap within a block, bandwidth of shared memory and L2, latency at small sizes,
+clocks that sink under load, and the host. A prediction is no measurement.
 """
 
 import math
@@ -158,6 +162,7 @@ def predict(
     threads: int,
     special_per_element: float = 0,
     issued: int = 0,
+    epilogue: int = 0,
     instruction: str = "",
     precision: str = "ieee",
 ) -> Prediction:
@@ -168,7 +173,7 @@ def predict(
         work: what there is to do.
         blocks, threads: that a multiprocessor holds at once, and of each.
         special_per_element: exponentials and their like for each element of a tile.
-        issued: instructions that a warp issues for a tile.
+        issued, epilogue: instructions that a warp issues for a tile, and those of them that are no step of its loop.
         instruction: the matrix instruction that the compiler took, or "".
         precision: of fp32 products, "ieee" or "tf32".
     """
@@ -183,9 +188,8 @@ def predict(
     products = work.flops / ceiling
     matrix = (work.padded_flops + work.fill_flops) / (ceiling * rate)
     special = work.elements * special_per_element / _special_rate(chip)
-    warps = threads / chip["warp_size"]
-    clocks = work.tiles * warps * issued / chip["issue_per_clock"] / chip["multiprocessors"]
-    issue = clocks / (chip["clock_ghz"] * 1e3)
+    rounds = work.tiles * threads / chip["warp_size"] / chip["issue_per_clock"] / chip["multiprocessors"]
+    issue, of_epilogues = (rounds * count / (chip["clock_ghz"] * 1e3) for count in (issued, epilogue))
     memory = work.bytes / (chip["memory_tbs"] * 1e6)
     times = {"matrix": waves * matrix, "special": waves * special, "issue": waves * issue, "memory": memory}
     bound = max(times, key=times.get)
@@ -196,12 +200,13 @@ def predict(
         parts["fill"] = work.fill_flops / ceiling
         parts["rate"] = matrix * (1 - rate)
         parts["waves"] = (waves - 1) * matrix
+        parts["exposed"] = 0.0 if work.back_to_back else (of_epilogues + special) / min(blocks, 2)
     elif bound == "memory":
         parts["memory"] = memory - products
     else:
         parts[bound] = times[bound] / waves - products
         parts["waves"] = times[bound] * (1 - 1 / waves)
-    us = constant("launch_us") + longest
+    us = constant("launch_us") + longest + parts.get("exposed", 0.0)
     return Prediction(us, bound, max(products, memory) / us, parts)
 
 

@@ -198,7 +198,7 @@ def winners(lines: list[dict]) -> dict:
     }
     places, found = {}, {}
     for line in lines:
-        if line.get("us") and line["error"] < WRONG:
+        if line.get("error", WRONG) < WRONG and line.get("us"):
             key = json.dumps({k: v for k, v in line["entry"].items() if k != "origin"})
             place = places.setdefault((line["kernel"], line["shape"]), {})
             place.setdefault(key, {})[line["model"]] = sum(line["us"])

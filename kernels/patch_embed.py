@@ -147,9 +147,10 @@ def backward(dtokens, images, weight, bias, position, prefix, precision):
     """dW, dbias, dposition and dprefix (None where absent) from contiguous dtokens [B, T, D]."""
     sizes = _geometry(images, weight, prefix)
     (B, T, D), R = dtokens.shape, sizes["R"]
+    operand = dtokens.to(weight.dtype)  # what is cast in the product would come from registers, at half its rate
     partial, _ = launch_weight_grad(
-        _weight_grad_kernel, "patch_embed_weight_grad", B * T, D, sizes.pop("K"), weight.dtype, (dtokens.view(-1, D),),
-        with_sums=False, dtoken_ptr=dtokens, image_ptr=images, PRECISION=precision, **sizes,
+        _weight_grad_kernel, "patch_embed_weight_grad", B * T, D, sizes.pop("K"), weight.dtype, (operand.view(-1, D),),
+        with_sums=False, dtoken_ptr=operand, image_ptr=images, PRECISION=precision, **sizes,
     )  # fmt: skip
     dweight, _, _ = finish(Partials(partial, None, weight.view(D, -1), None, None))
     sums = dtokens.sum(0, dtype=torch.float32)  # [T, D]

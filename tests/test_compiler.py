@@ -69,7 +69,11 @@ def a_row(**changes) -> static.Row:
     [
         ({}, ""),
         ({"spill_bytes": 4}, "none allowed"),
-        ({"spill_bytes": 4, "reason": "no reason counts here"}, "none allowed"),
+        ({"spill_bytes": 4, "reason": "no reason counts where nothing was measured"}, "none allowed"),
+        ({"spill_bytes": 4, "reason": "and yet the fastest", "origin": {"device": "H200"}}, ""),
+        ({"spill_bytes": 4, "origin": {"device": "H200"}}, "none allowed"),
+        ({"slow_products": 4}, "from registers"),
+        ({"slow_products": 4, "flops": 0}, ""),
         ({"spill_bytes": 4, "arch": "sm_100"}, "none allowed"),
         ({"spill_bytes": 64, "arch": "sm_89"}, ""),
         ({"spill_bytes": 68, "arch": "sm_89"}, "64 allowed without a reason"),

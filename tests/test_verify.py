@@ -170,14 +170,14 @@ def test_the_command_tells_and_its_exit_code_says_so(monkeypatch):
     line = {"kernel": "mlp_fc1", "shape": "any", "dtype": "float32", "origin": "predicted"}
     fine = line | {"error": 2e-7, "agrees": True, "why": ""}
     unreached = line | {"kernel": "other", "error": math.nan, "agrees": None, "why": "no case came to it"}
-    monkeypatch.setattr(verify, "verify_entries", lambda device: [fine, unreached])
+    monkeypatch.setattr(verify, "verify_entries", lambda device, workers: [fine, unreached])
     code, output, errors = run("env", "--verify", "--device", "cpu")
     assert (code, errors) == (0, "")
     assert "mlp_fc1 any float32 2.0e-07 agrees predicted" in output
     assert "other any float32 not run predicted: no case came to it" in output
     wrong = line | {"error": 0.1, "agrees": False, "why": ""}
     broken = line | {"error": math.nan, "agrees": False, "why": "OutOfResources: shared memory [100]"}
-    monkeypatch.setattr(verify, "verify_entries", lambda device: [fine, wrong, broken])
+    monkeypatch.setattr(verify, "verify_entries", lambda device, workers: [fine, wrong, broken])
     code, output, errors = run("env", "--verify", "--device", "cpu")
     assert code == 1
     assert "mlp_fc1 any float32 1.0e-01 DIFFERS predicted" in output

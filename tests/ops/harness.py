@@ -73,19 +73,12 @@ def three_ways(
 
 
 def hold_to_the_rule(
-    op: Callable,
-    reference: Callable,
-    unfused: Callable,
-    case: Case,
-    mode: str,
-    backend: str,
-    device: str = "cpu",
-    slack: float = 1,
+    op: Callable, reference: Callable, unfused: Callable, case: Case, mode: str, backend: str, device: str = "cpu"
 ) -> None:
     """Assert the error rule for the output and for every gradient, with a random upstream gradient."""
     ours, peer, truth = three_ways(op, reference, unfused, case, mode, backend, device)
     for name in truth:
-        assert_close_to_truth(ours[name], peer[name], truth[name], name, slack)
+        assert_close_to_truth(ours[name], peer[name], truth[name], name)
 
 
 def assert_no_second_derivative(op: Callable, args: dict[str, Tensor | None]) -> None:

@@ -137,7 +137,9 @@ def patch_embed(
     # No kernel makes an image's gradient: it costs another product, and only attacks and visualisations ask for it.
     if needs_grad(images) or not use_triton("patch_embed", images):
         return _in_pytorch(images, weight, bias, position, prefix)
-    return _patch_embed(images, cast(weight, compute_dtype(images)), bias, position, prefix)
+    # Cast here and not in the kernel, whose product would take its operand from registers, at half its rate.
+    dtype = compute_dtype(images)
+    return _patch_embed(images.to(dtype), cast(weight, dtype), bias, position, prefix)
 
 
 def _in_pytorch(images, weight, bias, position, prefix):

@@ -1,0 +1,168 @@
+"""The measured tables of README.md and docs/performance.md and README's plot, made from the files of results alone.
+
+python -m benchmarks.report [--check]
+
+--check ends with 1 where a page is not what the files say.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+from benchmarks.predictions import forward_flops, replace_part
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/NVIDIA_H200"
+NAMES = {
+    "vit_small_patch16_224": "ViT-S/16",
+    "vit_base_patch16_224": "ViT-B/16",
+    "vit_large_patch16_224": "ViT-L/16",
+    "vit_huge_patch14_224": "ViT-H/14",
+}
+SHAPES = {"B": "ViT-B/16", "L": "ViT-L/16", "H": "ViT-H/14", "B at 384": "ViT-B/16 at 384"}
+
+
+def results(name: str) -> dict:
+    """A file of results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def best(times: dict[str, list], whose: str) -> tuple[str, float]:
+    """The fastest form of one contender, and its median in microseconds."""
+    medians = {run: quantiles[1] for run, quantiles in times.items() if run.split()[0] == whose}
+    form = min(medians, key=medians.get)
+    return form, medians[form]
+
+
+def merged(rows: list[dict]) -> list[dict]:
+    """Rows of one model, batch and pass made one: contenders of a training step are timed each alone."""
+    found = {}
+    for row in rows:
+        one = found.setdefault((row["model"], row["batch"], row["training"]), {**row, "us": {}, "gb": {}})
+        one["us"] |= row["us"]
+        if "peak_gb" in row:
+            one["gb"][next(iter(row["us"]))] = row["peak_gb"]
+    return list(found.values())
+
+
+def models_table(training: bool, batches: tuple[int, ...]) -> str:
+    """Images a second of whole models, ours and timm's, each in its fastest form."""
+    file = results("models")
+    ceiling = file["ceilings"]["matrix_tflops"]
+    head = ["model", "batch", "vit_fast", "timm", "ratio", "% of the matrix ceiling"] + ["memory, GB"] * training
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in merged(file["results"]):
+        if row["training"] != training or row["batch"] not in batches:
+            continue
+        (_, ours), (form, theirs) = best(row["us"], "vit_fast"), best(row["us"], "timm")
+        flops = forward_flops(row["model"]) * row["batch"] * (3 if training else 1)
+        ratio = theirs / ours
+        cells = [
+            NAMES[row["model"]],
+            f"{row['batch']}",
+            f"{row['batch'] / ours * 1e6:,.0f}",
+            f"{row['batch'] / theirs * 1e6:,.0f} {form.removeprefix('timm').strip() or 'eager'}",
+            f"**{ratio:.2f}**" if ratio > 1 else f"{ratio:.2f}, slower",
+            f"{100 * flops / ours / 1e6 / ceiling:.0f}",
+        ]
+        if training:
+            memory = row["gb"]
+            cells.append(f"{memory['vit_fast']:.1f}, timm eager {memory['timm']:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def eager_table() -> str:
+    """Milliseconds of small batches launched one by one, where the host is what takes the time."""
+    lines = [
+        "| model | batch | vit_fast eager, ms | timm eager, ms | vit_fast in a graph, ms |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results("models")["results"]:
+        if not row["training"] and row["batch"] in (1, 8):
+            times = [row["us"][run][1] / 1e3 for run in ("vit_fast", "timm", "vit_fast graph")]
+            cells = [NAMES[row["model"]], str(row["batch"]), *(f"{ms:.2f}" for ms in times)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ops_table() -> str:
+    """Microseconds of each op at batch 256, forward, and forward and backward, beside its best peer."""
+    peers = {"attention": "sdpa", "patch_embed": "conv2d"}
+    lines = [
+        "| op | model | forward, µs | best peer | ratio | forward and backward, µs | best peer | ratio |",
+        "|---" * 8 + "|",
+    ]
+    rows = results("ops")["results"]
+    for forward, both in zip(rows[::2], rows[1::2]):
+        cells = [f"`{forward['op']}`", f"{SHAPES[forward['model']]}, batch {forward['batch']}"]
+        for row in (forward, both):
+            ours = row["us"]["vit_fast"][1]
+            form, theirs = best(row["us"], peers.get(row["op"], "eager"))
+            cells += [f"{ours:,.0f}", f"{theirs:,.0f} {form}", f"{theirs / ours:.2f}"]
+            if cells[-1] < "1":
+                cells[-1] += ", slower"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def pages() -> dict[pathlib.Path, str]:
+    """Every page with its measured parts made anew."""
+    readme, performance = ROOT / "README.md", ROOT / "docs/performance.md"
+    text = replace_part(readme.read_text(), "inference", models_table(False, (64, 256)))
+    text = replace_part(text, "training", models_table(True, (64, 256)))
+    notes = replace_part(performance.read_text(), "ops", ops_table())
+    notes = replace_part(notes, "all batches", models_table(False, (1, 8, 64, 256)))
+    return {readme: text, performance: replace_part(notes, "eager", eager_table())}
+
+
+def plot(path: pathlib.Path) -> None:
+    """Images a second of ours over those of timm's fastest form, a bar a model, inference and training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), width_ratios=(3, 1))
+    for axis, training, title in zip(axes, (False, True), ("inference", "training step")):
+        rows = [r for r in merged(results("models")["results"]) if r["training"] == training and r["batch"] == 256]
+        forms = {
+            "timm eager": lambda us: us["timm"][1],
+            "timm compiled": lambda us: us.get("timm compiled", [0, float("nan")])[1],
+            "vit_fast": lambda us: best(us, "vit_fast")[1],
+        }
+        for number, (label, of) in enumerate(forms.items()):
+            heights = [us_of["us"]["timm"][1] / of(us_of["us"]) for us_of in rows]
+            places = [place + 0.27 * (number - 1) for place in range(len(rows))]
+            bars = axis.bar(places, heights, 0.25, label=label, color=("0.8", "0.55", "tab:blue")[number])
+            if label == "vit_fast":
+                for bar, row in zip(bars, rows):
+                    rate = row["batch"] / of(row["us"]) * 1e6
+                    axis.annotate(f"{rate:,.0f}/s", (bar.get_x() + 0.12, bar.get_height()), ha="center", fontsize=7)
+        axis.set_xticks(range(len(rows)), [NAMES[row["model"]] for row in rows], fontsize=8)
+        axis.set_title(title, fontsize=9)
+        axis.set_ylim(0, 1.7)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("speed over timm eager", fontsize=8)
+    axes[0].legend(fontsize=7, loc="upper right", ncols=3, frameon=False)
+    figure.suptitle(f"{results('models')['device']}, bf16, batch 256, measured", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, say which page is not what the files say")
+    check = parser.parse_args().check
+    stale = [path for path, text in pages().items() if path.read_text() != text]
+    if check:
+        sys.exit("\n".join(f"{path.name} is not what the files say: python -m benchmarks.report" for path in stale))
+    for path in stale:
+        path.write_text(pages()[path])
+    plot(ROOT / "docs/measured.png")
+
+
+if __name__ == "__main__":
+    main()

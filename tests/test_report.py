@@ -1,0 +1,25 @@
+"""The measured tables of the pages are those of the files of results."""
+
+import pytest
+
+pytest.importorskip("triton", reason="the pages' other parts come from compiled kernels")
+
+from benchmarks import report
+
+
+def test_the_pages_say_what_the_files_say():
+    for path, text in report.pages().items():
+        assert path.read_text() == text, f"{path.name}: python -m benchmarks.report"
+
+
+def test_a_contender_counts_by_its_fastest_form():
+    times = {"vit_fast": [8, 9, 10], "vit_fast graph": [5, 6, 7], "timm": [1, 2, 3]}
+    assert report.best(times, "vit_fast") == ("vit_fast graph", 6)
+    assert report.best(times, "timm") == ("timm", 2)
+
+
+def test_what_is_slower_is_said_to_be(monkeypatch):
+    row = {"model": "vit_base_patch16_224", "batch": 64, "training": False}
+    file = {"ceilings": {"matrix_tflops": 800}, "results": [row | {"us": {"vit_fast": [9, 9, 9], "timm": [6, 6, 6]}}]}
+    monkeypatch.setattr(report, "results", lambda name: file)
+    assert "0.67, slower" in report.models_table(False, (64,))
