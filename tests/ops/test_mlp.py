@@ -43,7 +43,7 @@ CASES = [
     case("one token of each image", shaped(6, 1, 48, hidden=36)),
     case("nothing but the products", shaped(2, 9, 33, hidden=48, bias=False, layer_scale=False, drop=False)),
     case("biases alone", shaped(2, 9, 33, hidden=48, layer_scale=False, drop=False)),
-    case("tokens summed in two spans", shaped(2, 130, 20, hidden=24), "quick_gelu"),
+    case("tokens summed in two spans", shaped(2, 130, 40, hidden=24), "quick_gelu"),
 ]
 
 
