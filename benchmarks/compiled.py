@@ -1,5 +1,6 @@
 """Launches through triton's compiler for a GPU that is not here, and what can be read from the code that it makes."""
 
+import contextlib
 import multiprocessing
 import os
 import pathlib
@@ -16,6 +17,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.launches import Launch, hardware
 
+LIMIT = 300  # seconds for one kernel
 SKIPPED = 32  # instructions behind a branch that are an epilogue and not a masked load
 MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|QGMMA|UTCHMMA|HMMA|v_mfma\w*|v_wmma\w*)")
 SASS_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
@@ -134,10 +136,11 @@ def compile_apart(arch: str, source: ASTSource, target: GPUTarget, options: dict
     process = context.Process(target=_child, args=(theirs, arch, source, target, options))
     process.start()
     theirs.close()
-    try:
-        found = ours.recv()
-    except EOFError:
-        found = None
+    found = None
+    with contextlib.suppress(EOFError):
+        found = ours.recv() if ours.poll(LIMIT) else {"error": f"not compiled in {LIMIT} s"}
+    if found and "error" in found:
+        process.kill()
     process.join()
     return found or {"error": f"the compiler's process ended with {process.exitcode}"}
 

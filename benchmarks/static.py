@@ -265,11 +265,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.page:
         predictions.write_page(options.page)
         return 0
+    archs = ARCHITECTURES if "all" in options.arch else options.arch
     if options.models:
-        for arch in options.arch:
+        for arch in archs:
             print(predictions.models_table(arch))
         return 0
-    archs = ARCHITECTURES if "all" in options.arch else options.arch
     dtypes = list(DTYPES) if "all" in options.dtype else options.dtype
     rows, failed = [], 0
     print(" ".join(f"{HEADINGS.get(name, name):{width}}" for name, width in COLUMNS.items()))

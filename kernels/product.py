@@ -219,9 +219,9 @@ def tiles(M: int, N: int, tile: dict) -> int:
 
 
 def aligned(*matrices: torch.Tensor) -> bool:
-    """Whether descriptors can be made of these: their rows begin at multiples of 16 bytes."""
-    for x in matrices:  # noqa: SIM110 - a generator costs more, and this is asked at every launch
-        if x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16:
+    """Whether descriptors can be made of these: their rows begin at multiples of 16 bytes, and are not one row."""
+    for x in matrices:
+        if x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16 or x.stride(0) < x.shape[1]:
             return False
     return True
 

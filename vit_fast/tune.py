@@ -67,14 +67,15 @@ class Outcome(NamedTuple):
 
 
 def candidates(entry: dict) -> list[dict]:
-    """The launch arguments of an entry first, then all that differ from them in two numbers at most.
+    """The numbers of an entry first, then all that differ from them in two at most.
 
-    A tile's side may be halved or doubled, 16 to 256; warps are 4 or 8; the stages of a pipeline one more or fewer.
+    A tile's side may be halved or doubled, 16 to 256; warps are 4 or 8; the stages of a pipeline one more or fewer; a
+    persistent kernel's blocks on a multiprocessor 1 or 2, its descriptors for all matrices or for the operands alone.
     What else an entry holds stays.
     """
-    from vit_fast.kernels.tile_table import launched
-
-    entry = launched(entry)
+    entry = {name: value for name, value in entry.items() if name not in ("origin", "reason")}
+    if "PIECES" in entry:
+        entry.setdefault("blocks_per_sm", 1)
     choices = []
     for name, value in entry.items():
         others = ()
@@ -84,6 +85,8 @@ def candidates(entry: dict) -> list[dict]:
             others = (4, 8)
         elif name == "num_stages":
             others = (stages for stages in (value - 1, value + 1) if stages)
+        elif name == "blocks_per_sm" or (name == "TMA" and value and "PIECES" in entry):
+            others = (1, 2)
         choices.append([value, *(other for other in others if other != value)])
     every = (dict(zip(entry, numbers)) for numbers in itertools.product(*choices))
     return [new for new in every if sum(new[name] != entry[name] for name in entry) <= 2]
@@ -303,7 +306,7 @@ class Tuner:
         own.setdefault(kernel, {}).setdefault(dtype, {})[shape] = entry
         self._write(own)
         self.table[kernel][dtype][shape] = entry
-        tile_table.lookup.cache_clear()
+        tile_table._forget()
         return entry
 
     def _write(self, own: dict) -> None:
