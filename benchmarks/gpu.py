@@ -359,7 +359,7 @@ def their_model(name: str, training: bool = False) -> torch.nn.Module:
 
 def models(batch: int, rounds: int = ROUNDS, compiled: bool = True) -> list[dict]:
     """Microseconds a batch: ours eager and in a graph, timm's eager, in a graph and compiled; training steps with fused
-    AdamW, and the memory that they take besides weights."""
+    AdamW, and the most memory that they take, weights and AdamW's state included."""
     lines = []
 
     def note(name: str, size: int, training: bool, runs: dict) -> None:

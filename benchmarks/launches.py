@@ -99,9 +99,6 @@ class _Noted(dict):
         self.taken.append((f"{self.name} {shape}", entry))
         return entry
 
-    def get(self, shape, default=None):
-        return self[shape] if shape in self else default  # noqa: SIM401, a dict's own get would not note
-
 
 def table_in_force(arch: str) -> dict[str, dict]:
     """Every entry of the table that an architecture takes, by its name."""

@@ -157,7 +157,7 @@ def one_mlp_kernel(M: int, D: int, F: int, fc1: tuple[Launch, dict], fc2: tuple[
 def small_mlp_table(arch: str) -> str:
     """Whether the whole MLP in one kernel pays at D = 192 and 384: a Markdown table and the answer."""
     lines = [
-        "| D | F | statistics, fc1 and fc2, µs | one kernel, µs | bound by | as fast at a share of the matrix rate |",
+        "| D | F | LayerNorm, fc1 and fc2, µs | one kernel, µs | bound by | as fast at a share of the matrix rate |",
         "|---|---|---|---|---|---|",
     ]
     pays = {}
@@ -246,7 +246,8 @@ def blocks_table() -> str:
     lines = ["| model | pass | kernel | predicted, µs | measured, µs | measured / predicted |", "|---" * 6 + "|"]
     for model, shape in MEASURED.items():
         found = block_launches(*shape)
-        for launch, prediction, (kernel, us) in zip(found, predict_all("sm_90", "bf16", found), timed[model]):
+        predictions = predict_all("sm_90", "bf16", found)
+        for launch, prediction, (kernel, us) in zip(found, predictions, timed[model], strict=True):
             assert static.kernel_name(launch) == kernel, (
                 f"the block launches {static.kernel_name(launch)}, not {kernel}"
             )

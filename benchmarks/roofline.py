@@ -29,7 +29,7 @@ from vit_fast.kernels.attention import head_pieces
 from benchmarks.launches import Launch, TorchOp, hardware, nbytes, tensors
 
 # Products of an attention kernel over all pairs of a query and a key, by a part of its name; the first that fits.
-ATTENTION_PRODUCTS = {"forward": 2, "query_grad": 3, "key_grad": 4, "maps": 1, "grad": 5, "backward": 5}
+ATTENTION_PRODUCTS = {"forward": 2, "query_grad": 3, "key_grad": 4, "maps": 1, "grad": 5}
 # Rows and columns of a product's result and its inner index, by a part of the kernel's name; (M, N, K) elsewhere.
 PRODUCT_AXES = {"weight_grad": ("N", "K", "M")}
 
@@ -70,7 +70,7 @@ def _by_name(table: dict, kernel: str, default):
 
 
 def work(launch: Launch) -> Work:
-    """From the sizes of a launch: M, N and K of a product, or B, T, D and K; H, Tq, Tk and d of attention; its grid."""
+    """From the sizes of a launch: M, N and K of a product; H, Tq, Tk and d of attention; its grid."""
     sizes, name = launch.kwargs, launch.kernel.__name__
     moved = nbytes((launch.args, sizes))
     programs = math.prod(launch.grid)
@@ -84,12 +84,7 @@ def work(launch: Launch) -> Work:
 
 
 def _product_work(sizes: dict, name: str, moved: int) -> Work:
-    axes = {
-        "M": sizes["M"] if "M" in sizes else sizes["B"] * sizes["T"],
-        "N": sizes["N"] if "N" in sizes else sizes["D"],
-        "K": sizes["K"],
-    }
-    rows, cols, summed = (axes[axis] for axis in _by_name(PRODUCT_AXES, name, ("M", "N", "K")))
+    rows, cols, summed = (sizes[axis] for axis in _by_name(PRODUCT_AXES, name, ("M", "N", "K")))
     span = sizes.get("span", summed)  # of the sum, where several programs share it
     splits = math.ceil(summed / span)
     tile = sizes["BLOCK_M"] * sizes["BLOCK_N"]
@@ -112,7 +107,10 @@ def _attention_work(sizes: dict, name: str, moved: int, programs: int) -> Work:
     heads *= batch
     products = _by_name(ATTENTION_PRODUCTS, name, 0)
     rows, keys = _up(sizes["Tq"], sizes.get("BLOCK_M", 16)), _up(sizes["Tk"], sizes.get("BLOCK_N", 16))
-    steps = rows // sizes.get("BLOCK_M", rows) if "key_grad" in name else keys // sizes.get("BLOCK_N", keys)
+    if "span" in sizes:  # of queries that a program has, all keys at once
+        steps = math.ceil(sizes["span"] / sizes["BLOCK_M"])
+    else:
+        steps = rows // sizes.get("BLOCK_M", rows) if "key_grad" in name else keys // sizes.get("BLOCK_N", keys)
     return Work(
         moved,
         programs,

@@ -22,9 +22,9 @@ PROGRAMS = 4  # of backward, a multiprocessor: each has a share of dγ and dβ t
 
 
 def whole_rows(K: int, elements: int) -> dict:
-    """The launch of a kernel of four warps that holds rows whole, about so many elements of them."""
+    """The launch of a kernel that holds rows whole, about so many elements: four warps, and more for long rows."""
     block = 1 << (K - 1).bit_length()
-    return {"BLOCK_M": max(1, elements // block), "BLOCK_K": block, "num_warps": 4}
+    return {"BLOCK_M": max(1, elements // block), "BLOCK_K": block, "num_warps": min(16, max(4, block // 1024))}
 
 
 @triton.jit
@@ -121,6 +121,7 @@ def backward(dz, x, mean, rstd, weight, bias, residual_grad=None):
 def _sum_shares(norm, cols, K, BLOCK_M: tl.constexpr):
     """dγ (program 0 of axis 1) or dβ (1) of one LayerNorm."""
     shares_ptr, count, dweight_ptr, dbias_ptr = norm
+    count = tl.cast(count, tl.int32)
     which = tl.program_id(1)
     sums = tl.zeros([BLOCK_M, cols.shape[0]], tl.float32)
     for first in range(0, count, BLOCK_M):
@@ -152,7 +153,7 @@ def finish(*norms: tuple):
     for index, (shares, weight, bias) in enumerate(norms):
         dweight, dbias = (torch.empty((K,), dtype=t.dtype, device=t.device) for t in (weight, bias))
         found += [dweight, dbias]
-        groups[index] = (shares, shares.shape[1], dweight, dbias)
+        groups[index] = (shares, float(shares.shape[1]), dweight, dbias)  # a float as in `linear.finish`
     _finish_kernel[(-(-K // 32), 2, len(norms))](
         first=groups[0], second=groups[1], K=K, BLOCK_M=32, BLOCK_N=32, num_warps=4
     )

@@ -235,6 +235,7 @@ def _finish_rows(gradient, mine, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
         partial_ptr, sums_ptr, weight_ptr, bias_ptr, scale_ptr, dweight_ptr, dbias_ptr, dscale_ptr,
         N, K, stride_weight, splits,
     ) = gradient  # fmt: skip
+    splits = tl.cast(splits, tl.int32)
     row = tl.program_id(0) * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
     # Masks and no branch, of which there would be four in a row.
@@ -280,6 +281,7 @@ def _finish_kernel(first, second, third, fourth, COUNT: tl.constexpr, BLOCK_M: t
 
 def finish(*gradients: Partials) -> list:
     """dW, db and dγ (None where absent) of each of one to four gradients, one after the other, in one launch."""
+    # How many spans there are is a float: Triton would compile another kernel for an integer of 1, and one of 16.
     found, groups = [], [None] * 4
     for index, (partial, sums, weight, bias, layer_scale) in enumerate(gradients):
         splits, N, K = partial.shape
@@ -289,7 +291,7 @@ def finish(*gradients: Partials) -> list:
         )
         found += [dweight, dbias, dscale]
         groups[index] = (
-            partial, sums, weight, bias, layer_scale, dweight, dbias, dscale, N, K, weight.stride(0), splits
+            partial, sums, weight, bias, layer_scale, dweight, dbias, dscale, N, K, weight.stride(0), float(splits)
         )  # fmt: skip
     rows = max(len(gradient.weight) for gradient in gradients)
     _finish_kernel[(-(-rows // 2), len(gradients))](

@@ -37,7 +37,7 @@ def _forward_kernel(
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     Y_DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     # A residual stream in fp32 takes twice the shared memory.
-    COUNT: tl.constexpr = PIECES * (Y_DTYPE.primitive_bitwidth // DTYPE.primitive_bitwidth)
+    COUNT: tl.constexpr = PIECES * max(1, Y_DTYPE.primitive_bitwidth // DTYPE.primitive_bitwidth)
     WIDTH: tl.constexpr = BLOCK_N // COUNT
     x = matrix(x_ptr, M, K, stride_x, BLOCK_M, BLOCK_K, TMA)
     weight = matrix(weight_ptr, N, K, stride_weight, BLOCK_N, BLOCK_K, TMA)

@@ -5,7 +5,7 @@ launch's tile sizes, num_warps and num_stages; of a persistent kernel how many o
 ("blocks_per_sm", 1 where it is not said); its "origin": "predicted", by the compiler and the model of
 benchmarks/roofline.py, or where measured {"device": …, "date": …, "triton": …, "torch": …}; and a "reason" where it
 breaks a rule of `benchmarks.static --check` for one. The shape class is "any", or what the kernel's launch tells apart:
-"few", "some" and "many" rows of a product, "64" and "128" for the width of a head.
+"few", "some" and "many" rows of a product, the width of a head, and "long" of it.
 
 An architecture without a file takes the nearest of its maker. What VIT_FAST_TILES names, else the user's cache, where
 `vit-fast tune` writes, takes the place of single entries.

@@ -3,6 +3,7 @@
 The interpreter refuses a descriptor of a matrix that the hardware would refuse, so a wrong choice is an error here too.
 """
 
+import contextlib
 import threading
 
 import pytest
@@ -109,6 +110,28 @@ def test_the_same_bits_with_pointers(width, hidden, dtype, launches, monkeypatch
     assert all(torch.equal(one, other) for one, other in zip(through, pointed))
 
 
+@named
+def test_descriptors_of_the_operands_alone(width, hidden, dtype, launches):
+    """Where the entry says so every product reads through them, its epilogue does not, and the bits are the same."""
+    from vit_fast.kernels import tile_table
+
+    everywhere = _a_block(width, hidden, dtype)
+    launches.clear()
+    table = tile_table.table("interpreter")
+    dtype_class = tile_table.dtype_class(dtype)
+    with contextlib.ExitStack() as stack:
+        for kernel, dtypes in table.items():
+            for shape, entry in dtypes[dtype_class].items():
+                if "PIECES" in entry:
+                    new = {**entry, "TMA": 2}
+                    stack.enter_context(tile_table.using("interpreter", kernel, dtype_class, shape, new))
+        operands = _a_block(width, hidden, dtype)
+    for name, read, written in launches:
+        assert bool(read) == (name in PRODUCTS), name
+        assert not written, name
+    assert all(torch.equal(one, other) for one, other in zip(everywhere, operands))
+
+
 def _from_an_odd_element(t: torch.Tensor) -> torch.Tensor:
     return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
 
@@ -142,6 +165,19 @@ def test_a_view_between_16_bytes(operand, move, launches):
     }
     assert {name for name, read, _ in launches if name in PRODUCTS and not read} == reads[operand]
     assert all(torch.equal(one, other) for one, other in zip(expected, got))
+
+
+def test_one_row_for_all_is_read_through_pointers(launches):
+    """An upstream gradient of a sum over the batch has a stride of zero, which no descriptor takes."""
+    x, weight, residual = torch.randn(40, 32).half(), torch.randn(40, 32).half(), torch.randn(40, 40).half()
+    found = []
+    for upstream in (torch.randn(1, 40).half().expand(40, 40), None):
+        upstream = found[0][1].contiguous() if upstream is None else upstream
+        wanted = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        with use_backend("triton"):
+            y = linear_residual(*wanted, None, residual)
+            found.append((torch.autograd.grad(y, wanted, upstream), upstream))
+    assert all(torch.equal(one, other) for one, other in zip(found[0][0], found[1][0]))
 
 
 # ---- whose memory --------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def caches(monkeypatch, tmp_path):
 
     def forget():
         tile_table.table.cache_clear()
-        tile_table.lookup.cache_clear()
+        tile_table._forget()
 
     forget()
     yield forget
@@ -238,3 +238,28 @@ def test_using_puts_it_back_after_an_error():
     with pytest.raises(KeyError), candidate:
         tile_table.lookup("no such kernel", CPU, torch.float32)
     assert look_up() == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [(1, "few"), (512, "few"), (513, "some"), (2048, "some"), (2049, "many"), (50432, "many")],
+)
+def test_the_class_of_a_product_by_its_rows(rows, shape):
+    assert tile_table.rows_class(rows) == shape
+
+
+@pytest.mark.parametrize(
+    ("classes", "taken"),
+    [(("few", "some", "many"), 32), (("few", "many"), 16), (("any",), 64)],
+)
+def test_a_table_that_does_not_tell_some_rows_apart(classes, taken, monkeypatch):
+    """It takes what is said of few, or of any."""
+    rows = {"few": 16, "some": 32, "many": 128, "any": 64}
+    entries = {shape: entry_like(BLOCK_M=rows[shape]) for shape in classes}
+    monkeypatch.setattr(tile_table, "table", lambda name: {KERNEL: {"32": entries}})
+    tile_table._forget()
+    try:
+        assert tile_table.lookup(KERNEL, CPU, torch.float32, "some")["BLOCK_M"] == taken
+        assert tile_table.residents(KERNEL, CPU, torch.float32, "some") == 3
+    finally:
+        tile_table._forget()

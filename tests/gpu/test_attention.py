@@ -5,7 +5,7 @@ import torch
 
 from tests import unfused
 from tests.ops.harness import Case, hold_to_the_rule, named
-from tests.ops.test_attention import DTYPES, LONG, PACKED, PIECES, SEPARATE, shaped, shaped_qkv, unpacked
+from tests.ops.test_attention import DTYPES, HEADS, LONG, PACKED, PIECES, SEPARATE, shaped, shaped_qkv, unpacked
 from vit_fast import reference
 from vit_fast.ops import attention, attention_maps, attention_qkv, use_backend
 from vit_fast.ops.attention import HEAD_WIDTHS
@@ -19,7 +19,7 @@ SIZED_PACKED = [Case(f"197 tokens, heads of {width}", shaped_qkv(2, 197, 3, widt
 
 
 @pytest.mark.parametrize("mode", [*DTYPES, "autocast"])
-@pytest.mark.parametrize("case", named(SEPARATE + PIECES + LONG + SIZED))
+@pytest.mark.parametrize("case", named(SEPARATE + PIECES + HEADS + LONG + SIZED))
 def test_output_and_gradients(case, mode):
     hold_to_the_rule(attention, reference.attention, unfused.attention, case, mode, "triton", "cuda")
 

@@ -1,4 +1,4 @@
-"""The block on a device: its cases, a ViT's sizes, descriptors and pointers, other threads, CUDA graphs, freezing."""
+"""The block on a device: its cases, a ViT's sizes, descriptors and pointers, other threads, CUDA graphs."""
 
 import threading
 
@@ -26,31 +26,34 @@ def test_output_and_gradients(case, mode):
     hold_to_the_rule(block, composed(reference), composed(PEER), case, mode, "triton", "cuda")
 
 
-def _run():
-    """A run of the first sized case in bf16, always on the same operands: output and gradients."""
-    drawn = SIZED[0].draw()
+@pytest.fixture(params=[0, 1], ids=["few rows", "many rows"])
+def run(request):
+    """A run of a sized case in bf16, always on the same operands: output and gradients."""
+    return _run(SIZED[request.param])
+
+
+def _run(case):
+    drawn = case.draw()
     args = {name: None if t is None else t.to("cuda", torch.bfloat16) for name, t in drawn.items()}
     wanted = [t.requires_grad_() for name, t in args.items() if t is not None and not name.startswith("drop")]
     upstream = torch.randn_like(args["x"])
 
     def run():
-        y = block(**args, **SIZED[0].options)
+        y = block(**args, **case.options)
         return [y.detach(), *torch.autograd.grad(y, wanted, upstream)]
 
     return run
 
 
-def test_descriptors_and_pointers_agree(monkeypatch):
+def test_descriptors_and_pointers_agree(run, monkeypatch):
     """They differ in how a tile comes: the same products in the same order, so the same bits."""
-    run = _run()
     expected = run()
     monkeypatch.setattr(product, "aligned", lambda *_: False)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), expected))
 
 
-def test_a_thread_that_never_set_an_allocator():
+def test_a_thread_that_never_set_an_allocator(run):
     """A new thread has none: Triton's own answer to a descriptor there is an error."""
-    run = _run()
     expected, found = run(), []
     thread = threading.Thread(target=lambda: found.append(run()))
     thread.start()
@@ -58,7 +61,7 @@ def test_a_thread_that_never_set_an_allocator():
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[0], expected))
 
 
-def test_the_users_allocator_is_left_in_place():
+def test_the_users_allocator_is_left_in_place(run):
     calls = []
 
     def mine(size, alignment, stream):
@@ -67,16 +70,15 @@ def test_the_users_allocator_is_left_in_place():
 
     triton.set_allocator(mine)
     try:
-        _run()()
+        run()
         assert triton.runtime._allocation._allocator.get() is mine
         assert not calls
     finally:
         triton.set_allocator(triton.runtime._allocation._NULL_ALLOCATOR)
 
 
-def test_captured_with_its_descriptors():
+def test_captured_with_its_descriptors(run):
     """Their memory is the graph's own: a replay after the allocator's cache was emptied and filled gives the same."""
-    run = _run()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -105,9 +107,8 @@ def test_every_entry_of_the_table_in_force(case, dtype):
     assert not wrong, "\n".join(map(str, wrong))
 
 
-def test_a_thousand_runs_give_the_same_bits():
+def test_a_thousand_runs_give_the_same_bits(run):
     """No atomics, no race: forward and backward of a block."""
-    run = _run()
     expected = run()
     for _ in range(1000):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), expected))

@@ -86,6 +86,8 @@ PIECES = [
     Case("three pieces, one key", shaped(1, 197, 1, 16, keys=1), **FLAT),
     Case("a pool of one query over three pieces", shaped(1, 17, 1, 16, keys=208)),
 ]
+# Heads enough to fill the interpreter's multiprocessors: a program has all queries of a head, tile after tile.
+HEADS = [Case("a program a head", shaped(2, 37, 6, 16))]
 # Above the longest: what is streamed by the table itself.
 LONG = [
     Case("one key past the longest", shaped(3, 9, 2, 16, keys=273)),
@@ -109,7 +111,7 @@ def test_output_and_gradients(case, mode, backend, form, guarded_memory):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("mode", DTYPES)
-@pytest.mark.parametrize("case", named(PIECES + LONG))
+@pytest.mark.parametrize("case", named(PIECES + HEADS + LONG))
 def test_every_cut_in_pieces(case, mode, guarded_memory):
     hold_to_the_rule(attention, reference.attention, unfused.attention, case, mode, "triton")
 

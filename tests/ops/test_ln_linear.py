@@ -189,3 +189,51 @@ def test_rejected(wrong):
     args = {name: t.float() for name, t in shaped(2, 3, 16, features=8)().items()} | change
     with pytest.raises(error, match=message):
         ln_linear(**args)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("rows", "width"), [(70, 2048), (40, 129)])
+def test_rows_of_several_steps_of_a_program(rows, width, guarded_memory):
+    """LayerNorm's backward pass takes them one after the other, and sums its share of the weight's gradient."""
+    from vit_fast.kernels import layer_norm
+
+    x, dz, past = (torch.randn(rows, width) for _ in range(3))
+    weight, bias = torch.randn(width), torch.randn(width)
+    z, mean, rstd = layer_norm.forward(x, weight, bias, 1e-6, torch.float32, True)
+    dx, again, shares = layer_norm.backward(dz, x, mean, rstd, weight, bias, past)
+    assert 1 < shares.shape[1] < rows
+    dweight, dbias = layer_norm.finish((shares, weight, bias))
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    truth = torch.nn.functional.layer_norm(exact[0], (width,), *exact[1:], 1e-6)
+    expected = [truth, truth, *torch.autograd.grad(truth, exact, dz.double())]
+    expected[2] = expected[2] + past.double()
+    for ours, theirs in zip((z, again, dx, dweight, dbias), expected):
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.interpret
+def test_second_stages_of_many_shares(guarded_memory):
+    """More than one step of the loops that add up shares and partials, of one gradient to four in a launch."""
+    from vit_fast.kernels import layer_norm, linear
+
+    shares = torch.randn(2, 70, 40)
+    dweight, dbias = layer_norm.finish((shares, torch.empty(40), torch.empty(40)))
+    torch.testing.assert_close(dweight, shares[0].sum(0))
+    torch.testing.assert_close(dbias, shares[1].sum(0))
+    gradients = []
+    for N, K, splits, with_bias in ((3, 1100, 5, True), (5, 20, 1, False), (2, 7, 16, True), (4, 33, 2, True)):
+        bias = torch.randn(N) if with_bias else None
+        sums = torch.randn(splits, N) if with_bias else None
+        scale = torch.randn(N) if with_bias else None
+        gradients.append(linear.Partials(torch.randn(splits, N, K), sums, torch.randn(N, K), bias, scale))
+    for count in range(1, 5):
+        found = linear.finish(*gradients[:count])
+        for (partial, sums, weight, bias, scale), ours in zip(gradients, zip(*[iter(found)] * 3)):
+            total = partial.sum(0)
+            if bias is None:
+                torch.testing.assert_close(ours[0], total)
+                assert ours[1:] == (None, None)
+                continue
+            torch.testing.assert_close(ours[0], total * scale[:, None])
+            torch.testing.assert_close(ours[1], sums.sum(0) * scale)
+            torch.testing.assert_close(ours[2], (weight * total).sum(1) + bias * sums.sum(0), rtol=1e-4, atol=1e-4)

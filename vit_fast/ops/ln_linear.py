@@ -125,6 +125,6 @@ def ln_linear(
         ValueError: for a shape or a device that does not fit. TypeError: for a dtype that does not.
     """
     check(x, norm_weight, norm_bias, weight, bias)
-    if not use_triton("ln_linear", x):
+    if not use_triton("ln_linear", x, weight):
         return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
     return _ln_linear(x, norm_weight, norm_bias, cast(weight, compute_dtype(x)), bias, eps)[0]
