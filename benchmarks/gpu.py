@@ -3,13 +3,14 @@
 python -m benchmarks.gpu OUT [STEP …] [--minutes 9] [--workers N] [--batch-size 256]
 
 tests      tests/gpu
+compile    what the next steps launch, and timm's compiled models, by all cores while the tests run
 kernels    each launch of a ViT-B, L and H's block, inference and training step
 ops        each op against PyTorch's own, at the shapes of these models; products against cuBLAS, attention against SDPA
 models     whole models against timm: eager, in a CUDA graph, compiled
 
-Each step is a process of its own, and writes OUT/STEP.json when it ends: what is cut or fails costs no other step. What
-the steps launch is compiled while the tests run, by as many processes as there are cores. Times are of the device's own
-clock, contenders in turn, on random data; quantiles are 20, 50 and 80 %.
+Each step is a process of its own, and writes OUT/STEP.json when it ends: what is cut or fails costs no other step.
+Times are of the device's own clock, contenders in turn (training steps one after the other, for memory's sake), on
+random data; quantiles are 20, 50 and 80 %.
 
 Without a GPU all of it is rehearsed at tiny shapes, in PyTorch and by the host's clock: no figure of that counts.
 """
@@ -45,7 +46,7 @@ if REHEARSAL:
     MODELS = ("vit_tiny_patch16_224",)
 STEPS = ("tests", "compile", "kernels", "ops", "models")
 SLEEP = 40_000_000  # clocks for which the device waits while launches queue up: their cost on the host is not measured
-ROUNDS = 9
+ROUNDS = 2 if REHEARSAL else 9
 
 
 # ---- clocks --------------------------------------------------------------------------------------------------------
@@ -369,7 +370,7 @@ def models(batch: int, rounds: int = ROUNDS, compiled: bool = True) -> list[dict
 
     for name in ("vit_small_patch16_224", *MODELS)[REHEARSAL:]:
         ours, theirs = new_model(name), their_model(name)
-        for size in (1, 8, 64, batch):
+        for size in (1, batch) if REHEARSAL else (1, 8, 64, batch):
             images = torch.randn(size, 3, 224, 224, device=DEVICE, dtype=torch.bfloat16)
             with torch.inference_mode():
                 runs = {"vit_fast": functools.partial(ours, images), "timm": functools.partial(theirs, images)}
