@@ -3,12 +3,13 @@
 python -m benchmarks.sweep OUT [--workers N] [--minutes 4]
 
 Every candidate takes the place of its entry in turn, and a block runs forward and backward at the shapes that come to
-it; each launch of that kernel is timed by the device. OUT/sweep.json has all of it. OUT/tiles.json has the winners, for
-VIT_FAST_TILES: what gives other numbers than the entry in force does not win.
+it; each launch of that kernel is timed by the device. OUT/sweep.json has all of it, OUT/blocks.json each launch of
+those blocks as they are, OUT/tiles.json the winners, for VIT_FAST_TILES: what gives other numbers than the entry in
+force does not win.
 """
 
 import argparse
-import datetime
+import functools
 import json
 import multiprocessing
 import os
@@ -17,7 +18,6 @@ import statistics
 import time
 
 import torch
-import triton
 from vit_fast.kernels import tile_table
 
 from benchmarks.gpu import DEVICE, REHEARSAL, SLEEP, hold_the_device, launch_clock, record
@@ -33,9 +33,6 @@ SHAPES = {
     "B, 1 image": (1, 14, 12, 64),
 }
 ROWS = {"B": "many", "H": "many", "B, 8 images": "some", "B, 1 image": "few"}
-if REHEARSAL:
-    SHAPES = {"B": (2, 2, 2, 32)}
-ARCH = "interpreter" if REHEARSAL else tile_table.architecture(torch.device(DEVICE, 0))
 PRODUCT = "BLOCK_M", "BLOCK_N", "BLOCK_K", "PIECES", "num_warps", "num_stages", "blocks_per_sm", "TMA"
 TILES = {
     "many": [
@@ -72,76 +69,73 @@ STREAMING = {
 }
 # Queries, keys, warps, stages.
 PAIRS = [(64, 64, 4, 1), (64, 64, 4, 3), (128, 64, 8, 2), (64, 128, 4, 2), (64, 128, 8, 2), (128, 128, 8, 2)]
+GRADS = ("attention.grad", "attention.query_grad", "attention.key_grad")
+GRAD = [(32, 4, 2), (64, 4, 2), (64, 8, 2), (128, 8, 2)]
 MARGIN = 0.01  # how much faster an entry must be to take another's place
 WRONG = 1e-2  # of a result, in norm: other tiles sum in another order
-GRAD = [(32, 4, 2), (64, 4, 2), (64, 8, 2), (128, 8, 2)]
+
+
+@functools.cache
+def arch() -> str:
+    return tile_table.architecture(torch.device(DEVICE, 0))
 
 
 def candidates() -> list[tuple]:
-    """(table's kernel, shape class, entry, names of its launches, models)."""
+    """(table's kernel, shape class, numbers of the entry, names of its launches, models); those in force last."""
     found = []
-    table = tile_table.table(ARCH)
+    table = tile_table.table(arch())
+
+    def place(kernel: str, shape: str, names: tuple, models: tuple, changes: list[dict]) -> None:
+        now = tile_table.numbers(table[kernel]["16"][shape])
+        found.extend((kernel, shape, now | change, names, models) for change in changes)
+
     for kernel, names in KERNELS.items():
         for rows, tiles in TILES.items():
-            models = [name for name, its in ROWS.items() if its == rows]
-            for numbers in tiles:
-                entry = {**dict(zip(PRODUCT, numbers)), "origin": "predicted"}
-                if entry["blocks_per_sm"] == 1:
-                    del entry["blocks_per_sm"]
-                found.append((kernel, rows, entry, names, models))
+            models = tuple(name for name, its in ROWS.items() if its == rows)
+            place(kernel, rows, names, models, [dict(zip(PRODUCT, numbers)) for numbers in tiles])
+    pairs = [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), numbers)) for numbers in PAIRS]
     for kernel, names in STREAMING.items():
-        for shape, models in (("64", ["B at 384"]), ("128", ["H"])):
-            if kernel == "attention_forward_streaming" and shape == "128":
-                continue  # no model here comes to it
-            entry = table[kernel]["16"][shape]
-            for numbers in PAIRS:
-                new = entry | dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), numbers))
-                found.append((kernel, shape, new, names, models))
-    for keys, warps, stages in GRAD:
-        new = table["attention_grad"]["16"]["64 long"] | {"BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
-        found.append(
-            ("attention_grad", "64 long", new, ("attention.grad", "attention.query", "attention.key"), ["B/14"])
-        )
-    new = table["attention_grad"]["16"]["64 long"] | {"LONGEST": 208}
-    found.append(("attention_grad", "64 long", new, ("attention.grad", "attention.query", "attention.key"), ["B/14"]))
+        place(kernel, "64", names, ("B at 384",), pairs)
+        if kernel != "attention_forward_streaming":  # no model here comes to it with wider heads
+            place(kernel, "128", names, ("H",), pairs)
+    grads = [dict(zip(("BLOCK_N", "num_warps", "num_stages"), numbers)) for numbers in GRAD]
+    place("attention_grad", "64 long", GRADS, ("B/14",), [*grads, {"LONGEST": 208}])
+    for kernel, shape, names, models in dict.fromkeys((k, s, n, m) for k, s, _, n, m in found):
+        place(kernel, shape, names, models, [{}])
     return found
 
 
 class Block:
-    """A block's forward and backward in bf16 at one model's shape."""
+    """A block's forward and backward in bf16 at one model's shape, a ViT's own, without LayerScale."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, most: int = 256):
         batch, grid, heads, width = SHAPES[name]
-        case = next(c for c in verify.cases(batch, grid, 16, heads, width, 4 * heads * width) if c.op == "block")
+        case = next(
+            c for c in verify.cases(min(batch, most), grid, 16, heads, width, 4 * heads * width) if c.op == "block"
+        )
         generator = torch.Generator(DEVICE).manual_seed(0)
-        self.case, self.tensors = case, []
+        drawn = []
         for index, shape in enumerate(case.shapes):
             t = torch.randn(shape, device=DEVICE, dtype=torch.float32, generator=generator)
             t = t / t[0].numel() ** 0.5 if index in case.weights else t
-            self.tensors.append(t.bfloat16().requires_grad_())
-        self.tensors = self.tensors[:-1]  # a ViT's own block, without LayerScale
+            drawn.append(t.bfloat16().requires_grad_())
+        self.heads, self.tensors = heads, [*drawn[:7], *drawn[8:-1]]
         self.upstream = torch.randn(case.shapes[0], device=DEVICE, generator=generator).bfloat16()
 
-    def call(self, *tensors):
-        x, *t = tensors
-        heads = self.case.call.args[0]
-        return ops.block(x, *t[:6], None, None, *t[7:], None, None, heads)
+    def call(self):
+        first, second = self.tensors[:7], self.tensors[7:]
+        return ops.block(*first, None, None, *second, None, None, self.heads)
 
     def forward(self):
         with torch.no_grad():
-            return self.call(*self.tensors)
+            return self.call()
 
     def run(self):
-        y = self.call(*self.tensors)
-        wanted = [t for i, t in enumerate(self.tensors) if i != 7]
-        return [y.detach(), *torch.autograd.grad(y, wanted, self.upstream)]
+        y = self.call()
+        return [y.detach(), *torch.autograd.grad(y, self.tensors, self.upstream)]
 
 
-def using(kernel: str, shape: str, entry: dict):
-    return tile_table.using(ARCH, kernel, "16", shape, entry)
-
-
-def timed(block: Block, names: tuple, rounds: int) -> dict[str, float]:
+def timed(block: Block, names: tuple, rounds: int) -> list[tuple[str, float]]:
     """Median microseconds of the launches of these kernels, those of one name and place in a pass apart."""
     passes = []
     for _ in range(rounds):
@@ -159,15 +153,11 @@ def prepare(task: tuple) -> str:
     """Compile what a candidate launches, by running it small; what is wrong with it, or ""."""
     kernel, shape, entry, _, models = task
     try:
-        with using(kernel, shape, entry), ops.use_backend("triton"):
-            for name in models[:1]:
-                batch, *rest = SHAPES[name]
-                SHAPES[name] = (min(batch, 16), *rest)
-                block = Block(name)
-                block.forward()
-                block.run()
-        if not REHEARSAL:
-            torch.cuda.synchronize()
+        with tile_table.using(arch(), kernel, "16", shape, entry), ops.use_backend("triton"):
+            block = Block(models[0], most=16)
+            block.forward()
+            block.run()
+        torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:150]}"
     return ""
@@ -177,44 +167,46 @@ def measure(task: tuple, name: str, block: Block, truth: list) -> dict:
     kernel, shape, entry, names, _ = task
     line = {"model": name, "kernel": kernel, "shape": shape, "entry": entry, "why": ""}
     try:
-        with using(kernel, shape, entry):
+        with tile_table.using(arch(), kernel, "16", shape, entry):
             got = block.run()
             line["error"] = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, truth))
             line["us"] = [us for _, us in timed(block, names, 5)]
     except Exception as error:
         line["why"] = f"{type(error).__name__}: {str(error)[:150]}"
-    numbers = [value for key, value in entry.items() if key != "origin"]
-    print(name, kernel, shape, numbers, line.get("us"), f"{line.get('error', 0):.0e}", line["why"][:60], flush=True)
+    print(
+        name,
+        kernel,
+        shape,
+        list(entry.values()),
+        line.get("us"),
+        f"{line.get('error', 0):.0e}",
+        line["why"][:60],
+        flush=True,
+    )
     return line
 
 
 def winners(lines: list[dict]) -> dict:
     """Of each place of the table the entry that takes the least time over its models; the one in force by a hair."""
-    origin = {
-        "device": torch.cuda.get_device_name() if not REHEARSAL else "rehearsal",
-        "date": datetime.date.today().isoformat(),
-        "triton": triton.__version__,
-        "torch": str(torch.__version__),
-    }
+    origin = tile_table.measured_on(torch.device(DEVICE))
     places, found = {}, {}
     for line in lines:
         if line.get("error", WRONG) < WRONG and line.get("us"):
-            key = json.dumps({k: v for k, v in line["entry"].items() if k != "origin"})
             place = places.setdefault((line["kernel"], line["shape"]), {})
-            place.setdefault(key, {})[line["model"]] = sum(line["us"])
+            place.setdefault(frozenset(line["entry"].items()), {})[line["model"]] = sum(line["us"])
     for (kernel, shape), entries in places.items():
-        old = tile_table.table(ARCH)[kernel]["16"][shape]
-        old = json.dumps({k: v for k, v in old.items() if k != "origin"})
-        if old not in entries:
+        old = tile_table.numbers(tile_table.table(arch())[kernel]["16"][shape])
+        base = entries.get(frozenset(old.items()))
+        if base is None:
             continue
-        base = entries[old]
         scores = {
-            key: sum(times[model] / base[model] for model in base) * (1 if key == old else 1 / (1 - MARGIN))
-            for key, times in entries.items()
+            entry: sum(times[model] / base[model] for model in base) * (1 if times is base else 1 / (1 - MARGIN))
+            for entry, times in entries.items()
             if times.keys() == base.keys()
         }
         best = min(scores, key=scores.get)
-        found.setdefault(kernel, {}).setdefault("16", {})[shape] = {**json.loads(best), "origin": origin}
+        entry = next(line["entry"] for line in lines if frozenset(line["entry"].items()) == best)
+        found.setdefault(kernel, {}).setdefault("16", {})[shape] = {**entry, "origin": origin}
     return found
 
 
@@ -224,15 +216,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--minutes", type=float, default=4)
     given = parser.parse_args()
+    if REHEARSAL:
+        parser.error("tiles are chosen by timing them on a GPU, and torch sees none")
     start = time.monotonic()
 
     def left() -> float:
         return max(1, 60 * given.minutes - (time.monotonic() - start))
 
-    table = tile_table.table(ARCH)
     tasks = candidates()
-    for kernel, shape, names, models in dict.fromkeys((k, s, n, tuple(m)) for k, s, _, n, m in tasks):
-        tasks.append((kernel, shape, table[kernel]["16"][shape], names, models))  # the entry in force
     with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
         waiting = [pool.apply_async(prepare, (task,)) for task in tasks]
         reasons = []
@@ -242,17 +233,14 @@ def main() -> None:
             except multiprocessing.TimeoutError:
                 reasons.append("not compiled in time")
     print(f"[{time.monotonic() - start:.0f} s] compiled {len(tasks)}", flush=True)
-    while (given.out / "busy").exists():
-        time.sleep(0.5)
-    print(f"[{time.monotonic() - start:.0f} s] alone", flush=True)
-    lines = []
+    blocks, lines = [], []
     for name in SHAPES:
         with ops.use_backend("triton"):
             block = Block(name)
             truth = block.run()
             everything = timed(block, ("",), 5)
             print(name, "as it is", everything, flush=True)
-            lines.append({"model": name, "kernel": "all", "us": everything})
+            blocks.append({"model": name, "us": everything})
             for task, reason in zip(tasks, reasons):
                 if name in task[4] and not reason:
                     lines.append(measure(task, name, block, truth))
@@ -260,8 +248,9 @@ def main() -> None:
     for task, reason in zip(tasks, reasons):
         if reason:
             print("refused:", *task[:3], reason[:120])
-    (given.out / "tiles.json").write_text(tile_table.text(winners(lines[1:])))
-    (given.out / "sweep.json").write_text(json.dumps(record(lines)))
+    (given.out / "tiles.json").write_text(tile_table.text(winners(lines)))
+    for name, found in (("sweep", lines), ("blocks", blocks)):
+        (given.out / f"{name}.json").write_text(json.dumps(record(found)))
     print(f"[{time.monotonic() - start:.0f} s] done")
 
 

@@ -12,6 +12,7 @@ An architecture without a file takes the nearest of its maker. What VIT_FAST_TIL
 """
 
 import contextlib
+import datetime
 import functools
 import json
 import logging
@@ -19,6 +20,7 @@ import os
 import pathlib
 
 import torch
+import triton
 
 FOLDER = pathlib.Path(__file__).parent / "tiles"
 NOT_LAUNCHED = ("blocks_per_sm", "origin", "reason")  # what an entry says besides the launch's arguments
@@ -63,6 +65,21 @@ def user_file(name: str) -> pathlib.Path:
 def launched(entry: dict) -> dict:
     """What a launch takes of an entry."""
     return {name: value for name, value in entry.items() if name not in NOT_LAUNCHED}
+
+
+def numbers(entry: dict) -> dict:
+    """What an entry says but for its origin and its reason: what is chosen when it is."""
+    return {name: value for name, value in entry.items() if name not in ("origin", "reason")}
+
+
+def measured_on(device: torch.device) -> dict:
+    """The origin of an entry that is measured on a device now."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else architecture(device),
+        "date": datetime.date.today().isoformat(),
+        "triton": triton.__version__,
+        "torch": str(torch.__version__),
+    }
 
 
 def fault(entry: dict, like: dict) -> str:

@@ -7,7 +7,6 @@ where every later process takes it.
 """
 
 import contextlib
-import datetime
 import itertools
 import json
 import math
@@ -73,7 +72,9 @@ def candidates(entry: dict) -> list[dict]:
     persistent kernel's blocks on a multiprocessor 1 or 2, its descriptors for all matrices or for the operands alone.
     What else an entry holds stays.
     """
-    entry = {name: value for name, value in entry.items() if name not in ("origin", "reason")}
+    from vit_fast.kernels import tile_table
+
+    entry = tile_table.numbers(entry)
     if "PIECES" in entry:
         entry.setdefault("blocks_per_sm", 1)
     choices = []
@@ -289,19 +290,10 @@ class Tuner:
 
     def _keep(self, key: Key, numbers: dict) -> dict:
         """Put an entry in force: here, and in the user's file for every later process."""
-        from triton import __version__ as triton_version
-
         from vit_fast.kernels import tile_table
 
         kernel, dtype, shape = key
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.architecture
-        origin = {
-            "device": name,
-            "date": datetime.date.today().isoformat(),
-            "triton": triton_version,
-            "torch": str(torch.__version__),
-        }
-        entry = {**numbers, "origin": origin}
+        entry = {**numbers, "origin": tile_table.measured_on(self.device)}
         own = json.loads(self.file.read_text())
         own.setdefault(kernel, {}).setdefault(dtype, {})[shape] = entry
         self._write(own)

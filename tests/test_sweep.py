@@ -1,0 +1,59 @@
+"""What the sweep makes candidates of, and what it keeps: it runs on a GPU, where an error costs the device's time."""
+
+import pytest
+
+pytest.importorskip("triton", reason="tiles are a kernel's")
+
+from vit_fast.kernels import tile_table
+
+from benchmarks import sweep
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    monkeypatch.setattr(sweep, "arch", lambda: "sm_90")
+
+
+def in_force(kernel: str, shape: str) -> dict:
+    return tile_table.numbers(tile_table.table("sm_90")[kernel]["16"][shape])
+
+
+def test_candidates_are_entries_and_those_in_force_are_among_them():
+    seen = set()
+    for kernel, shape, entry, names, models in sweep.candidates():
+        now = tile_table.table("sm_90")[kernel]["16"][shape]
+        assert not tile_table.fault({**entry, "origin": "predicted"}, like=now), (kernel, shape, entry)
+        assert "reason" not in entry, "a reason is that of the entry that it was written for"
+        assert set(models) <= sweep.SHAPES.keys()
+        assert names
+        if entry == in_force(kernel, shape):
+            seen.add((kernel, shape))
+    assert seen == {(kernel, shape) for kernel, shape, *_ in sweep.candidates()}
+
+
+@pytest.mark.parametrize(
+    ("us", "error", "wins"), [(99.5, 0.0, False), (90.0, 0.0, True), (90.0, 0.1, False), (90.0, float("nan"), False)]
+)
+def test_what_is_faster_by_more_than_luck_and_right_wins(us, error, wins):
+    kernel, shape = "mlp_fc1", "many"
+    now = in_force(kernel, shape)
+    other = {**now, "num_stages": now["num_stages"] + 1}
+    lines = []
+    for entry, took, off in ((now, 100.0, 0.0), (other, us, error)):
+        line = {"kernel": kernel, "shape": shape, "entry": entry, "error": off, "us": [took]}
+        lines += [line | {"model": model} for model in ("B", "H")]
+    kept = sweep.winners(lines)
+    assert tile_table.numbers(kept[kernel]["16"][shape]) == (other if wins else now)
+    tile_table.merge(tile_table.table("sm_90"), kept, "what the sweep keeps")
+
+
+def test_what_was_not_timed_at_every_shape_does_not_win():
+    kernel, shape = "mlp_fc1", "many"
+    now = in_force(kernel, shape)
+    line = {"kernel": kernel, "shape": shape, "error": 0.0}
+    lines = [line | {"entry": now, "us": [100.0], "model": model} for model in ("B", "H")]
+    lines += [
+        line | {"entry": {**now, "num_stages": 2}, "us": [50.0], "model": "B"},
+        line | {"model": "H"} | {"entry": {}},
+    ]
+    assert tile_table.numbers(sweep.winners(lines)[kernel]["16"][shape]) == now
