@@ -137,10 +137,12 @@ def compile_apart(arch: str, source: ASTSource, target: GPUTarget, options: dict
     process.start()
     theirs.close()
     found = None
-    with contextlib.suppress(EOFError):
-        found = ours.recv() if ours.poll(LIMIT) else {"error": f"not compiled in {LIMIT} s"}
-    if found and "error" in found:
+    if not ours.poll(LIMIT):
+        found = {"error": f"not compiled in {LIMIT} s"}
         process.kill()
+    else:
+        with contextlib.suppress(EOFError):
+            found = ours.recv()
     process.join()
     return found or {"error": f"the compiler's process ended with {process.exitcode}"}
 

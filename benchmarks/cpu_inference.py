@@ -8,13 +8,9 @@ before both have given the same logits.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import pathlib
-import platform
 import statistics
-import subprocess
 import time
 
 import torch
@@ -26,29 +22,7 @@ mend_torchvision.mend()
 import timm  # noqa: E402
 
 import vit_fast  # noqa: E402
-
-
-def cpu_name() -> str:
-    facts = pathlib.Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """Of the tree that was measured, "+" where it was changed since; "" outside a clone."""
-    describe = ("git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+")
-    return subprocess.run(describe, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
-
-def header(*packages: str) -> dict:
-    """What every file of results says of itself: the device, the versions of `packages`, the date and the commit."""
-    return {
-        "device": f"{cpu_name()}, {torch.get_num_threads()} threads",
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": commit(),
-    }
+from benchmarks.header import header  # noqa: E402
 
 
 def models_alike(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:

@@ -3,14 +3,14 @@
 python -m benchmarks.gpu OUT [STEP …] [--minutes 9] [--workers N] [--batch-size 256]
 
 tests      tests/gpu
-compile    what the next steps launch, and timm's compiled models, by all cores while the tests run
 kernels    each launch of a ViT-B, L and H's block, inference and training step
 ops        each op against PyTorch's own, at the shapes of these models; products against cuBLAS, attention against SDPA
 models     whole models against timm: eager, in a CUDA graph, compiled
 
 Each step is a process of its own, and writes OUT/STEP.json when it ends: what is cut or fails costs no other step.
-Times are of the device's own clock, contenders in turn (training steps one after the other, for memory's sake), on
-random data; quantiles are 20, 50 and 80 %.
+What they launch, and timm's compiled models, is compiled by half of the cores while the tests run. Times are of the
+device's own clock, contenders in turn (training steps one after the other, for memory's sake), on random data;
+quantiles are 20, 50 and 80 %.
 
 Without a GPU all of it is rehearsed at tiny shapes, in PyTorch and by the host's clock: no figure of that counts.
 """
@@ -37,6 +37,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.jit import JITFunction
 
 import vit_fast
+from benchmarks.header import commit
+from benchmarks.launches import kernel_name
 from vit_fast import ops
 
 REHEARSAL = not torch.cuda.is_available()
@@ -44,7 +46,7 @@ DEVICE = "cpu" if REHEARSAL else "cuda"
 MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224")
 if REHEARSAL:
     MODELS = ("vit_tiny_patch16_224",)
-STEPS = ("tests", "compile", "kernels", "ops", "models")
+STEPS = ("tests", "kernels", "ops", "models")
 SLEEP = 40_000_000  # clocks for which the device waits while launches queue up: their cost on the host is not measured
 ROUNDS = 2 if REHEARSAL else 9
 
@@ -116,8 +118,7 @@ def launch_clock():
         start.record()
         result = run(self, *args, **kwargs)
         stop.record()
-        file = self.fn.__module__.rsplit(".", 1)[-1]
-        found.append((f"{file}.{self.__name__.strip('_').removesuffix('_kernel')}", start, stop))
+        found.append((kernel_name(self), start, stop))
         return result
 
     JITFunction.run = timed
@@ -297,7 +298,7 @@ def _passes(contenders: dict, tensors: tuple, spared: int) -> tuple[dict, dict]:
 
 
 def measure_ops(batch: int, rounds: int = ROUNDS, only: str = "") -> list[dict]:
-    """Each op and its peers: microseconds forward, and forward and backward, and the distance from fp64 PyTorch."""
+    """Each op and its peers: microseconds forward, and forward and backward."""
     lines = []
     for model, shape in SHAPES.items():
         B = batch if shape[0] < 300 else max(1, batch // 4)
@@ -306,8 +307,7 @@ def measure_ops(batch: int, rounds: int = ROUNDS, only: str = "") -> list[dict]:
                 continue
             if shape[0] > 300 and op != "attention":
                 continue
-            spared = 1 if op == "patch_embed" else 0
-            forward, both = _passes(contenders, tensors, spared)
+            forward, both = _passes(contenders, tensors, spared=op == "patch_embed")
             for direction, runs in (("forward", forward), ("both", both)):
                 times = time_in_turn(runs, rounds)
                 line = {"op": op, "model": model, "batch": B, "direction": direction}
@@ -406,17 +406,11 @@ def models(batch: int, rounds: int = ROUNDS, compiled: bool = True) -> list[dict
 
 def record(results) -> dict:
     """A file of results: the device, the versions, the date, the commit and the ceilings of the same run."""
-    commit = (
-        os.environ.get("VIT_FAST_COMMIT")
-        or subprocess.run(
-            ("git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"), capture_output=True, text=True
-        ).stdout.strip()
-    )
     return {
         "device": "rehearsal" if REHEARSAL else torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "vit_fast": vit_fast.__version__},
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": commit,
+        "commit": os.environ.get("VIT_FAST_COMMIT") or commit(),
         "command": " ".join(sys.argv),
         "ceilings": ceilings(),
         "results": results,
@@ -426,25 +420,20 @@ def record(results) -> dict:
 def prepare(task: tuple) -> None:
     """Compile what a step will launch: it is run once, small."""
     step, which, batch = task
-    if step == "timm":
-        name, training = which
-        model = torch.compile(their_model(name, training))
-        pass_of(model, batch, training)()
-        return
-    if step == "kernels":
-        name, training = which
-        pass_of(new_model(name, training, depth=1), batch, training)()
-    else:
+    if step == "ops":
         measure_ops(batch, 2, only=which)
+    else:
+        model = torch.compile(their_model(*which)) if step == "timm" else new_model(*which, depth=1)
+        pass_of(model, batch, training=which[1])()
 
 
-def tasks(batch: int) -> list[tuple]:
-    names = ("vit_small_patch16_224", *MODELS)[REHEARSAL:]
-    found = [
-        ("kernels", which, size) for which in itertools.product(names, (True, False)) for size in (min(batch, 16), 1)
-    ]
-    theirs = [("timm", which, batch) for which in itertools.product(MODELS, (False, True)) if which[0] != MODELS[-1]]
-    return theirs + [task for task in found if task[2] > 1 or not task[1][1]] + [("ops", "B at 384", min(batch, 16))]
+def tasks(batch: int, compiled: bool) -> list[tuple]:
+    """What `prepare` is to do: (step, what of it, batch)."""
+    names, small = ("vit_small_patch16_224", *MODELS)[REHEARSAL:], min(batch, 16)
+    ours = [("kernels", (name, False), size) for name in names for size in (small, 1)]
+    ours += [("kernels", (name, True), small) for name in names]
+    theirs = [("timm", (name, training), batch) for name in MODELS if "huge" not in name for training in (False, True)]
+    return theirs * compiled + ours + [("ops", "B at 384", small)]
 
 
 def main() -> None:
@@ -459,10 +448,6 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.alone:
-        if given.steps == ["compile"]:
-            with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
-                pool.map(prepare, [task for task in tasks(given.batch_size) if task[0] == "timm"], chunksize=1)
-            return
         run = {"kernels": kernels, "ops": measure_ops, "models": models}[given.steps[0]]
         options = {"compiled": not given.no_compile} if run is models else {}
         (given.out / f"{given.steps[0]}.json").write_text(json.dumps(record(run(given.batch_size, **options))))
@@ -484,7 +469,8 @@ def main() -> None:
         children.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=quiet))
     if set(given.steps) - {"tests"}:
         with multiprocessing.get_context("spawn").Pool(max(1, given.workers // 2)) as pool:
-            for task, outcome in [(task, pool.apply_async(prepare, (task,))) for task in tasks(given.batch_size)]:
+            todo = tasks(given.batch_size, not given.no_compile)
+            for task, outcome in [(task, pool.apply_async(prepare, (task,))) for task in todo]:
                 try:
                     outcome.get(left())
                 except Exception as error:  # a step that fails says so itself
@@ -496,7 +482,7 @@ def main() -> None:
         child.kill()
         said("tests:", (given.out / "tests.txt").read_text()[-3000:])
     for step in given.steps:
-        if step in ("tests", "compile"):
+        if step == "tests":
             continue
         command = [sys.executable, "-m", "benchmarks.gpu", str(given.out), step, "--alone"]
         command += ["--batch-size", str(given.batch_size)] + ["--no-compile"] * given.no_compile

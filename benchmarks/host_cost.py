@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 from vit_fast.kernels import tile_table
 
-from benchmarks.cpu_inference import header
+from benchmarks.header import header
 from vit_fast import ops
 from vit_fast.ops import backend
 

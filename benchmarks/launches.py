@@ -39,6 +39,12 @@ def hardware() -> dict:
     return json.loads((pathlib.Path(__file__).parent / "hardware.json").read_text())
 
 
+def kernel_name(kernel: JITFunction) -> str:
+    """File and kernel: "mlp.fc1"."""
+    file = kernel.fn.__module__.rsplit(".", 1)[-1]
+    return f"{file}.{kernel.__name__.strip('_').removesuffix('_kernel')}"
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch of a kernel."""

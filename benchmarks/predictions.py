@@ -7,9 +7,9 @@ import collections
 import dataclasses
 import math
 import pathlib
-import re
 
 import torch
+from vit_fast.kernels import tile_table
 
 from benchmarks import roofline, static
 from benchmarks.compiled import compile_launches
@@ -20,12 +20,14 @@ from benchmarks.launches import (
     Catch,
     Launch,
     TorchOp,
+    kernel_name,
     launches,
     model_launches,
     op_calls,
     parameter,
     sameness,
 )
+from benchmarks.pages import markdown_table, replace_part, results
 from vit_fast import ops
 
 # Name, title, and the goals in per cent of the measured matrix rate: inference and training.
@@ -95,7 +97,7 @@ def model_parts(name: str, arch: str, training: bool) -> tuple[dict[str, float],
         else:
             prediction = next(predictions)
             parts.update(prediction.parts)
-            lost[static.kernel_name(step)] += prediction.us - prediction.parts["products"]
+            lost[kernel_name(step.kernel)] += prediction.us - prediction.parts["products"]
     ideal = (3 if training else 1) * forward_flops(name) * BATCH / (roofline.matrix_tflops(arch, "bf16") * 1e6)
     parts["again"] = parts.pop("products") - ideal
     return {"ideal": ideal} | dict(parts), dict(lost)
@@ -103,8 +105,8 @@ def model_parts(name: str, arch: str, training: bool) -> tuple[dict[str, float],
 
 def models_table(arch: str) -> str:
     """A Markdown table: every model, inference and training step, its fraction of the ceiling, its goal, the blame."""
-    head = f"| model, batch {BATCH}, bf16 | images/s | % of ceiling | goal | " + " | ".join(LOSSES) + " | to blame |"
-    lines = [head, "|---|" + "---|" * (head.count("|") - 2)]
+    head = [f"model, batch {BATCH}, bf16", "images/s", "% of ceiling", "goal", *LOSSES, "to blame"]
+    rows = []
     for name, title, *goals in MODELS:
         for training, goal in zip((False, True), goals):
             parts, lost = model_parts(name, arch, training)
@@ -123,8 +125,8 @@ def models_table(arch: str) -> str:
                 *(f"{share:.0f}" for share in shares.values()),
                 blame if fraction < goal else f"reaches the goal; then {blame}",
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return markdown_table(head, rows)
 
 
 # ---- the MLP of small models ---------------------------------------------------------------------------------------
@@ -156,11 +158,15 @@ def one_mlp_kernel(M: int, D: int, F: int, fc1: tuple[Launch, dict], fc2: tuple[
 
 def small_mlp_table(arch: str) -> str:
     """Whether the whole MLP in one kernel pays at D = 192 and 384: a Markdown table and the answer."""
-    lines = [
-        "| D | F | LayerNorm, fc1 and fc2, µs | one kernel, µs | bound by | as fast at a share of the matrix rate |",
-        "|---|---|---|---|---|---|",
+    head = [
+        "D",
+        "F",
+        "LayerNorm, fc1 and fc2, µs",
+        "one kernel, µs",
+        "bound by",
+        "as fast at a share of the matrix rate",
     ]
-    pays = {}
+    rows, pays = [], {}
     for D in (192, 384):
         M, F = BATCH * 197, 4 * D
         catch = Catch(arch)
@@ -181,9 +187,9 @@ def small_mlp_table(arch: str) -> str:
         matrix_us = roofline.predict(arch, "bf16", dataclasses.replace(at_full_rate, bytes=0), 1, 256).us - launch_us
         share = f"{matrix_us / (apart - launch_us):.2f}" if least.us < apart else "none"
         pays[D] = fused.us < apart
-        lines.append(f"| {D} | {F} | {apart:.0f} | {fused.us:.0f} | {fused.bound} | {share} |")
+        rows.append([D, F, f"{apart:.0f}", f"{fused.us:.0f}", fused.bound, share])
     answer = ", ".join(f"at D = {D} {'pays' if pay else 'does not pay'}" for D, pay in pays.items())
-    return "\n".join(lines) + f"\n\nOne kernel {answer}, by this model and with the kernels as they are."
+    return markdown_table(head, rows) + f"\n\nOne kernel {answer}, by this model and with the kernels as they are."
 
 
 # ---- page and picture ----------------------------------------------------------------------------------------------
@@ -206,30 +212,15 @@ def main_rows(arch: str, dtype: str) -> list[static.Row]:
 
 def rows_table(rows: list[static.Row]) -> str:
     """A Markdown table of rows."""
-    lines = [
-        "| op | kernel | entry | tile | registers | spilled | shared | instruction | blocks | special per element "
-        "| MB | GFLOP | predicted µs | % of ceiling | bound |",
-        "|---" * 15 + "|",
-    ]
+    head = ["op", "kernel", "entry", "tile", "registers", "spilled", "shared", "instruction", "blocks"]
+    head += ["special per element", "MB", "GFLOP", "predicted µs", "% of ceiling", "bound"]
+    lines = []
     for r in rows:
         cells = [r.op, f"`{r.kernel}`", r.entry, r.tile, r.registers, r.spill_bytes, r.shared_bytes]
         cells += [r.matrix_instruction, r.blocks_per_sm, f"{r.special_per_element:.2f}", f"{r.bytes / 1e6:.0f}"]
         cells += [f"{r.flops / 1e9:.0f}", f"{r.predicted_us:.0f}", f"{100 * r.predicted_fraction:.0f}", r.bound]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-def replace_part(text: str, name: str, body: str) -> str:
-    """`text` with what stands between the marks `begin: name` and `end: name` replaced.
-
-    Raises:
-        ValueError: where the marks are missing.
-    """
-    begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
-    if begin not in text or end not in text:
-        raise ValueError(f"the page has no part {begin.strip()} … {end}")
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    return re.sub(pattern, lambda _: f"{begin}{body}\n{end}", text, flags=re.DOTALL)
+        lines.append(cells)
+    return markdown_table(head, lines)
 
 
 MEASURED = {"B": (256, 197, 768, 12), "H": (128, 257, 1280, 16)}  # batch, tokens, width, heads of what was measured
@@ -240,29 +231,19 @@ def blocks_table() -> str:
 
     Where the entry in the table is another than the one that was in force then, the time is that of the sweep.
     """
-    from benchmarks.report import results
-
     timed = {row["model"]: row["us"] for row in results("blocks")["results"]}
-    lines = ["| model | pass | kernel | predicted, µs | measured, µs | measured / predicted |", "|---" * 6 + "|"]
+    sweep = results("sweep")["results"]
+    rows = []
     for model, shape in MEASURED.items():
         found = block_launches(*shape)
         predictions = predict_all("sm_90", "bf16", found)
         for launch, prediction, (kernel, us) in zip(found, predictions, timed[model], strict=True):
-            assert static.kernel_name(launch) == kernel, (
-                f"the block launches {static.kernel_name(launch)}, not {kernel}"
-            )
-            us = swept(launch, model) or us
-            ratio = us / prediction.us
-            cells = [
-                f"ViT-{model}",
-                launch.direction,
-                f"`{kernel}`",
-                f"{prediction.us:,.0f}",
-                f"{us:,.0f}",
-                f"{ratio:.2f}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            now = kernel_name(launch.kernel)
+            assert now == kernel, f"the block launches {now}, not {kernel}"
+            us = swept(launch, model, sweep) or us
+            times = f"{prediction.us:,.0f}", f"{us:,.0f}", f"{us / prediction.us:.2f}"
+            rows.append([f"ViT-{model}", launch.direction, f"`{kernel}`", *times])
+    return markdown_table(["model", "pass", "kernel", "predicted, µs", "measured, µs", "measured / predicted"], rows)
 
 
 def block_launches(B: int, T: int, D: int, heads: int) -> list[Launch]:
@@ -279,16 +260,13 @@ def block_launches(B: int, T: int, D: int, heads: int) -> list[Launch]:
     return [step for step in catch.seen if isinstance(step, Launch)]
 
 
-def swept(launch: Launch, model: str) -> float | None:
+def swept(launch: Launch, model: str, sweep: list[dict]) -> float | None:
     """What the sweep measured for the entry that a launch takes, where only one launch of a block takes it."""
-    from benchmarks.report import results
-
-    place = launch.entry_name.split(" ", 2)
-    entry = {key: value for key, value in launch.entry.items() if key not in ("origin", "reason")}
-    for row in results("sweep")["results"]:
-        if [row["model"], row["kernel"], row["shape"]] == [model, *place[::2]] and row["entry"] == entry:
-            if len(row["us"]) == 1:
-                return row["us"][0]
+    kernel, _, shape = launch.entry_name.split(" ", 2) if launch.entry_name else ("", "", "")
+    place, entry = [model, kernel, shape], tile_table.numbers(launch.entry)
+    for row in sweep:
+        if [row["model"], row["kernel"], row["shape"]] == place and row["entry"] == entry and len(row["us"]) == 1:
+            return row["us"][0]
     return None
 
 

@@ -1,19 +1,14 @@
 """The measured tables of README.md and docs/performance.md and README's plot, made from the files of results alone.
 
-python -m benchmarks.report [--check]
-
---check ends with 1 where a page is not what the files say.
+python -m benchmarks.report
 """
 
-import argparse
-import json
 import pathlib
-import sys
 
-from benchmarks.predictions import forward_flops, replace_part
+from benchmarks.pages import markdown_table, replace_part, results
+from benchmarks.predictions import forward_flops
 
 ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks/results/NVIDIA_H200"
 NAMES = {
     "vit_small_patch16_224": "ViT-S/16",
     "vit_base_patch16_224": "ViT-B/16",
@@ -23,16 +18,16 @@ NAMES = {
 SHAPES = {"B": "ViT-B/16", "L": "ViT-L/16", "H": "ViT-H/14", "B at 384": "ViT-B/16 at 384"}
 
 
-def results(name: str) -> dict:
-    """A file of results."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
 def best(times: dict[str, list], whose: str) -> tuple[str, float]:
     """The fastest form of one contender, and its median in microseconds."""
     medians = {run: quantiles[1] for run, quantiles in times.items() if run.split()[0] == whose}
     form = min(medians, key=medians.get)
     return form, medians[form]
+
+
+def against(ratio: float) -> str:
+    """How many times as fast ours is, and where it is slower, that it is."""
+    return f"{ratio:.2f}" + ", slower" * (ratio < 1)
 
 
 def merged(rows: list[dict]) -> list[dict]:
@@ -51,7 +46,7 @@ def models_table(training: bool, batches: tuple[int, ...]) -> str:
     file = results("models")
     ceiling = file["ceilings"]["matrix_tflops"]
     head = ["model", "batch", "vit_fast", "timm", "ratio", "% of the matrix ceiling"] + ["memory, GB"] * training
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = []
     for row in merged(file["results"]):
         if row["training"] != training or row["batch"] not in batches:
             continue
@@ -63,48 +58,39 @@ def models_table(training: bool, batches: tuple[int, ...]) -> str:
             f"{row['batch']}",
             f"{row['batch'] / ours * 1e6:,.0f}",
             f"{row['batch'] / theirs * 1e6:,.0f} {form.removeprefix('timm').strip() or 'eager'}",
-            f"**{ratio:.2f}**" if ratio > 1 else f"{ratio:.2f}, slower",
+            f"**{against(ratio)}**" if ratio > 1 else against(ratio),
             f"{100 * flops / ours / 1e6 / ceiling:.0f}",
         ]
         if training:
             memory = row["gb"]
             cells.append(f"{memory['vit_fast']:.1f}, timm eager {memory['timm']:.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(head, rows)
 
 
 def eager_table() -> str:
     """Milliseconds of small batches launched one by one, where the host is what takes the time."""
-    lines = [
-        "| model | batch | vit_fast eager, ms | timm eager, ms | vit_fast in a graph, ms |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for row in results("models")["results"]:
         if not row["training"] and row["batch"] in (1, 8):
             times = [row["us"][run][1] / 1e3 for run in ("vit_fast", "timm", "vit_fast graph")]
-            cells = [NAMES[row["model"]], str(row["batch"]), *(f"{ms:.2f}" for ms in times)]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([NAMES[row["model"]], row["batch"], *(f"{ms:.2f}" for ms in times)])
+    return markdown_table(["model", "batch", "vit_fast eager, ms", "timm eager, ms", "vit_fast in a graph, ms"], rows)
 
 
 def ops_table() -> str:
     """Microseconds of each op at batch 256, forward, and forward and backward, beside its best peer."""
     peers = {"attention": "sdpa", "patch_embed": "conv2d"}
-    lines = [
-        "| op | model | forward, µs | best peer | ratio | forward and backward, µs | best peer | ratio |",
-        "|---" * 8 + "|",
-    ]
-    rows = results("ops")["results"]
-    for forward, both in zip(rows[::2], rows[1::2]):
+    head = ["op", "model", "forward, µs", "best peer", "ratio", "forward and backward, µs", "best peer", "ratio"]
+    measured, rows = results("ops")["results"], []
+    for forward, both in zip(measured[::2], measured[1::2]):
         cells = [f"`{forward['op']}`", f"{SHAPES[forward['model']]}, batch {forward['batch']}"]
         for row in (forward, both):
             ours = row["us"]["vit_fast"][1]
             form, theirs = best(row["us"], peers.get(row["op"], "eager"))
-            cells += [f"{ours:,.0f}", f"{theirs:,.0f} {form}", f"{theirs / ours:.2f}"]
-            if cells[-1] < "1":
-                cells[-1] += ", slower"
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            cells += [f"{ours:,.0f}", f"{theirs:,.0f} {form}", against(round(theirs / ours, 2))]
+        rows.append(cells)
+    return markdown_table(head, rows)
 
 
 def pages() -> dict[pathlib.Path, str]:
@@ -118,7 +104,7 @@ def pages() -> dict[pathlib.Path, str]:
 
 
 def plot(path: pathlib.Path) -> None:
-    """Images a second of ours over those of timm's fastest form, a bar a model, inference and training."""
+    """The speed of each contender over that of timm's eager form, by model: inference and training step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -153,14 +139,8 @@ def plot(path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing, say which page is not what the files say")
-    check = parser.parse_args().check
-    stale = [path for path, text in pages().items() if path.read_text() != text]
-    if check:
-        sys.exit("\n".join(f"{path.name} is not what the files say: python -m benchmarks.report" for path in stale))
-    for path in stale:
-        path.write_text(pages()[path])
+    for path, text in pages().items():
+        path.write_text(text)
     plot(ROOT / "docs/measured.png")
 
 

@@ -28,7 +28,7 @@ from vit_fast.kernels import tile_table
 
 from benchmarks import roofline
 from benchmarks.compiled import compile_launches
-from benchmarks.launches import DTYPES, ODD, OPS, Launch, hardware, launches, table_in_force
+from benchmarks.launches import DTYPES, ODD, OPS, Launch, hardware, kernel_name, launches, table_in_force
 
 ARCHITECTURES = tuple(hardware()["architectures"])
 FREE_OF_SPILLS = ("sm_80", "sm_90", "sm_100")
@@ -76,12 +76,6 @@ class Row:
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
-
-
-def kernel_name(launch: Launch) -> str:
-    """File and kernel: "mlp.fc1"."""
-    file = launch.kernel.fn.__module__.rsplit(".", 1)[-1]
-    return f"{file}.{launch.kernel.__name__.strip('_').removesuffix('_kernel')}"
 
 
 def a_tile(launch: Launch, found: dict) -> dict:
@@ -134,7 +128,7 @@ def row(arch: str, dtype: str, launch: Launch, found: dict) -> Row:
     tile += [f"{name[4]}{kwargs[name]}" for name in ("num_warps", "num_stages") if name in kwargs]
     row = {
         "op": launch.op,
-        "kernel": kernel_name(launch),
+        "kernel": kernel_name(launch.kernel),
         "direction": launch.direction,
         "variant": launch.variant,
         "arch": arch,

@@ -70,14 +70,15 @@ def branch_gradient(dy, layer_scale, drop, tokens_per_image, dtype):
         return dy, dy
     M, N = dy.shape
     scaled = torch.empty((M, N), dtype=dtype, device=dy.device)
-    dropped = scaled
-    if layer_scale is not None:
-        dropped = dy if drop is None and dy.dtype == dtype else torch.empty_like(scaled)
+    apart = layer_scale is not None and (drop is not None or dy.dtype != dtype)  # neither dy nor what is scaled
+    dropped = torch.empty_like(scaled) if apart else None
     _branch_kernel[(-(-M // 16), -(-N // 256))](
         dy_ptr=dy, scale_ptr=layer_scale, drop_ptr=drop,
-        dropped_ptr=None if dropped is scaled or dropped is dy else dropped, scaled_ptr=scaled, M=M, N=N,
-        stride_dy=dy.stride(0), tokens_per_image=tokens_per_image, BLOCK_M=16, BLOCK_N=256, num_warps=4,
+        dropped_ptr=dropped, scaled_ptr=scaled, M=M, N=N, stride_dy=dy.stride(0), tokens_per_image=tokens_per_image,
+        BLOCK_M=16, BLOCK_N=256, num_warps=4,
     )  # fmt: skip
+    if not apart:
+        dropped = scaled if layer_scale is None else dy
     return dropped, scaled
 
 

@@ -52,7 +52,6 @@ def cases(batch: int, grid: int, patch: int, heads: int, head_width: int, hidden
     tables = [(width, 3, patch, patch), vector, (tokens, width), (1, width)]
     fc1, fc2 = [(hidden, width), (hidden,)], [(width, hidden), vector]
     halves = [vector, vector, (3 * width, width), (3 * width,), (width, width), vector, vector], [vector, vector, *fc1]
-    block = [x, *halves[0], *halves[1], *fc2, vector]
     return [
         Case("patch_embed", ops.patch_embed, [images, *tables], weights=(1,), spared=1),
         Case("ln_linear", ops.ln_linear, [x, vector, vector, *fc1], weights=(3,)),
@@ -61,7 +60,9 @@ def cases(batch: int, grid: int, patch: int, heads: int, head_width: int, hidden
         Case("attention_maps", ops.attention_maps, [head, head], spared=2),
         Case("linear_residual", ops.linear_residual, [(batch, tokens, hidden), *fc2, x, vector], weights=(1,)),
         Case("mlp", ops.mlp, [x, vector, vector, *fc1, *fc2, vector], weights=(3, 5)),
-        Case("block", functools.partial(_block, heads), block, weights=(3, 5, 10, 12)),
+        Case(
+            "block", functools.partial(_block, heads), [x, *halves[0], *halves[1], *fc2, vector], weights=(3, 5, 10, 12)
+        ),
     ]
 
 
