@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .linear import store_branch
 from .product import load_tile, load_vector, matrix, store_tile
 from .tile_table import multiprocessors
 
@@ -70,11 +71,11 @@ def forward(x, weight, bias, eps, dtype, training):
 @triton.jit
 def _backward_kernel(
     dz_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, residual_grad_ptr, dx_ptr, z_ptr, shares_ptr,
-    M, K, stride_x, stride_residual_grad, span,
+    branch, M, K, stride_x, stride_residual_grad, span,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Of this program's span of rows dx, what reached x past the branch added where that is given, z, and its share of
-    dγ and dβ, [2, programs, K]."""
+    """Of this program's span of rows dx, what reached x past the branch added where that is given, z, what dx is to the
+    branch before where there is one to know, and its share of dγ and dβ, [2, programs, K]."""
     first = tl.program_id(0) * span
     cols = tl.arange(0, BLOCK_K)
     weight, bias = load_vector(weight_ptr, cols, K)[None, :], load_vector(bias_ptr, cols, K)[None, :]
@@ -92,6 +93,8 @@ def _backward_kernel(
             residual_grad = matrix(residual_grad_ptr, M, K, stride_residual_grad, BLOCK_M, BLOCK_K, False)
             dx += load_tile(residual_grad, row, 0, BLOCK_M, BLOCK_K).to(tl.float32)
         store_tile(matrix(dx_ptr, M, K, K, BLOCK_M, BLOCK_K, False), dx, row, 0, dx_ptr.dtype.element_ty)
+        if branch is not None:
+            store_branch(dx, branch, row, 0, M, K)
         z = matrix(z_ptr, M, K, K, BLOCK_M, BLOCK_K, False)
         store_tile(z, x * weight + bias, row, 0, z_ptr.dtype.element_ty)
         dweight += dz * x
@@ -101,8 +104,12 @@ def _backward_kernel(
     tl.store(share + tl.num_programs(0) * K, tl.sum(dbias, axis=0), mask=cols < K)
 
 
-def backward(dz, x, mean, rstd, weight, bias, residual_grad=None):
-    """dx [M, K] in the dtype of x, z [M, K] in that of dz, and shares [2, programs, K] of dγ and dβ for `finish`."""
+def backward(dz, x, mean, rstd, weight, bias, residual_grad=None, branch=None):
+    """dx [M, K] in the dtype of x, z [M, K] in that of dz, and shares [2, programs, K] of dγ and dβ for `finish`.
+
+    `residual_grad` reached x past this branch, and is added to dx; `branch`, of `linear.branch_of`, is the branch
+    before, whose end x was: what dx is to it is written too.
+    """
     M, K = x.shape
     dx, z = torch.empty((M, K), dtype=x.dtype, device=x.device), torch.empty_like(dz)
     tile = whole_rows(K, 2048)  # four tensors of them are held
@@ -111,8 +118,9 @@ def backward(dz, x, mean, rstd, weight, bias, residual_grad=None):
     shares = torch.empty((2, -(-M // span), K), dtype=torch.float32, device=x.device)
     _backward_kernel[(shares.shape[1],)](
         dz_ptr=dz, x_ptr=x, mean_ptr=mean, rstd_ptr=rstd, weight_ptr=weight, bias_ptr=bias,
-        residual_grad_ptr=residual_grad, dx_ptr=dx, z_ptr=z, shares_ptr=shares, M=M, K=K, stride_x=x.stride(0),
-        stride_residual_grad=0 if residual_grad is None else residual_grad.stride(0), span=span, **tile,
+        residual_grad_ptr=residual_grad, dx_ptr=dx, z_ptr=z, shares_ptr=shares, branch=branch, M=M, K=K,
+        stride_x=x.stride(0), stride_residual_grad=0 if residual_grad is None else residual_grad.stride(0), span=span,
+        **tile,
     )  # fmt: skip
     return dx, z, shares
 

@@ -2,8 +2,8 @@
 
 dx = (drop∘dy∘γ)·W     G = (drop∘dy)ᵀ·x     s = Σ drop∘dy     dW = γ∘G     db = γ∘s     dγ = Σₖ W∘G + b∘s
 
-drop∘dy and drop∘dy∘γ are made by a light pass, where they are not dy itself: what is computed in registers on its way
-to wgmma costs the product more than that (kernels/layer_norm.py).
+drop∘dy and drop∘dy∘γ are written, where they are not dy itself, by the kernel that makes dy or by a light pass: what is
+computed in registers on its way to wgmma costs the product more than that (kernels/layer_norm.py).
 
 Weight gradients are summed over tokens in two deterministic stages: spans of tokens, each to a partial of its own in
 fp32, then the partials of up to four gradients in one launch. The second stage applies what depends on the whole sum.
@@ -45,16 +45,12 @@ PARTIAL_TOKENS = 750
 
 
 @triton.jit
-def _branch_kernel(
-    dy_ptr, scale_ptr, drop_ptr, dropped_ptr, scaled_ptr,
-    M, N, stride_dy, tokens_per_image,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """drop∘dy and drop∘dy∘γ [M, N], each where it is wanted."""
-    row, col = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+def store_branch(dy, branch, row, col, M, N):
+    """Of a tile of dy [M, N] in fp32 drop∘dy and drop∘dy∘γ, each where it is wanted; `branch` is from `branch_of`."""
+    scale_ptr, drop_ptr, dropped_ptr, scaled_ptr, tokens_per_image = branch
+    BLOCK_M: tl.constexpr = dy.shape[0]
+    BLOCK_N: tl.constexpr = dy.shape[1]
     dtype: tl.constexpr = scaled_ptr.dtype.element_ty
-    dy = matrix(dy_ptr, M, N, stride_dy, BLOCK_M, BLOCK_N, False)
-    dy = load_tile(dy, row, col, BLOCK_M, BLOCK_N).to(tl.float32)
     if drop_ptr is not None:
         dy *= load_drop(drop_ptr, row + tl.arange(0, BLOCK_M), tokens_per_image, M)
     if dropped_ptr is not None:
@@ -64,22 +60,42 @@ def _branch_kernel(
     store_tile(matrix(scaled_ptr, M, N, N, BLOCK_M, BLOCK_N, False), dy, row, col, dtype)
 
 
-def branch_gradient(dy, layer_scale, drop, tokens_per_image, dtype):
-    """drop∘dy and drop∘dy∘γ, both [M, N] in `dtype`: dy itself, or one tensor twice, where they are the same."""
-    if layer_scale is None and drop is None and dy.dtype == dtype:
+@triton.jit
+def _branch_kernel(dy_ptr, branch, M, N, stride_dy, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    row, col = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    dy = load_tile(matrix(dy_ptr, M, N, stride_dy, BLOCK_M, BLOCK_N, False), row, col, BLOCK_M, BLOCK_N)
+    store_branch(dy.to(tl.float32), branch, row, col, M, N)
+
+
+def branch_of(y, layer_scale, drop, tokens_per_image, dtype) -> tuple | None:
+    """What `store_branch` takes for a gradient that has the shape and dtype of y [M, N], with memory for its results
+    in `dtype`; None where both are that gradient itself."""
+    if layer_scale is None and drop is None and y.dtype == dtype:
+        return None
+    scaled = torch.empty(y.shape, dtype=dtype, device=y.device)
+    apart = layer_scale is not None and (drop is not None or y.dtype != dtype)  # neither dy nor what is scaled
+    return layer_scale, drop, torch.empty_like(scaled) if apart else None, scaled, tokens_per_image
+
+
+def gradients_of(branch: tuple | None, dy):
+    """drop∘dy and drop∘dy∘γ, both [M, N], once `store_branch` was through: one tensor twice where they are the same."""
+    if branch is None:
         return dy, dy
-    M, N = dy.shape
-    scaled = torch.empty((M, N), dtype=dtype, device=dy.device)
-    apart = layer_scale is not None and (drop is not None or dy.dtype != dtype)  # neither dy nor what is scaled
-    dropped = torch.empty_like(scaled) if apart else None
-    _branch_kernel[(-(-M // 16), -(-N // 256))](
-        dy_ptr=dy, scale_ptr=layer_scale, drop_ptr=drop,
-        dropped_ptr=dropped, scaled_ptr=scaled, M=M, N=N, stride_dy=dy.stride(0), tokens_per_image=tokens_per_image,
-        BLOCK_M=16, BLOCK_N=256, num_warps=4,
-    )  # fmt: skip
-    if not apart:
+    layer_scale, _, dropped, scaled, _ = branch
+    if dropped is None:
         dropped = scaled if layer_scale is None else dy
     return dropped, scaled
+
+
+def branch_gradient(dy, layer_scale, drop, tokens_per_image, dtype):
+    """drop∘dy and drop∘dy∘γ, both [M, N] in `dtype`, by a pass over dy where they are not dy itself."""
+    branch = branch_of(dy, layer_scale, drop, tokens_per_image, dtype)
+    if branch is not None:
+        M, N = dy.shape
+        _branch_kernel[(-(-M // 16), -(-N // 256))](
+            dy_ptr=dy, branch=branch, M=M, N=N, stride_dy=dy.stride(0), BLOCK_M=16, BLOCK_N=256, num_warps=4
+        )
+    return gradients_of(branch, dy)
 
 
 # ---- input gradient ------------------------------------------------------------------------------------------------

@@ -76,13 +76,13 @@ def forward(x, weight, bias, residual, layer_scale, drop, tokens_per_image, prec
     return y
 
 
-def first_stage(dy, x, weight, bias, layer_scale, drop, tokens_per_image, precision):
-    """dx, and the first stage of dW, db and dγ."""
-    dropped, scaled = branch_gradient(dy, layer_scale, drop, tokens_per_image, weight.dtype)
+def first_stage(dropped, scaled, x, weight, bias, layer_scale, precision):
+    """dx, and the first stage of dW, db and dγ, of drop∘dy and drop∘dy∘γ."""
     return input_grad(scaled, weight, precision), weight_grad(dropped, x, weight, bias, layer_scale, precision)
 
 
 def backward(dy, x, weight, bias, layer_scale, drop, tokens_per_image, precision):
     """dx, dW, db (None without b) and dγ (None without γ); the residual's gradient is dy itself."""
-    dx, partials = first_stage(dy, x, weight, bias, layer_scale, drop, tokens_per_image, precision)
+    gradients = branch_gradient(dy, layer_scale, drop, tokens_per_image, weight.dtype)
+    dx, partials = first_stage(*gradients, x, weight, bias, layer_scale, precision)
     return dx, *finish(partials)

@@ -70,11 +70,11 @@ def forward(x, norm_weight, norm_bias, weight, bias, eps, precision, training=Tr
     return y, mean, rstd
 
 
-def first_stage(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, precision, residual_grad=None):
+def first_stage(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, precision, residual_grad=None, branch=None):
     """dx, to which the residual's gradient is added where it is given, and the first stages of the other gradients:
-    of γ and β for `layer_norm.finish`, of W and b for `linear.finish`."""
+    of γ and β for `layer_norm.finish`, of W and b for `linear.finish`. `branch` as for `layer_norm.backward`."""
     dz = input_grad(dy, weight, precision)
-    dx, z, shares = layer_norm.backward(dz, x, mean, rstd, norm_weight, norm_bias, residual_grad)
+    dx, z, shares = layer_norm.backward(dz, x, mean, rstd, norm_weight, norm_bias, residual_grad, branch)
     return dx, shares, weight_grad(dy, z, weight, bias, None, precision)
 
 

@@ -112,9 +112,10 @@ def forward(
 
 def first_stage(
     dy, x, hidden, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop,
-    activation, tokens_per_image, precision,
+    activation, tokens_per_image, precision, branch=None,
 ):  # fmt: skip
-    """dx, and the first stages of the other gradients: of the LayerNorm, of fc1 and of fc2."""
+    """dx, and the first stages of the other gradients: of the LayerNorm, of fc1 and of fc2. `branch`, of `branch_of`,
+    is that of the half before: what dx is to it is written too."""
     (M, D), width = x.shape, fc1_weight.shape[0]
     dropped, scaled = branch_gradient(dy, layer_scale, drop, tokens_per_image, fc2_weight.dtype)
     dhidden, activated = torch.empty_like(hidden), torch.empty_like(hidden)
@@ -125,7 +126,7 @@ def first_stage(
     )  # fmt: skip
     fc2 = weight_grad(dropped, activated, fc2_weight, fc2_bias, layer_scale, precision)
     dx, shares, fc1 = ln_linear.first_stage(
-        dhidden, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, precision, residual_grad=dy
+        dhidden, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, precision, dy, branch
     )  # fmt: skip
     return dx, shares, fc1, fc2
 

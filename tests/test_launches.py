@@ -32,7 +32,9 @@ BACKWARD = [
     "linear._finish_kernel",  # the second stages of all four weights and biases, LayerScale
     "layer_norm._finish_kernel",  # the weights and biases of both norms
 ]
-BRANCH = "linear._branch_kernel"  # drop∘dy and drop∘dy∘γ, at the head of each half, with a LayerScale or a drop path
+# drop∘dy and drop∘dy∘γ at the head of the second half, with a LayerScale or a drop path; norm2's gradient writes those
+# of the first.
+BRANCH = "linear._branch_kernel"
 MOST = 22  # forward and backward, as many as attention takes
 DRAW = ["aten.bernoulli_.float", "aten.div_.Tensor"]  # PyTorch's own: the drop path's, once for each half, where active
 
@@ -138,15 +140,10 @@ def test_forward_and_backward(options, monkeypatch):
         upstream = torch.randn(logits[0].shape)
         backward[depth] = launches(monkeypatch, lambda logits=logits, upstream=upstream: logits[0].backward(upstream))
         assert all(parameter.grad is not None for parameter in model.parameters())
-    expected = _with_branches() if options else BACKWARD
-    assert len(FORWARD) + len(expected) <= MOST
+    expected = [BRANCH, *BACKWARD] if options else BACKWARD
+    assert len(FORWARD) + len(expected) < MOST, "above 272 tokens attention takes one more"
     _assert_each_block_launches(FORWARD, forward, beside=3)
     _assert_each_block_launches(expected, backward, beside=13)
-
-
-def _with_branches() -> list[str]:
-    second = BACKWARD.index("linear._input_grad_kernel", 3)  # the projection's: the first half's gradient begins there
-    return [BRANCH, *BACKWARD[:second], BRANCH, *BACKWARD[second:]]
 
 
 @pytest.mark.interpret
@@ -156,4 +153,4 @@ def test_the_drop_path_adds_its_two_draws(monkeypatch):
     x, y = torch.randn(2, 5, 32), []
     assert launches(monkeypatch, lambda: y.append(block(x))) == DRAW + DRAW + FORWARD
     upstream = torch.randn(x.shape)
-    assert launches(monkeypatch, lambda: y[0].backward(upstream)) == _with_branches()
+    assert launches(monkeypatch, lambda: y[0].backward(upstream)) == [BRANCH, *BACKWARD]
