@@ -241,8 +241,6 @@ def op_calls(dtype: torch.dtype, B: int, T: int, D: int, F: int, every: bool) ->
         return parameter(*shape, dtype=dtype)
 
     x, norm, drop, images = empty(B, T, D), (empty(D), empty(D)), empty(B).detach(), empty(B, 3, 224, 224).detach()
-    P = 16 if D % 16 == 0 else 7
-    N = (224 // P) ** 2
     for there in (True, False) if every else (True,):
         variant = "all operands" if there else "no optional operand"
 
@@ -252,8 +250,9 @@ def op_calls(dtype: torch.dtype, B: int, T: int, D: int, F: int, every: bool) ->
         end = empty(D), (empty(D) if there else None), (drop if there else None)  # bias, LayerScale, drop path
         yield "ln_linear", variant, ops.ln_linear, x, *norm, empty(3 * D, D), optional(3 * D)
         yield "linear_residual", variant, ops.linear_residual, x, empty(D, D), end[0], x, *end[1:]
-        tables = optional(D), optional(N + 1, D), optional(1, D)
-        yield "patch_embed", variant, ops.patch_embed, images, empty(D, 3, P, P), *tables
+        for P in (16, 14) if every else (16,) if D % 16 == 0 else (7,):
+            tables = optional(D), optional((224 // P) ** 2 + 1, D), optional(1, D)
+            yield "patch_embed", f"patch {P}, {variant}", ops.patch_embed, images, empty(D, 3, P, P), *tables
         parameters = *norm, empty(F, D), optional(F), empty(D, F), *end
         for activation in ("gelu", "gelu_tanh", "quick_gelu") if every else ("gelu",):
             yield "mlp", f"{activation}, {variant}", ops.mlp, x, *parameters, activation

@@ -37,7 +37,8 @@ def _forward_kernel(
     row = tl.program_id(0) * BLOCK_M
     rows, cols = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     x = load_tile(matrix(x_ptr, M, K, stride_x, BLOCK_M, BLOCK_K, False), row, 0, BLOCK_M, BLOCK_K).to(tl.float32)
-    mean = tl.sum(x, axis=1) / K
+    # Rounded to nearest, which `/` is not on a GPU: the mean of equal elements is that element.
+    mean = tl.div_rn(tl.sum(x, axis=1), tl.cast(K, tl.float32))
     centred = tl.where((cols < K)[None, :], x - mean[:, None], 0.0)
     if x_ptr.dtype.element_ty == tl.float32:
         # Once more of what the first mean left over: exact where all elements are equal, whose variance must be zero.

@@ -150,54 +150,40 @@ class Partials(NamedTuple):
 
 
 @triton.jit
-def weight_grad_tile(
-    a,
-    load_b: tl.constexpr,
-    b,
-    partial_ptr, sums_ptr,
-    N, K, tokens, span,
-    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """First stage: partial[split] = A·Bᵀ over this program's span of tokens, and sums[split] = A·1.
-
-    A [N, tokens] with tokens as its rows in memory, B [K, tokens], partial [splits, N, K], sums [splits, N]. The sums
-    are done by the first column of tiles alone; sums_ptr is None where nobody needs them. Not persistent: the spans
-    make as many programs as the device holds, and each has a long sum to itself.
-    """
-    row, col = tile_of(tl.program_id(0), N, K, BLOCK_M, BLOCK_N)
-    split = tl.program_id(1)
-    start = split * span
-    stop = min(start + span, tokens)
-    partial = matrix(partial_ptr + split.to(tl.int64) * N * K, N, K, K, BLOCK_M, BLOCK_N, False)
-    if sums_ptr is None:
-        grad = product(
-            rows_inner, a, load_b, b, row, col, start, stop, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-        )  # fmt: skip
-    elif col == 0:
-        grad, sums = product_and_row_sums(
-            rows_inner, a, load_b, b, row, col, start, stop, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-        )  # fmt: skip
-        rows = row + tl.arange(0, BLOCK_M)
-        tl.store(sums_ptr + split * N + rows, sums, mask=rows < N)
-    else:
-        grad = product(
-            rows_inner, a, load_b, b, row, col, start, stop, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-        )  # fmt: skip
-    store_tile(partial, grad, row, col, tl.float32)
-
-
-@triton.jit
 def _weight_grad_kernel(
     dy_ptr, x_ptr, partial_ptr, sums_ptr,
     M, N, K, stride_dy, stride_x, span,
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """First stage: partial[split] = dyᵀ·x over this program's span of tokens, and sums[split] = Σ dy.
+
+    dy [M, N], x [M, K], partial [splits, N, K], sums [splits, N]. The sums are done by the first column of tiles alone;
+    sums_ptr is None where nobody needs them. Not persistent: the spans make as many programs as the device holds, and
+    each has a long sum to itself.
+    """
+    row, col = tile_of(tl.program_id(0), N, K, BLOCK_M, BLOCK_N)
+    split = tl.program_id(1)
+    start = split * span
+    stop = min(start + span, M)
     dy = matrix(dy_ptr, M, N, stride_dy, BLOCK_K, BLOCK_M, TMA)
     x = matrix(x_ptr, M, K, stride_x, BLOCK_K, BLOCK_N, TMA)
-    weight_grad_tile(
-        dy, rows_inner, x, partial_ptr, sums_ptr, N, K, M, span, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-    )  # fmt: skip
+    partial = matrix(partial_ptr + split.to(tl.int64) * N * K, N, K, K, BLOCK_M, BLOCK_N, False)
+    if sums_ptr is None:
+        grad = product(
+            rows_inner, dy, rows_inner, x, row, col, start, stop, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        )  # fmt: skip
+    elif col == 0:
+        grad, sums = product_and_row_sums(
+            rows_inner, dy, rows_inner, x, row, col, start, stop, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        )  # fmt: skip
+        rows = row + tl.arange(0, BLOCK_M)
+        tl.store(sums_ptr + split * N + rows, sums, mask=rows < N)
+    else:
+        grad = product(
+            rows_inner, dy, rows_inner, x, row, col, start, stop, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        )  # fmt: skip
+    store_tile(partial, grad, row, col, tl.float32)
 
 
 @functools.cache
@@ -214,34 +200,20 @@ def split_tokens(tiles: int, tokens: int, step: int, slots: int) -> tuple[int, i
     return -(-tokens // span), span
 
 
-def launch_weight_grad(
-    kernel, entry: str, M: int, N: int, K: int, dtype, matrices: tuple, with_sums: bool, **arguments
-):
-    """The first stage of an [N, K] gradient over M tokens: partial [S, N, K], and sums [S, N] or None.
-
-    The arguments are as `launch_tiles`'s.
-    """
-    device = matrices[0].device
-    tile = lookup(entry, device, dtype)
-    splits, span = split_tokens(tiles(N, K, tile), M, tile["BLOCK_K"], residents(entry, device, dtype))
-    partial = torch.empty((splits, N, K), dtype=torch.float32, device=device)
-    sums = torch.empty((splits, N), dtype=torch.float32, device=device) if with_sums else None
-    with scratch_memory():
-        kernel[(tiles(N, K, tile), splits)](
-            partial_ptr=partial, sums_ptr=sums, M=M, N=N, K=K, span=span, DTYPE=TRITON_DTYPE[dtype], **arguments,
-            **described(tile, matrices),
-        )  # fmt: skip
-    return partial, sums
-
-
 def weight_grad(dy, x, weight, bias, layer_scale, precision) -> Partials:
-    """The first stage of dW, db and dγ: drop∘dy [M, N] and x [M, K], both in the dtype of the weight."""
-    (M, N), K = dy.shape, x.shape[1]
-    partial, sums = launch_weight_grad(
-        _weight_grad_kernel, "linear_weight_grad", M, N, K, weight.dtype, (dy, x),
-        with_sums=bias is not None, dy_ptr=dy, x_ptr=x, stride_dy=dy.stride(0), stride_x=x.stride(0),
-        PRECISION=precision,
-    )  # fmt: skip
+    """The first stage of dW, db and dγ: drop∘dy [M, N] and x [M, K], both in the dtype of the weight [N, K]."""
+    (M, N), K, dtype, device = dy.shape, x.shape[1], weight.dtype, dy.device
+    tile = lookup("linear_weight_grad", device, dtype)
+    slots = residents("linear_weight_grad", device, dtype)
+    splits, span = split_tokens(tiles(N, K, tile), M, tile["BLOCK_K"], slots)
+    partial = torch.empty((splits, N, K), dtype=torch.float32, device=device)
+    sums = None if bias is None else torch.empty((splits, N), dtype=torch.float32, device=device)
+    with scratch_memory():
+        _weight_grad_kernel[(tiles(N, K, tile), splits)](
+            dy_ptr=dy, x_ptr=x, partial_ptr=partial, sums_ptr=sums, M=M, N=N, K=K, stride_dy=dy.stride(0),
+            stride_x=x.stride(0), span=span, DTYPE=TRITON_DTYPE[dtype], PRECISION=precision,
+            **described(tile, (dy, x)),
+        )  # fmt: skip
     return Partials(partial, sums, weight, bias, layer_scale)
 
 

@@ -5,17 +5,20 @@ forward    token[b, t] = prefix[t] (+ position[t])                              
 backward   dW = Σ dtoken[b, R + n]·patch[b, n]ᵀ     S[t] = Σ_b dtoken[b, t]
            dposition = S or S[R:]     dprefix = S[:R]     dbias = Σₙ S[R + n]
 shapes     image [B, C, rows, columns]   W [D, C·PH·PW]   prefix [R, D]   position [N or R + N, D]   token [B, R + N, D]
-saved      the image alone
-limit      2·B·N·D·C·PH·PW operations each way; the image read and the tokens written once
+saved      the image alone: it is cut again for the weight's gradient
+limit      2·B·N·D·C·PH·PW operations each way; the image read, the patches written and read, the tokens written once
 
 The prefix tokens are rows of the same product whose patch is empty, so one kernel writes every token of the result.
+
+The cut is a pass of its own, as LayerNorm is: pixels gathered on their way into the product reach shared memory two or
+sixteen bytes at a time, each with an address of its own, and the product waited for that (docs/performance.md).
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .linear import Partials, finish, launch_weight_grad, weight_grad_tile
+from .linear import finish, weight_grad
 from .product import (
     column_pieces,
     count_tiles,
@@ -30,28 +33,27 @@ from .product import (
 
 
 @triton.jit
-def _patches(operand, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Row b·T + t is patch t − R of image b, in the order of a convolution's weight: channel, row, column."""
-    rows, cols = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
-    ptr, stride_b, stride_c, stride_h, stride_w, n_rows, n_cols, T, R, COLUMNS, PH, PW = operand
+def _cut_kernel(
+    image_ptr, patch_ptr,
+    M, K, LINES, T, R, COLUMNS, stride_b, stride_c, stride_h, stride_w,
+    PH: tl.constexpr, PW: tl.constexpr, PITCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Row b·T + t of [M, K] is patch t − R of image b, in the order of a convolution's weight, LINES of PW pixels, PH a
+    channel, then zeros; it is all zeros for a prefix token. A program takes whole lines, PITCH, a power of two, apart.
+    """
+    rows, cols = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    line, pixel = tl.program_id(1) * (BLOCK_N // PITCH) + cols // PITCH, cols % PITCH
     token = rows % T - R
     top, left = token // COLUMNS * PH, token % COLUMNS * PW  # the patch's first pixel
     corner = (rows // T).to(tl.int64) * stride_b + top.to(tl.int64) * stride_h + left.to(tl.int64) * stride_w
-    channel, pixel = cols // (PH * PW), cols % (PH * PW)
-    inside = channel.to(tl.int64) * stride_c + (pixel // PW).to(tl.int64) * stride_h
-    inside += (pixel % PW).to(tl.int64) * stride_w
-    mask = ((rows < n_rows) & (token >= 0))[:, None] & (cols < n_cols)[None, :]
-    return tl.load(ptr + corner[:, None] + inside[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def patches_outer(operand, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
-    return _patches(operand, outer, inner, OUTER, INNER)
-
-
-@triton.jit
-def patches_inner(operand, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
-    return _patches(operand, inner, outer, INNER, OUTER).T
+    inside = (line // PH).to(tl.int64) * stride_c + (line % PH).to(tl.int64) * stride_h
+    inside += pixel.to(tl.int64) * stride_w
+    wanted = ((rows < M) & (token >= 0))[:, None] & ((line < LINES) & (pixel < PW))[None, :]
+    pixels = tl.load(image_ptr + corner[:, None] + inside[None, :], mask=wanted, other=0.0)
+    col = line * PW + pixel
+    place = patch_ptr + rows[:, None].to(tl.int64) * K + col[None, :]
+    mask = (rows < M)[:, None] & ((col < K) & (pixel < PW))[None, :]
+    tl.store(place, pixels.to(patch_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -63,27 +65,30 @@ def load_rows(table_ptr, rows, n_rows, cols, n_cols):
 
 @triton.jit
 def _forward_kernel(
-    image_ptr, weight_ptr, bias_ptr, position_ptr, prefix_ptr, token_ptr,
-    M, N, K, T, R, COLUMNS, stride_b, stride_c, stride_h, stride_w,
-    FIRST_POSITION: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    patch_ptr, weight_ptr, bias_ptr, position_ptr, prefix_ptr, token_ptr,
+    M, N, K, T, R,
+    FIRST_POSITION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PIECES: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tokens [M, N], M = B·T. FIRST_POSITION is the token of the position table's first row: 0, or R where prefix
     tokens have no position."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
-    WIDTH: tl.constexpr = BLOCK_N // PIECES
-    image = (image_ptr, stride_b, stride_c, stride_h, stride_w, M, K, T, R, COLUMNS, PH, PW)
+    TOKEN_DTYPE: tl.constexpr = token_ptr.dtype.element_ty
+    # Tokens in fp32 take twice the shared memory.
+    COUNT: tl.constexpr = PIECES * max(1, TOKEN_DTYPE.primitive_bitwidth // DTYPE.primitive_bitwidth)
+    WIDTH: tl.constexpr = BLOCK_N // COUNT
+    patches = matrix(patch_ptr, M, K, K, BLOCK_M, BLOCK_K, TMA)
     weight = matrix(weight_ptr, N, K, K, BLOCK_N, BLOCK_K, TMA)
     tokens = matrix(token_ptr, M, N, N, BLOCK_M, WIDTH, TMA == 1)
     for tile in tl.range(tl.program_id(0), count_tiles(M, N, BLOCK_M, BLOCK_N), tl.num_programs(0), flatten=True):
         row, first_col = tile_of(tile, M, N, BLOCK_M, BLOCK_N)
         sums = product(
-            patches_outer, image, rows_outer, weight, row, first_col, 0, K,
+            rows_outer, patches, rows_outer, weight, row, first_col, 0, K,
             DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         token = (row + tl.arange(0, BLOCK_M)) % T
-        pieces = column_pieces(sums, PIECES)
-        for piece in tl.static_range(PIECES):
+        pieces = column_pieces(sums, COUNT)
+        for piece in tl.static_range(COUNT):
             col = first_col + piece * WIDTH
             cols = col + tl.arange(0, WIDTH)
             y = pieces[piece]
@@ -93,68 +98,56 @@ def _forward_kernel(
                 y += load_rows(prefix_ptr, token, R, cols, N)
             if position_ptr is not None:
                 y += load_rows(position_ptr, token - FIRST_POSITION, T - FIRST_POSITION, cols, N)
-            store_tile(tokens, y, row, col, token_ptr.dtype.element_ty)
+            store_tile(tokens, y, row, col, TOKEN_DTYPE)
 
 
-@triton.jit
-def _weight_grad_kernel(
-    dtoken_ptr, image_ptr, partial_ptr, sums_ptr,
-    M, N, K, T, R, COLUMNS, stride_b, stride_c, stride_h, stride_w, span,
-    PH: tl.constexpr, PW: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    dtokens = matrix(dtoken_ptr, M, N, N, BLOCK_K, BLOCK_M, TMA)
-    image = (image_ptr, stride_b, stride_c, stride_h, stride_w, M, K, T, R, COLUMNS, PH, PW)
-    weight_grad_tile(
-        dtokens, patches_inner, image, partial_ptr, sums_ptr, N, K, M, span,
-        DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+def cut(images, weight, prefix):
+    """Patches [B·(R + N), K] in the dtype of the weight, a row of zeros for each of the R prefix tokens.
+
+    K is C·PH·PW, or with columns of zeros the next multiple of 16: what a load of 16 bytes and a descriptor want.
+    """
+    B, C, height, width = images.shape
+    PH, PW = weight.shape[-2:]
+    R, N, K = 0 if prefix is None else prefix.shape[0], (height // PH) * (width // PW), -(-C * PH * PW // 16) * 16
+    patches = torch.empty((B * (R + N), K), dtype=weight.dtype, device=images.device)
+    pitch = triton.next_power_of_2(PW)
+    block = max(256, pitch)
+    _cut_kernel[(-(-len(patches) // 16), -(-K // (block // pitch * PW)))](
+        image_ptr=images, patch_ptr=patches, M=len(patches), K=K, LINES=C * PH, T=R + N, R=R, COLUMNS=width // PW,
+        stride_b=images.stride(0), stride_c=images.stride(1), stride_h=images.stride(2), stride_w=images.stride(3),
+        PH=PH, PW=PW, PITCH=pitch, BLOCK_M=16, BLOCK_N=block, num_warps=4,
     )  # fmt: skip
-
-
-def _geometry(images, weight, prefix) -> dict:
-    """The sizes and strides that both kernels take, but for M and N."""
-    height, columns = images.shape[-2:]
-    patch_height, patch_width = weight.shape[-2:]
-    count = 0 if prefix is None else prefix.shape[0]
-    return {
-        "K": weight.shape[1] * patch_height * patch_width,
-        "T": count + (height // patch_height) * (columns // patch_width),
-        "R": count,
-        "COLUMNS": columns // patch_width,
-        "stride_b": images.stride(0),
-        "stride_c": images.stride(1),
-        "stride_h": images.stride(2),
-        "stride_w": images.stride(3),
-        "PH": patch_height,
-        "PW": patch_width,
-    }
+    return patches
 
 
 def forward(images, weight, bias, position, prefix, dtype, precision):
     """Tokens [B, R + N, D] in `dtype`. Images of any strides; weight, position and prefix contiguous."""
-    sizes = _geometry(images, weight, prefix)
-    B, D, T = images.shape[0], weight.shape[0], sizes["T"]
-    tokens = torch.empty((B, T, D), dtype=dtype, device=images.device)
+    patches = cut(images, weight, prefix)
+    (M, K), T, D = patches.shape, len(patches) // len(images), len(weight)
+    weight = weight.view(D, -1)
+    if K > weight.shape[1]:
+        weight = torch.nn.functional.pad(weight, (0, K - weight.shape[1]))
+    tokens = torch.empty((M, D), dtype=dtype, device=images.device)
     launch_tiles(
-        _forward_kernel, "patch_embed_forward", B * T, D, weight.dtype, (weight.view(D, -1), tokens.view(-1, D)),
-        image_ptr=images, weight_ptr=weight, bias_ptr=bias, position_ptr=position, prefix_ptr=prefix, token_ptr=tokens,
-        FIRST_POSITION=0 if position is None else T - position.shape[0], PRECISION=precision, **sizes,
+        _forward_kernel, "patch_embed_forward", M, D, weight.dtype, (patches, weight, tokens),
+        patch_ptr=patches, weight_ptr=weight, bias_ptr=bias, position_ptr=position, prefix_ptr=prefix,
+        token_ptr=tokens, K=K, T=T, R=0 if prefix is None else prefix.shape[0], PRECISION=precision,
+        FIRST_POSITION=0 if position is None else T - position.shape[0],
     )  # fmt: skip
-    return tokens
+    return tokens.view(-1, T, D)
 
 
 def backward(dtokens, images, weight, bias, position, prefix, precision):
     """dW, dbias, dposition and dprefix (None where absent) from contiguous dtokens [B, T, D]."""
-    sizes = _geometry(images, weight, prefix)
-    (B, T, D), R = dtokens.shape, sizes["R"]
-    operand = dtokens.to(weight.dtype)  # what is cast in the product would come from registers, at half its rate
-    partial, _ = launch_weight_grad(
-        _weight_grad_kernel, "patch_embed_weight_grad", B * T, D, sizes.pop("K"), weight.dtype, (operand.view(-1, D),),
-        with_sums=False, dtoken_ptr=operand, image_ptr=images, PRECISION=precision, **sizes,
-    )  # fmt: skip
-    dweight, _, _ = finish(Partials(partial, None, weight.view(D, -1), None, None))
+    T, D = dtokens.shape[1:]
+    R = 0 if prefix is None else prefix.shape[0]
+    # What is cast in the product would come from registers, at half its rate.
+    operand = dtokens.to(weight.dtype).view(-1, D)
+    partials = weight_grad(operand, cut(images, weight, prefix), weight.view(D, -1), None, None, precision)
+    dweight, _, _ = finish(partials)  # [D, K], K with the columns that the patches have
     sums = dtokens.sum(0, dtype=torch.float32)  # [T, D]
     dbias = None if bias is None else sums[R:].sum(0).to(bias.dtype)
     dposition = None if position is None else sums[T - position.shape[0] :].to(position.dtype, copy=True)
     dprefix = None if prefix is None else sums[:R].to(prefix.dtype, copy=True)
-    return dweight.view(weight.shape), dbias, dposition, dprefix
+    dweight = dweight[:, : weight[0].numel()].reshape(weight.shape)
+    return dweight, dbias, dposition, dprefix
