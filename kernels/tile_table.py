@@ -4,8 +4,9 @@ A file maps kernel → dtype class ("16" for fp16 and bf16, "32" for fp32) → s
 launch's tile sizes, num_warps and num_stages; of a persistent kernel how many of its blocks a multiprocessor shall hold
 ("blocks_per_sm", 1 where it is not said); its "origin": "predicted", by the compiler and the model of
 benchmarks/roofline.py, or where measured {"device": …, "date": …, "triton": …, "torch": …}; and a "reason" where it
-breaks a rule of `benchmarks.static --check` for one. The shape class is "any", or what the kernel's launch tells apart:
-"few", "some" and "many" rows of a product, the width of a head, and "long" of it.
+breaks a rule of `benchmarks.static --check` for one, with the bytes a thread that it "spills" at most. The shape class
+is "any", or what the kernel's launch tells apart: "few", "some" and "many" rows of a product, the width of a head, and
+"long" of it.
 
 An architecture without a file takes the nearest of its maker. What VIT_FAST_TILES names, else the user's cache, where
 `vit-fast tune` writes, takes the place of single entries.
@@ -23,7 +24,7 @@ import torch
 import triton
 
 FOLDER = pathlib.Path(__file__).parent / "tiles"
-NOT_LAUNCHED = ("blocks_per_sm", "origin", "reason")  # what an entry says besides the launch's arguments
+NOT_LAUNCHED = ("blocks_per_sm", "origin", "spills", "reason")  # what an entry says besides the launch's arguments
 MAY_BE_ZERO = ("TMA", "LONGEST")  # a switch, and the longest sequence that a kernel takes where it takes none
 MEASURED = {"device", "date", "triton", "torch"}  # what the origin of a measured entry tells, each a text
 # A product of so few rows has too few tiles to fill the multiprocessors: of 128 x 128 up to FEW_ROWS, 2 images of a
@@ -68,8 +69,8 @@ def launched(entry: dict) -> dict:
 
 
 def numbers(entry: dict) -> dict:
-    """What an entry says but for its origin and its reason: what is chosen when it is."""
-    return {name: value for name, value in entry.items() if name not in ("origin", "reason")}
+    """The launch's arguments and blocks_per_sm of an entry: what is chosen when it is."""
+    return {name: value for name, value in entry.items() if name not in ("origin", "spills", "reason")}
 
 
 def measured_on(device: torch.device) -> dict:
@@ -89,10 +90,11 @@ def fault(entry: dict, like: dict) -> str:
     """
     if not isinstance(entry, dict):
         return f"got {entry!r}, takes an entry"
-    got, takes = launched(entry), launched(like)
+    takes = launched(like)
+    got = numbers(entry)
     right = all(type(value) is int and value >= (name not in MAY_BE_ZERO) for name, value in got.items())
-    if got.keys() != takes.keys() or not right:
-        return f"got {got}, takes {', '.join(takes)}, each a whole number above zero"
+    if launched(entry).keys() != takes.keys() or not right:
+        return f"got {got}, takes {', '.join(takes)} (and blocks_per_sm), each a whole number above zero"
     origin = entry.get("origin")
     measured = isinstance(origin, dict) and origin.keys() == MEASURED and all(type(v) is str for v in origin.values())
     if origin != "predicted" and not measured:

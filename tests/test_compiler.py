@@ -58,6 +58,9 @@ def test_a_fault_is_found():
     assert any("spilled" in fault for fault in static.faults(r)), r
 
 
+SPILLS = {"spill_bytes": 96, "excused_spill_bytes": 96, "reason": "and yet the fastest", "origin": {"device": "H200"}}
+
+
 def a_row(**changes) -> static.Row:
     row = static.Row("mlp", "mlp.fc1", "forward", "gelu", "sm_90", "bf16", "mlp_fc1 16 any", "m128 n128 k64 w8 s3")
     right = {"shared_limit": 232448, "matrix_instruction": "HGMMA", "flops": 1e9}
@@ -68,23 +71,27 @@ def a_row(**changes) -> static.Row:
     ("changes", "said"),
     [
         ({}, ""),
-        ({"spill_bytes": 4}, "none allowed"),
-        ({"spill_bytes": 4, "reason": "no reason counts where nothing was measured"}, "none allowed"),
-        ({"spill_bytes": 4, "reason": "and yet the fastest", "origin": {"device": "H200"}}, ""),
-        ({"spill_bytes": 4, "origin": {"device": "H200"}}, "none allowed"),
+        ({"spill_bytes": 4}, "0 allowed"),
+        (SPILLS | {"origin": "predicted"}, "0 allowed"),
+        (SPILLS, ""),
+        (SPILLS | {"spill_bytes": 100}, "96 allowed"),
+        (SPILLS | {"reason": ""}, "0 allowed"),
+        (SPILLS | {"excused_spill_bytes": 0}, "0 allowed"),
         ({"slow_products": 4}, "from registers"),
         ({"slow_products": 4, "flops": 0}, ""),
-        ({"spill_bytes": 4, "arch": "sm_100"}, "none allowed"),
+        ({"spill_bytes": 4, "arch": "sm_100"}, "0 allowed"),
         ({"spill_bytes": 64, "arch": "sm_89"}, ""),
-        ({"spill_bytes": 68, "arch": "sm_89"}, "64 allowed without a reason"),
-        ({"spill_bytes": 68, "arch": "sm_89", "reason": "the smaller tile is slower"}, ""),
-        ({"spill_bytes": 68, "dtype": "fp32"}, "64 allowed without a reason"),
+        ({"spill_bytes": 68, "arch": "sm_89"}, "64 allowed"),
+        (SPILLS | {"origin": "predicted", "arch": "sm_89"}, ""),
+        (SPILLS | {"origin": "predicted", "arch": "sm_89", "spill_bytes": 100}, "96 allowed"),
+        ({"spill_bytes": 68, "dtype": "fp32"}, "64 allowed"),
         ({"shared_bytes": 232_449}, "shared memory"),
         ({"matrix_instruction": "HMMA"}, "without wgmma"),
         ({"matrix_instruction": ""}, "without wgmma"),
         ({"matrix_instruction": "HMMA", "tile": "m32 n128 k64 w8 s3"}, ""),
         ({"matrix_instruction": "HMMA", "tile": "m64 n128 k64 w2 s3"}, ""),
         ({"matrix_instruction": "HMMA", "arch": "sm_80"}, ""),
+        ({"matrix_instruction": "HMMA", "op": "attention", "tile": "n32 w4 s2"}, "without wgmma"),
         ({"matrix_instruction": "", "flops": 0}, ""),
         ({"error": "Pass failed"}, "Pass failed"),
     ],

@@ -36,6 +36,7 @@ BACKWARD = [
 # of the first.
 BRANCH = "linear._branch_kernel"
 MOST = 22  # forward and backward, as many as attention takes
+CASTS = 4 * ["aten._to_copy.default"]  # PyTorch's own: of the four weights under autocast, and of their gradients
 DRAW = ["aten.bernoulli_.float", "aten.div_.Tensor"]  # PyTorch's own: the drop path's, once for each half, where active
 
 
@@ -126,7 +127,7 @@ def test_inference(monkeypatch):
         model = _model(depth).eval()
         with torch.no_grad():
             names[depth] = launches(monkeypatch, lambda model=model: model(images))
-    _assert_each_block_launches(FORWARD, names, beside=3)
+    _assert_each_block_launches(FORWARD, names, beside=4)
 
 
 @pytest.mark.interpret
@@ -142,8 +143,8 @@ def test_forward_and_backward(options, monkeypatch):
         assert all(parameter.grad is not None for parameter in model.parameters())
     expected = [BRANCH, *BACKWARD] if options else BACKWARD
     assert len(FORWARD) + len(expected) < MOST, "above 272 tokens attention takes one more"
-    _assert_each_block_launches(FORWARD, forward, beside=3)
-    _assert_each_block_launches(expected, backward, beside=13)
+    _assert_each_block_launches(FORWARD, forward, beside=4)
+    _assert_each_block_launches(expected, backward, beside=14)
 
 
 @pytest.mark.interpret
@@ -154,3 +155,14 @@ def test_the_drop_path_adds_its_two_draws(monkeypatch):
     assert launches(monkeypatch, lambda: y.append(block(x))) == DRAW + DRAW + FORWARD
     upstream = torch.randn(x.shape)
     assert launches(monkeypatch, lambda: y[0].backward(upstream)) == [BRANCH, *BACKWARD]
+
+
+@pytest.mark.interpret
+def test_autocast_adds_its_casts(monkeypatch):
+    """On a GPU autocast keeps those of the weights for the whole of its region."""
+    block = _model(1).blocks[0].train()
+    x, y = torch.randn(2, 5, 32), []
+    with torch.autocast("cpu", torch.bfloat16):
+        assert launches(monkeypatch, lambda: y.append(block(x))) == CASTS + FORWARD
+    upstream = torch.randn(x.shape)
+    assert launches(monkeypatch, lambda: y[0].backward(upstream)) == [BRANCH, *BACKWARD, *CASTS]

@@ -59,6 +59,7 @@ def test_a_file_is_canonical_and_whole(path):
                 launched = tile_table.launched(entry)
                 assert {"num_warps", "num_stages"} < launched.keys(), (kernel, dtype, shape)
                 assert isinstance(entry.get("reason", ""), str), (kernel, dtype, shape)
+                assert "spills" not in entry or entry["reason"], (kernel, dtype, shape)
 
 
 def test_all_files_have_the_same_kernels_in_the_same_order():
@@ -179,6 +180,8 @@ def without(name: str) -> dict:
         ({KERNEL: {"32": {SHAPE: entry_like(BLOCK_M=True)}}}, f"{KERNEL}, 32, {SHAPE}: got"),
         ({KERNEL: {"32": {SHAPE: entry_like(BLOCK_M=0)}}}, f"{KERNEL}, 32, {SHAPE}: got"),
         ({KERNEL: {"32": {"new": entry_like(BLOCK_M=6.4)}}}, f"{KERNEL}, 32, new: got"),
+        ({KERNEL: {"32": {SHAPE: entry_like(blocks_per_sm=0)}}}, f"{KERNEL}, 32, {SHAPE}: got"),
+        ({KERNEL: {"32": {SHAPE: entry_like(blocks_per_sm=1.5)}}}, f"{KERNEL}, 32, {SHAPE}: got"),
         ({KERNEL: {"32": {SHAPE: entry_like(origin="here")}}}, f"{KERNEL}, 32, {SHAPE}: the origin: got 'here'"),
     ],
 )

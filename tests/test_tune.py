@@ -115,7 +115,7 @@ def test_a_persistent_kernel_varies_its_blocks_and_its_descriptors():
     table = json.loads((TILES / "sm_90.json").read_text())
     for entry in (table["mlp_fc1"]["16"]["many"], table["linear_residual_forward"]["16"]["many"]):
         found = tune.candidates(entry)
-        assert found[0] == {"blocks_per_sm": 1} | {k: v for k, v in entry.items() if k not in ("origin", "reason")}
+        assert found[0] == {"blocks_per_sm": 1} | vit_fast.kernels.tile_table.numbers(entry)
         assert {one["blocks_per_sm"] for one in found} == {one["TMA"] for one in found} == {1, 2}
 
 
@@ -296,19 +296,22 @@ def test_what_does_not_launch_is_dropped(monkeypatch):
 
 
 @pytest.mark.interpret
-def test_what_spills_more_is_dropped(monkeypatch):
-    """The interpreter compiles nothing: what a compiled kernel would tell is put in its place."""
+@pytest.mark.parametrize(("wrong", "of_64", "allowed"), [((), 7, 2), ((32,), 17, 16)])
+def test_what_spills_more_is_dropped(wrong, of_64, allowed, monkeypatch):
+    """More than the entry in force, or than any may where the numbers of that one, 32 rows, are wrong. The interpreter
+    compiles nothing: what a compiled kernel would tell is put in its place."""
     import contextlib
 
     @contextlib.contextmanager
     def compiled():
-        yield [types.SimpleNamespace(n_spills=2 + 5 * (in_force()["BLOCK_M"] == 64))]
+        yield [types.SimpleNamespace(n_spills=of_64 if in_force()["BLOCK_M"] == 64 else 2)]
 
+    skewed(monkeypatch, *wrong)
     mine = tuner(monkeypatch, sizes=(16, 64, 128))
     monkeypatch.setattr(tune, "_compiled", compiled)
     outcome = mine.tune(key_of(mine))
-    (rejection,) = outcome.rejected
-    assert rejection == (rejection.entry, "spills 7 registers, 2 by the entry in force", False)
+    rejection = outcome.rejected[-1]
+    assert rejection == (rejection.entry, f"spills {of_64} registers, {allowed} allowed", False)
     assert rejection.entry["BLOCK_M"] == 64
     assert outcome.after["BLOCK_M"] == 128
 

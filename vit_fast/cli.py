@@ -38,6 +38,7 @@ app = typer.Typer(
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError)
 TOP = 5
 BATCH = 32
+MOST_WORKERS = 16  # that check tiles: each holds memory of the GPU for itself
 NUMBERS = ("error", "before", "after", "gain")  # columns of tables that stand right
 
 
@@ -430,7 +431,7 @@ def _verify_entries(place: torch.device, console: Console) -> None:
     from vit_fast import verify
 
     with console.status("compiling and running every entry of the tile table …"):
-        lines = verify.verify_entries(place, workers=os.cpu_count() or 1)
+        lines = verify.verify_entries(place, workers=min(MOST_WORKERS, os.cpu_count() or 1))
     table = _titled("tile table in force", "kernel", "shape", "dtype", "error", "", "origin")
     verdicts = {True: "[green]agrees[/]", False: "[bold red]DIFFERS[/]", None: "[yellow]not run[/]"}
     for line in lines:

@@ -101,7 +101,7 @@ def test_captured_with_its_descriptors(run):
 @pytest.mark.parametrize("dtype", verify.DTYPES)
 @pytest.mark.parametrize("case", verify.EVERY_CLASS, ids=lambda case: f"{case.op}-{list(case.shapes[0])}")
 def test_every_entry_of_the_table_in_force(case, dtype):
-    """Not the winner alone: the miscompiles that are known are of single tiles. tests/test_tiles.py says that these
+    """Not the winner alone: the miscompiles that are known are of single tiles. tests/test_verify.py says that these
     cases come to every entry."""
     wrong = [line for line in verify.verify_entries("cuda", [case], [dtype]) if line["agrees"] is False]
     assert not wrong, "\n".join(map(str, wrong))

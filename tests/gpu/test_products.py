@@ -47,6 +47,26 @@ def test_output_and_gradients(op, case, mode):
     hold_to_the_rule(ours, truth, peer, case, mode, "triton", "cuda")
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("width", [129, 768])
+def test_hard_rows(width, mode):
+    drawn = test_ln_linear.shaped(2, 20, width, features=40)
+    eps = {"eps": test_ln_linear.hard_eps(mode)}
+    case = Case("hard rows", lambda: drawn() | {"x": test_ln_linear.hard_rows(width)}, eps)
+    ours, truth, peer = (module.ln_linear for module in (vit_fast.ops, reference, unfused))
+    test_ln_linear.hold_each_kind_to_the_rule(ours, truth, peer, case, mode, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [70, 129, 768, 1152])
+def test_the_norm_of_equal_elements_is_zero(width, dtype):
+    """To the bit, with next to no eps: a mean that is off by one unit in the last place would come out as one."""
+    x = torch.tensor([0.0, 3.7, -1e4, 1e4 / 3, 0.1], device="cuda", dtype=dtype)[:, None].expand(5, width)[None]
+    norm_weight, zeros = torch.ones(width, device="cuda", dtype=dtype), torch.zeros(width, device="cuda", dtype=dtype)
+    y = vit_fast.ops.ln_linear(x, norm_weight, zeros, torch.eye(width, device="cuda", dtype=dtype), None, 1e-12)
+    assert torch.equal(y, torch.zeros_like(y))
+
+
 @pytest.mark.parametrize("op", SMALL)
 def test_tf32_where_the_user_says_so(op):
     """tf32 keeps ten bits of an operand. wgmma cuts off the rest where cuBLAS rounds, so that each operand is off by up

@@ -61,9 +61,9 @@ def hard_rows(width: int, batch: int = 2) -> torch.Tensor:
     return rows.view(batch, -1, width)
 
 
-def hold_each_kind_to_the_rule(op, reference, unfused, case: Case, mode: str) -> None:
+def hold_each_kind_to_the_rule(op, reference, unfused, case: Case, mode: str, device: str = "cpu") -> None:
     """The error rule as ever, and of what has a row for a row of x, for each kind of HARD by itself."""
-    ours, peer, truth = three_ways(op, reference, unfused, case, mode, "triton")
+    ours, peer, truth = three_ways(op, reference, unfused, case, mode, "triton", device)
     for name in truth:
         assert_close_to_truth(ours[name], peer[name], truth[name], name)
         if name in ("output", "dx"):
