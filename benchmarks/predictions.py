@@ -151,7 +151,7 @@ def one_mlp_kernel(M: int, D: int, F: int, fc1: tuple[Launch, dict], fc2: tuple[
         flops=4 * M * D * F,
         padded_flops=4 * tiles * 128 * D * F,
         fill_flops=2 * tiles * 128 * D * roofline.constant("tile_fill_k"),
-        back_to_back=True,
+        matrix_share=roofline.constant("back_to_back"),
     )
     return work, issued
 
@@ -181,7 +181,7 @@ def small_mlp_table(arch: str) -> str:
         work, issued = one_mlp_kernel(M, D, F, fc1, fc2)
         special = static.a_tile(*fc1)["special_per_element"]
         fused = roofline.predict(arch, "bf16", work, 1, 256, special, issued)
-        at_full_rate = dataclasses.replace(work, back_to_back=False)
+        at_full_rate = dataclasses.replace(work, matrix_share=1.0)
         least = roofline.predict(arch, "bf16", at_full_rate, 1, 256, special, issued)
         launch_us = roofline.constant("launch_us")
         matrix_us = roofline.predict(arch, "bf16", dataclasses.replace(at_full_rate, bytes=0), 1, 256).us - launch_us

@@ -4,13 +4,15 @@ and changed since where a measurement contradicts them.
     time = launch + max(waves·matrix, waves·special, waves·issue, memory)
 
 matrix    operations of the products, with what the edges of tiles add and `tile_fill_k` steps of K for a tile's start
-          and end, at the matrix rate of the dtype; at half of it (`back_to_back`) where one product waits for another,
-          as in attention, and at `mma_sync` of it where the compiler did not take the widest instruction
+          and end, at the matrix rate of the dtype; at a share of it (`back_to_back`, `back_to_back_streaming`) where
+          one product waits for another, as in attention, and at `mma_sync` of it where the compiler did not take the
+          widest instruction
 special   exponentials and their like, as many as the code holds for each element of a tile, at their rate; on AMD the
           copies of a loop that the compiler makes before and behind it are counted too
 issue     every instruction of the code once for a tile, those of its innermost loop once a step, one a clock from each
           of a multiprocessor's schedulers; not for AMD, whose loops are not read
-memory    every distinct tensor of the launch moved once, at the rate of a device copy
+memory    every distinct tensor of the launch moved once, at the rate of a device copy; at a share of it
+          (`rows_in_registers`) where a program holds so much of each row that few loads are under way
 waves     tiles are dealt in rounds to the places of the multiprocessors, and the last round takes as long as a full
           one; a multiprocessor has as many places as blocks fit, but no more than busy it (`filling_warps`)
 
@@ -57,7 +59,8 @@ class Work:
     padded_flops: float = 0  # the same as whole tiles do them
     fill_flops: float = 0  # what the starts and ends of tiles cost, in operations
     steps: int = 1  # of the innermost loop of a tile
-    back_to_back: bool = False
+    matrix_share: float = 1.0  # of the matrix rate, below 1 where products wait for products
+    memory_share: float = 1.0  # of the rate of a copy
 
 
 def _up(size: int, block: int) -> int:
@@ -80,7 +83,10 @@ def work(launch: Launch) -> Work:
         return _product_work(sizes, name, moved)
     blocks = [value for key, value in sizes.items() if key.startswith("BLOCK_") and isinstance(value, int)]
     tile = math.prod(blocks) if blocks else 32 * sizes.get("num_warps", 4)
-    return Work(moved, programs, tile, programs * tile)
+    share = (
+        constant("rows_in_registers") if name == "_backward_kernel" else 1.0
+    )  # LayerNorm's: the only one of that name
+    return Work(moved, programs, tile, programs * tile, memory_share=share)
 
 
 def _product_work(sizes: dict, name: str, moved: int) -> Work:
@@ -119,7 +125,9 @@ def _attention_work(sizes: dict, name: str, moved: int, programs: int) -> Work:
         flops=2 * products * heads * sizes["Tq"] * sizes["Tk"] * width,
         padded_flops=2 * products * heads * rows * keys * sum(head_pieces(width)),
         steps=steps,
-        back_to_back=True,
+        matrix_share=constant(
+            "back_to_back_streaming" if "BLOCK_M" in sizes and "BLOCK_N" in sizes else "back_to_back"
+        ),
     )
 
 
@@ -177,7 +185,7 @@ def predict(
     """
     chip = device(arch)
     ceiling = matrix_tflops(arch, dtype, precision) * 1e6  # operations a microsecond
-    rate = constant("back_to_back") if work.back_to_back else 1.0
+    rate = work.matrix_share
     if instruction == "HMMA" and "widest_product" in chip:
         rate *= constant("mma_sync")
     filling = math.ceil(constant("filling_warps") * chip["warp_size"] / threads)
@@ -188,7 +196,7 @@ def predict(
     special = work.elements * special_per_element / _special_rate(chip)
     rounds = work.tiles * threads / chip["warp_size"] / chip["issue_per_clock"] / chip["multiprocessors"]
     issue, of_epilogues = (rounds * count / (chip["clock_ghz"] * 1e3) for count in (issued, epilogue))
-    memory = work.bytes / (chip["memory_tbs"] * 1e6)
+    memory = work.bytes / (chip["memory_tbs"] * work.memory_share * 1e6)
     times = {"matrix": waves * matrix, "special": waves * special, "issue": waves * issue, "memory": memory}
     bound = max(times, key=times.get)
     longest = times[bound]
@@ -198,7 +206,7 @@ def predict(
         parts["fill"] = work.fill_flops / ceiling
         parts["rate"] = matrix * (1 - rate)
         parts["waves"] = (waves - 1) * matrix
-        parts["exposed"] = 0.0 if work.back_to_back else (of_epilogues + special) / min(blocks, 2)
+        parts["exposed"] = 0.0 if work.matrix_share < 1 else (of_epilogues + special) / min(blocks, 2)
     elif bound == "memory":
         parts["memory"] = memory - products
     else:

@@ -37,8 +37,10 @@ def _forward_kernel(
     row = tl.program_id(0) * BLOCK_M
     rows, cols = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     x = load_tile(matrix(x_ptr, M, K, stride_x, BLOCK_M, BLOCK_K, False), row, 0, BLOCK_M, BLOCK_K).to(tl.float32)
-    # Rounded to nearest, which `/` is not on a GPU: the mean of equal elements is that element.
-    mean = tl.div_rn(tl.sum(x, axis=1), tl.cast(K, tl.float32))
+    total, count, share = tl.sum(x, axis=1), tl.cast(K, tl.float32), 1.0 / K
+    mean = total * share
+    # Newton's step to the nearest number: the mean of equal elements is that element, which `/` on a GPU may miss.
+    mean = tl.fma(tl.fma(-mean, count, total), share, mean)
     centred = tl.where((cols < K)[None, :], x - mean[:, None], 0.0)
     if x_ptr.dtype.element_ty == tl.float32:
         # Once more of what the first mean left over: exact where all elements are equal, whose variance must be zero.

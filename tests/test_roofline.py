@@ -84,7 +84,7 @@ def test_work_of_attention(kernel, products):
     assert work.flops == 2 * products * 256 * 12 * 197 * 197 * 64
     assert work.padded_flops > work.flops
     assert work.padded_flops / (2 * products * 64) == work.elements >= 256 * 12 * 208 * 197
-    assert work.back_to_back
+    assert work.matrix_share == roofline.constant("back_to_back" if kernel == "forward" else "back_to_back_streaming")
 
 
 def test_a_kernel_that_multiplies_unknown_products_is_an_error():
@@ -150,7 +150,7 @@ def test_the_other_terms():
     ("work", "changes"),
     [
         (product(133, fill_flops=1e9), {"instruction": "HMMA"}),
-        (product(500, back_to_back=True), {}),
+        (product(500, matrix_share=0.34), {}),
         (product(500), {"special_per_element": 300}),
         (product(500), {"issued": 100_000}),
         (Work(10**9, 100, 1, 100, flops=1e6, padded_flops=2e6), {}),
