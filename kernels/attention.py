@@ -239,7 +239,7 @@ def _forward_kernel(
             tl.store(lse_ptr + head * Tq + rows, reference + tl.log2(total.to(LSE_DTYPE)), mask=rows < Tq)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Tq", "Tk"])
 def _forward_streaming_kernel(
     q, k, v, o,
     lse_ptr,
@@ -317,7 +317,7 @@ def _grad_kernel(
         store_head(dq_view, scale_head(dq_sums[i], scale), rows_of(i, PIECES), Tq, HEAD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Tq", "Tk"])
 def _query_grad_kernel(
     q, k, v, o, do, dq,
     lse_ptr, delta_ptr,
@@ -345,7 +345,7 @@ def _query_grad_kernel(
     store_head(head_view(dq, b, h, HEAD), scale_head(sums, scale), rows, Tq, HEAD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Tq", "Tk"])
 def _key_grad_kernel(
     q, k, v, do, dk, dv,
     lse_ptr, delta_ptr,

@@ -28,7 +28,7 @@ def whole_rows(K: int, elements: int) -> dict:
     return {"BLOCK_M": max(1, elements // block), "BLOCK_K": block, "num_warps": min(16, max(4, block // 1024))}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _forward_kernel(
     x_ptr, weight_ptr, bias_ptr, z_ptr, mean_ptr, rstd_ptr,
     M, K, stride_x, eps,
@@ -71,7 +71,7 @@ def forward(x, weight, bias, eps, dtype, training):
     return z, mean, rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "span"])
 def _backward_kernel(
     dz_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, residual_grad_ptr, dx_ptr, z_ptr, shares_ptr,
     branch, M, K, stride_x, stride_residual_grad, span,

@@ -52,7 +52,7 @@ def store_branch(dy, branch, row, col, M, N):
     BLOCK_N: tl.constexpr = dy.shape[1]
     dtype: tl.constexpr = scaled_ptr.dtype.element_ty
     if drop_ptr is not None:
-        dy *= load_drop(drop_ptr, row + tl.arange(0, BLOCK_M), tokens_per_image, M)
+        dy *= load_drop(drop_ptr, row + tl.arange(0, BLOCK_M), tl.cast(tokens_per_image, tl.int32), M)
     if dropped_ptr is not None:
         store_tile(matrix(dropped_ptr, M, N, N, BLOCK_M, BLOCK_N, False), dy, row, col, dtype)
     if scale_ptr is not None:
@@ -60,7 +60,7 @@ def store_branch(dy, branch, row, col, M, N):
     store_tile(matrix(scaled_ptr, M, N, N, BLOCK_M, BLOCK_N, False), dy, row, col, dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _branch_kernel(dy_ptr, branch, M, N, stride_dy, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     row, col = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     dy = load_tile(matrix(dy_ptr, M, N, stride_dy, BLOCK_M, BLOCK_N, False), row, col, BLOCK_M, BLOCK_N)
@@ -74,7 +74,8 @@ def branch_of(y, layer_scale, drop, tokens_per_image, dtype) -> tuple | None:
         return None
     scaled = torch.empty(y.shape, dtype=dtype, device=y.device)
     apart = layer_scale is not None and (drop is not None or y.dtype != dtype)  # neither dy nor what is scaled
-    return layer_scale, drop, torch.empty_like(scaled) if apart else None, scaled, tokens_per_image
+    dropped = torch.empty_like(scaled) if apart else None
+    return layer_scale, drop, dropped, scaled, float(tokens_per_image)  # a float as in `finish`
 
 
 def gradients_of(branch: tuple | None, dy):
@@ -101,7 +102,7 @@ def branch_gradient(dy, layer_scale, drop, tokens_per_image, dtype):
 # ---- input gradient ------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _input_grad_kernel(
     dy_ptr, weight_ptr, dx_ptr,
     M, N, K, stride_dy, stride_weight,
@@ -149,7 +150,7 @@ class Partials(NamedTuple):
     layer_scale: torch.Tensor | None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _weight_grad_kernel(
     dy_ptr, x_ptr, partial_ptr, sums_ptr,
     M, N, K, stride_dy, stride_x, span,

@@ -27,7 +27,7 @@ from .product import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tokens_per_image"])
 def _forward_kernel(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, drop_ptr, residual_ptr, y_ptr,
     M, N, K, stride_x, stride_weight, stride_residual, tokens_per_image,

@@ -29,7 +29,7 @@ from .product import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _forward_kernel(
     z_ptr, weight_ptr, bias_ptr, y_ptr,
     M, N, K, stride_weight,

@@ -30,7 +30,7 @@ from .product import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _fc1_kernel(
     z_ptr, weight_ptr, bias_ptr, hidden_ptr, activated_ptr,
     M, N, K, stride_weight,
@@ -63,7 +63,7 @@ def _fc1_kernel(
             store_tile(activated, activate(h, ACTIVATION, DTYPE), row, col, DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _hidden_grad_kernel(
     dy_ptr, weight_ptr, hidden_ptr, dhidden_ptr, activated_ptr,
     M, N, K, stride_dy, stride_weight,

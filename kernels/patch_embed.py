@@ -32,7 +32,7 @@ from .product import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T", "COLUMNS"])
 def _cut_kernel(
     image_ptr, patch_ptr,
     M, K, LINES, T, R, COLUMNS, stride_b, stride_c, stride_h, stride_w,
@@ -63,7 +63,7 @@ def load_rows(table_ptr, rows, n_rows, cols, n_cols):
     return tl.load(table_ptr + rows[:, None] * n_cols + cols[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def _forward_kernel(
     patch_ptr, weight_ptr, bias_ptr, position_ptr, prefix_ptr, token_ptr,
     M, N, K, T, R,

@@ -12,7 +12,7 @@ flattening lets the loads of the next tile run under the epilogue of this one. T
 descriptors (TMA) where the architecture has them and the operands are aligned to 16 bytes, and through pointers
 elsewhere: `load_tile` and `store_tile` are all that differs. TMA is 0 for pointers, 1 for descriptors, and 2 for
 descriptors of the operands alone. An epilogue takes its tile in PIECES of columns, which halves the registers that it
-needs.
+needs. No kernel is specialised on the number of its rows: another batch or image size compiles nothing anew.
 """
 
 import torch

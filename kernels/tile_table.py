@@ -19,12 +19,14 @@ import json
 import logging
 import os
 import pathlib
+import re
 
 import torch
 import triton
 
 FOLDER = pathlib.Path(__file__).parent / "tiles"
 NOT_LAUNCHED = ("blocks_per_sm", "origin", "spills", "reason")  # what an entry says besides the launch's arguments
+SHAPE_CLASSES = re.compile(r"any|few|some|many|\d+( long)?")
 MAY_BE_ZERO = ("TMA", "LONGEST")  # a switch, and the longest sequence that a kernel takes where it takes none
 MEASURED = {"device", "date", "triton", "torch"}  # what the origin of a measured entry tells, each a text
 # A product of so few rows has too few tiles to fill the multiprocessors: of 128 x 128 up to FEW_ROWS, 2 images of a
@@ -46,11 +48,16 @@ def architecture(device: torch.device) -> str:
 
 
 def nearest(name: str) -> str:
-    """The architecture itself where it has a file, else the nearest of the same maker below it, else above."""
+    """The architecture itself where it has a file, else the nearest of the same maker below it, else above.
+
+    Of AMD's, those with four digits have other waves and products than those with three: they stay among themselves.
+    """
     if (FOLDER / f"{name}.json").is_file():
         return name
     maker = "gfx" if name.startswith("gfx") else "sm_"
     known = sorted((path.stem for path in FOLDER.glob(f"{maker}*.json")), key=lambda stem: int(stem[3:], 16))
+    if maker == "gfx":
+        known = [stem for stem in known if len(stem) == len(name)] or known
     below = [stem for stem in known if int(stem[3:], 16) <= int(name[3:], 16)]
     return below[-1] if below else known[0]
 
@@ -114,7 +121,9 @@ def merge(base: dict, own: dict, source: str) -> dict:
             for shape, entry in classes.items():
                 there = merged.get(kernel, {}).get(dtype)
                 wrong = "the package has no such kernel and dtype"
-                if there is not None:
+                if there is not None and not SHAPE_CLASSES.fullmatch(shape):
+                    wrong = "there is no such shape class"
+                elif there is not None:
                     wrong = fault(entry, there.get(shape) or next(iter(there.values())))
                 if wrong:
                     raise ValueError(f"{source}: {kernel}, {dtype}, {shape}: {wrong}")

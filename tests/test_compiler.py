@@ -1,17 +1,20 @@
 """The kernels as a GPU's compiler sees them, which the interpreter does not: it types nothing and has no registers."""
 
 import dataclasses
+import json
 import os
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter and the compiler cannot share a process", allow_module_level=True)
 
 from benchmarks import compiled, static
-from benchmarks.launches import OPS, TorchOp, launches, model_launches, nbytes, table_in_force
+from benchmarks.launches import OPS, Catch, Launch, TorchOp, launches, model_launches, nbytes, parameter, table_in_force
 from benchmarks.predictions import main_rows
+from vit_fast import ops
 
 EVERY_ARCHITECTURE = static.ARCHITECTURES
 
@@ -161,3 +164,44 @@ def test_a_whole_model_is_caught(training):
     assert any(isinstance(x, TorchOp) and x.flops for x in seen), "the head"
     directions = {x.direction for x in seen if not isinstance(x, TorchOp)}
     assert directions == ({"forward", "backward"} if training else {"forward"})
+
+
+@pytest.mark.parametrize(("tokens", "others"), [(197, (193, 196, 200, 208)), (257, (259, 272)), (577, (576, 680))])
+def test_another_image_size_compiles_nothing_anew(tokens, others):
+    """As long as the same pieces cover the tokens and the products stay in their class of rows."""
+
+    def compiled_of(count: int) -> list[str]:
+        catch = Catch("sm_90")
+        x, norm = parameter(3, count, 128, dtype=torch.bfloat16), parameter(128, dtype=torch.bfloat16)
+        square, wide = (parameter(n, 128, dtype=torch.bfloat16) for n in (128, 384))
+        first = norm, norm, wide, None, square, None, None, None
+        second = norm, norm, square, None, square, None, None, None
+        with catch:
+            catch.run("block", "", ops.block, x, *first, *second, 2)
+        sources = [compiled.source_for("sm_90", step) for step in catch.seen if isinstance(step, Launch)]
+        return [f"{source.hash()} {sorted(options.items(), key=str)}" for source, _, options in sources]
+
+    first = compiled_of(tokens)
+    assert len(set(first)) > 10
+    for count in others:
+        assert compiled_of(count) == first, count
+
+
+def test_the_program_writes_its_rows_and_fails_where_one_breaks_a_rule(monkeypatch, tmp_path, capsys):
+    found = {"registers": 100, "shared_bytes": 1000, "slow_products": 0, "instructions": 900, "special": 9}
+    found |= {"loops": {"step": 90, "tile": 300, "special": 8}, "threads": 256}
+
+    def compiled(jobs, spilled):
+        for _, launch in jobs:
+            instruction = "HGMMA" if "PRECISION" in launch.kwargs else ""
+            yield found | {"spill_bytes": spilled, "matrix_instruction": instruction}
+
+    for spilled, code in ((0, 0), (4, 1)):
+        monkeypatch.setattr(static, "compile_launches", lambda jobs, spilled=spilled: compiled(jobs, spilled))
+        assert static.main(["--op", "linear_residual", "--check", "--json", str(tmp_path / "rows.json")]) == code
+        assert ("FAULT: 4 bytes a thread spilled" in capsys.readouterr().out) is bool(code)
+        rows = json.loads((tmp_path / "rows.json").read_text())
+        promised = "op kernel pass arch dtype entry registers spill_bytes shared_bytes shared_limit matrix_instruction "
+        promised += "blocks_per_sm special_per_element bytes flops predicted_us predicted_fraction origin"
+        assert all(set(promised.split()) <= row.keys() for row in rows)
+        assert {row["pass"] for row in rows} == {"forward", "backward"}

@@ -114,6 +114,11 @@ def test_the_nearest_architecture(name, takes, monkeypatch, tmp_path):
     assert tile_table.nearest(name) == takes
 
 
+@pytest.mark.parametrize(("name", "takes"), [("gfx1030", "gfx1100"), ("gfx1201", "gfx1100"), ("gfx908", "gfx942")])
+def test_amds_two_families_stay_apart(name, takes):
+    assert tile_table.nearest(name) == takes
+
+
 def test_a_missing_architecture_says_so_once(caplog):
     with caplog.at_level(logging.WARNING, logger="vit_fast"):
         for _ in range(3):
@@ -179,7 +184,8 @@ def without(name: str) -> dict:
         ({KERNEL: {"32": {SHAPE: entry_like(BLOCK_M="64")}}}, f"{KERNEL}, 32, {SHAPE}: got"),
         ({KERNEL: {"32": {SHAPE: entry_like(BLOCK_M=True)}}}, f"{KERNEL}, 32, {SHAPE}: got"),
         ({KERNEL: {"32": {SHAPE: entry_like(BLOCK_M=0)}}}, f"{KERNEL}, 32, {SHAPE}: got"),
-        ({KERNEL: {"32": {"new": entry_like(BLOCK_M=6.4)}}}, f"{KERNEL}, 32, new: got"),
+        ({KERNEL: {"32": {"few": entry_like(BLOCK_M=6.4)}}}, f"{KERNEL}, 32, few: got"),
+        ({KERNEL: {"32": {"mnay": entry_like()}}}, f"{KERNEL}, 32, mnay: there is no such shape class"),
         ({KERNEL: {"32": {SHAPE: entry_like(blocks_per_sm=0)}}}, f"{KERNEL}, 32, {SHAPE}: got"),
         ({KERNEL: {"32": {SHAPE: entry_like(blocks_per_sm=1.5)}}}, f"{KERNEL}, 32, {SHAPE}: got"),
         ({KERNEL: {"32": {SHAPE: entry_like(origin="here")}}}, f"{KERNEL}, 32, {SHAPE}: the origin: got 'here'"),
