@@ -3,9 +3,10 @@
 python -m benchmarks.report
 """
 
+import json
 import pathlib
 
-from benchmarks.pages import markdown_table, replace_part, results
+from benchmarks.pages import RESULTS, markdown_table, replace_part, results
 from benchmarks.predictions import forward_flops
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -78,6 +79,15 @@ def eager_table() -> str:
     return markdown_table(["model", "batch", "vit_fast eager, ms", "timm eager, ms", "vit_fast in a graph, ms"], rows)
 
 
+def host_table() -> str:
+    """Microseconds of a CPU that one call of an op takes but for the launches themselves, beside a bare op's call."""
+    rows = []
+    for row in json.loads((RESULTS.parent / "host_cost.json").read_text())["rows"]:
+        medians = [f"{row[key]['median']:.1f}" for key in ("op_us", "bare_us", "ratio")]
+        rows.append([f"`{row['op']}`", row["mode"], *medians, row["python_calls"]])
+    return markdown_table(["op", "mode", "µs", "a bare op, µs", "ratio", "Python calls"], rows)
+
+
 def ops_table() -> str:
     """Microseconds of each op at batch 256, forward, and forward and backward, beside its best peer."""
     peers = {"attention": "sdpa", "patch_embed": "conv2d"}
@@ -100,6 +110,7 @@ def pages() -> dict[pathlib.Path, str]:
     text = replace_part(text, "training", models_table(True, (64, 256)))
     notes = replace_part(performance.read_text(), "ops", ops_table())
     notes = replace_part(notes, "all batches", models_table(False, (1, 8, 64, 256)))
+    notes = replace_part(notes, "host", host_table())
     return {readme: text, performance: replace_part(notes, "eager", eager_table())}
 
 

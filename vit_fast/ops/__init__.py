@@ -1,5 +1,6 @@
 """The fused ops: one file each, named as in kernels/. Every one runs in PyTorch or in Triton (see `use_backend`)."""
 
+from vit_fast.ops import flops
 from vit_fast.ops.attention import attention, attention_maps, attention_qkv
 from vit_fast.ops.backend import use_backend
 from vit_fast.ops.block import block
@@ -19,3 +20,5 @@ __all__ = [
     "patch_embed",
     "use_backend",
 ]
+
+flops.register()

@@ -1,0 +1,429 @@
+"""What is timed against what: each op and whole models, ours and every peer, each used as its own documentation says.
+
+A peer that is not installed, or does not take a case, is left out with its reason. Nobody is timed before what it
+returns has been held to fp64.
+"""
+
+import functools
+import importlib.util
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import timing
+from benchmarks.timing import DEVICE
+from vit_fast import ops, reference
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Width, heads and hidden width. "tiny" is a rehearsal's.
+MODELS = {
+    "tiny": (64, 2, 128),
+    "Ti": (192, 3, 768),
+    "S": (384, 6, 1536),
+    "B": (768, 12, 3072),
+    "L": (1024, 16, 4096),
+    "H": (1280, 16, 5120),
+    "g": (1408, 16, 6144),
+    "so400m": (1152, 16, 4304),
+}
+# Tokens, the class token among them → pixels a side of the image, and of a patch.
+IMAGES = {17: (32, 8), 50: (224, 32), 197: (224, 16), 257: (224, 14), 577: (384, 16), 1370: (518, 14)}
+EPS = 1e-6
+
+
+class Case(NamedTuple):
+    """One op at one shape."""
+
+    op: str
+    model: str
+    tokens: int
+    batch: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.model}-{self.tokens}-{self.batch}-{self.dtype}"
+
+
+class LeftOut(Exception):
+    """Why a contender does not take part."""
+
+
+def installed(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise LeftOut(f"{package} is not installed")
+
+
+# ---- the ops -------------------------------------------------------------------------------------------------------
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+
+
+def _sdpa(qkv: Tensor, backend: SDPBackend | None = None) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    if backend is None:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _conv2d(images, weight, bias, position, prefix, layout=torch.contiguous_format):
+    images, weight = (t.contiguous(memory_format=layout) for t in (images, weight))
+    patches = F.conv2d(images, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+    return torch.cat([prefix.expand(len(images), -1, -1), patches], 1) + position
+
+
+def _mlp(x, norm_weight, norm_bias, w1, b1, w2, b2):
+    return x + F.linear(F.gelu(F.linear(_norm(x, norm_weight, norm_bias), w1, b1)), w2, b2)
+
+
+def _block(x, g1, c1, wqkv, bqkv, wproj, bproj, g2, c2, w1, b1, w2, b2, heads):
+    qkv = F.linear(_norm(x, g1, c1), wqkv, bqkv)
+    x = x + F.linear(_sdpa(qkv.view(*x.shape[:2], 3, heads, -1)), wproj, bproj)
+    return _mlp(x, g2, c2, w1, b1, w2, b2)
+
+
+def _our_block(x, g1, c1, wqkv, bqkv, wproj, bproj, *second, heads):
+    ends = (None, None)
+    return ops.block(x, g1, c1, wqkv, bqkv, wproj, bproj, *ends, *second, *ends, num_heads=heads, eps1=EPS, eps2=EPS)
+
+
+def _true_block(x, g1, c1, wqkv, bqkv, wproj, bproj, *second, heads):
+    qkv = reference.ln_linear(x, g1, c1, wqkv, bqkv, EPS).reshape(*x.shape[:2], 3, heads, -1)
+    x = reference.linear_residual(reference.attention(*qkv.unbind(2)), wproj, bproj, x)
+    return reference.mlp(x, *second, eps=EPS)
+
+
+@dataclass(frozen=True)
+class Op:
+    """How an op's tensors are drawn, what the truth is, and what PyTorch does without us."""
+
+    draw: Callable  # (case, normal: shape → tensor) → tensors
+    ours: Callable
+    truth: Callable
+    eager: Callable
+    images: int  # how many of the tensors, the first, have an axis of images
+    constant: int = 0  # how many of those get no gradient
+    limit: Callable | None = None  # its products alone, by cuBLAS: no contender, but what any product is held to
+    peers: dict[str, Callable] = field(default_factory=dict)  # name → case → call
+
+
+def _sizes(case: Case) -> tuple[int, int, int, int, int]:
+    return case.batch, case.tokens, *MODELS[case.model]
+
+
+def _draw_ln_linear(case, normal):
+    B, T, D, _, _ = _sizes(case)
+    return normal(B, T, D), normal(D), normal(D), normal(3 * D, D), normal(3 * D)
+
+
+def _draw_attention(case, normal):
+    B, T, D, H, _ = _sizes(case)
+    return (normal(B, T, 3, H, D // H),)
+
+
+def _draw_projection(case, normal):
+    B, T, D, _, _ = _sizes(case)
+    return normal(B, T, D), normal(B, T, D), normal(D, D), normal(D)
+
+
+def _draw_fc2(case, normal):
+    B, T, D, _, hidden = _sizes(case)
+    return normal(B, T, hidden), normal(B, T, D), normal(D, hidden), normal(D)
+
+
+def _draw_mlp(case, normal):
+    B, T, D, _, hidden = _sizes(case)
+    return normal(B, T, D), normal(D), normal(D), normal(hidden, D), normal(hidden), normal(D, hidden), normal(D)
+
+
+def _draw_patch_embed(case, normal):
+    B, T, D, _, _ = _sizes(case)
+    side, patch = IMAGES[T]
+    return normal(B, 3, side, side), normal(D, 3, patch, patch), normal(D), normal(T, D), normal(1, D)
+
+
+def _draw_block(case, normal):
+    _, _, D, _, _ = _sizes(case)
+    x, *second = _draw_mlp(case, normal)
+    return x, normal(D), normal(D), normal(3 * D, D), normal(3 * D), normal(D, D), normal(D), *second
+
+
+def _swapped(op: Callable) -> Callable:
+    """linear_residual with x and the residual, which both have images, in front."""
+    return lambda x, residual, weight, bias: op(x, weight, bias, residual)
+
+
+def _flash_attn_2(case: Case) -> Callable:
+    installed("flash_attn")
+    from flash_attn import flash_attn_qkvpacked_func
+
+    return lambda qkv: flash_attn_qkvpacked_func(qkv).flatten(2)
+
+
+def _flash_attn_3(case: Case) -> Callable:
+    installed("flash_attn_interface")
+    from flash_attn_interface import flash_attn_func
+
+    def call(qkv):
+        out = flash_attn_func(*qkv.unbind(2))
+        return (out[0] if isinstance(out, tuple) else out).flatten(2)
+
+    return call
+
+
+def _xformers(case: Case) -> Callable:
+    installed("xformers")
+    from xformers.ops import memory_efficient_attention
+
+    return lambda qkv: memory_efficient_attention(*qkv.unbind(2)).flatten(2)
+
+
+def _flex(case: Case) -> Callable:
+    if DEVICE == "cpu":
+        raise LeftOut("FlexAttention has no backward pass on a CPU")
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def call(qkv):
+        return compiled(*qkv.permute(2, 0, 3, 1, 4).unbind(0)).transpose(1, 2).flatten(2)
+
+    return call
+
+
+def _sdpa_by(backend: SDPBackend) -> Callable:
+    def peer(case: Case) -> Callable:
+        if DEVICE == "cpu" and backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+            raise LeftOut("SDPA has that backend on a GPU only")
+        return functools.partial(_sdpa, backend=backend)
+
+    return peer
+
+
+def _liger(case: Case) -> Callable:
+    installed("liger_kernel")
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    return lambda x, g, c, w, b: F.linear(liger_layer_norm(x, g, c, EPS), w, b)
+
+
+class _Held:
+    """A peer that holds its parameters itself: they are copied from the tensors of the first call."""
+
+    def __init__(self, module: torch.nn.Module, names: tuple[str, ...], residual: bool):
+        self.module, self.names, self.residual = module, names, residual
+        self.filled = False
+
+    def __call__(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        if not self.filled:
+            with torch.no_grad():
+                for name, tensor in zip(self.names, tensors, strict=True):
+                    self.module.get_parameter(name).copy_(tensor)
+            self.filled = True
+        y = self.module(x)
+        return x + y if self.residual else y
+
+    def wanted(self, x: Tensor, *tensors: Tensor) -> list[Tensor]:
+        return [x, *map(self.module.get_parameter, self.names)]
+
+
+def _transformer_engine(case: Case, mlp: bool) -> Callable:
+    installed("transformer_engine")
+    import transformer_engine.pytorch as te
+
+    _, _, D, _, hidden = _sizes(case)
+    options = {"eps": EPS, "bias": True, "params_dtype": DTYPES[case.dtype]}
+    norm = ("layer_norm_weight", "layer_norm_bias")
+    if mlp:
+        names = (*norm, "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+        return _Held(te.LayerNormMLP(D, hidden, activation="gelu", **options), names, residual=True)
+    return _Held(te.LayerNormLinear(D, 3 * D, **options), (*norm, "weight", "bias"), residual=False)
+
+
+OPS = {
+    "ln_linear": Op(
+        _draw_ln_linear,
+        functools.partial(ops.ln_linear, eps=EPS),
+        functools.partial(reference.ln_linear, eps=EPS),
+        lambda x, g, c, w, b: F.linear(_norm(x, g, c), w, b),
+        images=1,
+        limit=lambda x, g, c, w, b: F.linear(x, w, b),
+        peers={"liger": _liger, "te": functools.partial(_transformer_engine, mlp=False)},
+    ),
+    "attention": Op(
+        _draw_attention,
+        ops.attention_qkv,
+        lambda qkv: reference.attention(*qkv.unbind(2)),
+        _sdpa,
+        images=1,
+        peers={
+            "sdpa flash": _sdpa_by(SDPBackend.FLASH_ATTENTION),
+            "sdpa cudnn": _sdpa_by(SDPBackend.CUDNN_ATTENTION),
+            "sdpa efficient": _sdpa_by(SDPBackend.EFFICIENT_ATTENTION),
+            "sdpa math": _sdpa_by(SDPBackend.MATH),
+            "flex": _flex,
+            "flash-attn 2": _flash_attn_2,
+            "flash-attn 3": _flash_attn_3,
+            "xformers": _xformers,
+        },
+    ),
+    "projection": Op(
+        _draw_projection,
+        _swapped(ops.linear_residual),
+        _swapped(reference.linear_residual),
+        lambda x, residual, w, b: residual + F.linear(x, w, b),
+        images=2,
+        limit=lambda x, residual, w, b: F.linear(x, w, b),
+    ),
+    "fc2": Op(
+        _draw_fc2,
+        _swapped(ops.linear_residual),
+        _swapped(reference.linear_residual),
+        lambda x, residual, w, b: residual + F.linear(x, w, b),
+        images=2,
+        limit=lambda x, residual, w, b: F.linear(x, w, b),
+    ),
+    "mlp": Op(
+        _draw_mlp,
+        functools.partial(ops.mlp, eps=EPS),
+        functools.partial(reference.mlp, eps=EPS),
+        _mlp,
+        images=1,
+        limit=lambda x, g, c, w1, b1, w2, b2: F.linear(F.linear(x, w1, b1), w2, b2),
+        peers={"te": functools.partial(_transformer_engine, mlp=True)},
+    ),
+    "patch_embed": Op(
+        _draw_patch_embed,
+        ops.patch_embed,
+        reference.patch_embed,
+        _conv2d,
+        images=1,
+        constant=1,
+        peers={"channels last": lambda case: functools.partial(_conv2d, layout=torch.channels_last)},
+    ),
+    "block": Op(_draw_block, _our_block, _true_block, _block, images=1),
+}
+
+
+def names(op: str) -> list[str]:
+    """Every contender of an op, installed here or not; "cublas" is its products alone."""
+    whole = OPS[op]
+    return ["vit_fast", "eager", "compiled", "compiled max", *whole.peers, *["cublas"] * (whole.limit is not None)]
+
+
+def call_of(case: Case, name: str) -> Callable:
+    """What a contender runs on the tensors of a case.
+
+    Raises:
+        LeftOut: where it does not take part.
+    """
+    op = OPS[case.op]
+    by_heads = {"heads": MODELS[case.model][1]} if case.op == "block" else {}
+    if name == "vit_fast":
+        return functools.partial(op.ours, **by_heads)
+    if name == "cublas":
+        return op.limit
+    if name in op.peers:
+        return op.peers[name](case)
+    eager = functools.partial(op.eager, **by_heads)
+    if name == "eager":
+        return eager
+    return torch.compile(eager, mode="max-autotune-no-cudagraphs" if name == "compiled max" else None, dynamic=False)
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+class Measured(NamedTuple):
+    """What became of a contender at a case: its samples by pass in microseconds, or why there are none."""
+
+    us: dict[str, list[float]]  # "forward", "both"
+    error: float | None = None  # of its output, ‖y − fp64‖ / ‖fp64‖
+    left_out: str = ""
+    wrong: str = ""
+
+
+def _draw(case: Case) -> tuple[Tensor, ...]:
+    def normal(*shape):
+        fan = shape[1:] if len(shape) in (2, 4) and shape[0] != case.batch else ()
+        scale = torch.Size(fan).numel() ** -0.5 if fan else 1.0
+        return (scale * torch.randn(shape, device=DEVICE)).to(DTYPES[case.dtype])
+
+    return OPS[case.op].draw(case, normal)
+
+
+def error_of(case: Case, call: Callable, tensors: tuple[Tensor, ...]) -> float:
+    """‖y − fp64‖ / ‖fp64‖ of what a contender makes of the first two images."""
+    op = OPS[case.op]
+    few = [t[:2] for t in tensors[: op.images]] + list(tensors[op.images :])
+    by_heads = {"heads": MODELS[case.model][1]} if case.op == "block" else {}
+    with torch.no_grad():
+        truth = op.truth(*(t.double() for t in few), **by_heads)
+        return ((call(*few).double() - truth).norm() / truth.norm()).item()
+
+
+def measure(case: Case, contenders: list[str], rounds: int = timing.ROUNDS) -> dict[str, Measured]:
+    """Each contender forward, and forward and backward, in turn with the others.
+
+    Its output may be four times as far from fp64 as eager PyTorch's in the same dtype, or it is wrong, and not timed.
+    """
+    op = OPS[case.op]
+    first = _draw(case)
+    nbytes = sum(t.nbytes for t in first)
+    inputs = [first, *(_draw(case) for _ in range(timing.copies(nbytes) - 1))]
+    for tensors in inputs:
+        for t in tensors[op.constant :]:
+            t.requires_grad_()
+    allowed = 4 * error_of(case, call_of(case, "eager"), first) + torch.finfo(DTYPES[case.dtype]).eps / 8
+    found, runs = {}, {"forward": {}, "both": {}}
+    for name in contenders:
+        try:
+            call = call_of(case, name)
+            error = None if name == "cublas" else error_of(case, call, first)
+            if error is not None and not error <= allowed:
+                found[name] = Measured({}, wrong=f"its error is {error:.1e}, {allowed:.1e} is allowed")
+                continue
+            upstream = torch.randn_like(call(*first))
+            for direction, run in (("forward", _forward), ("both", _both)):
+                one = functools.partial(run, call, op.constant, upstream)
+                one(*first)
+                runs[direction][name] = timing.rotated(one, inputs)
+            found[name] = Measured({}, error)
+        except LeftOut as reason:
+            found[name] = Measured({}, left_out=str(reason))
+        except (
+            RuntimeError,
+            NotImplementedError,
+            ValueError,
+        ) as error:  # as SDPA says that a backend takes no such heads
+            found[name] = Measured(
+                {}, left_out=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            )
+    for direction, them in runs.items():
+        them = {name: run for name, run in them.items() if not found[name].left_out}
+        for name, samples in timing.time_in_turn(them, rounds).items():
+            found[name].us[direction] = samples
+    return found
+
+
+def _forward(call: Callable, constant: int, upstream: Tensor, *tensors: Tensor) -> Tensor:
+    with torch.no_grad():
+        return call(*tensors)
+
+
+def _both(call: Callable, constant: int, upstream: Tensor, *tensors: Tensor) -> tuple:
+    wanted = call.wanted(*tensors) if isinstance(call, _Held) else tensors[constant:]
+    return torch.autograd.grad(call(*tensors), wanted, upstream, allow_unused=True)
+
+
+def cases(models, tokens, batches, dtypes, chosen=tuple(OPS)) -> list[Case]:
+    """Every op at every one of these; attention and block not for heads that no kernel takes."""
+    return [Case(*one) for one in itertools.product(chosen, models, tokens, batches, dtypes)]

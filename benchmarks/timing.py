@@ -1,0 +1,132 @@
+"""How everything here is timed: contenders in turn, by the device's own clock, each sample long enough for it.
+
+On a GPU the device waits while the launches of a sample queue up, so that their cost on the host is not measured, and
+what is called again and again rotates through inputs that no cache holds. Without one the host's clock does, and the
+figures are a rehearsal's.
+"""
+
+import itertools
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDS = 9 if DEVICE == "cuda" else 3
+SHORTEST = 200.0  # microseconds of a sample: below that the events' own clock shows
+CLOCKS = 2_000  # of a device in a microsecond, as many as it may run at
+CACHE = 128 << 20  # bytes, more than the L2 of any GPU that the kernels run on
+
+
+class _HostEvent:
+    """As torch.cuda.Event, by the host's clock."""
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: "_HostEvent") -> float:
+        return 1e3 * (other.at - self.at)
+
+
+def events() -> tuple:
+    """Two events, around what is timed."""
+    return tuple(torch.cuda.Event(enable_timing=True) if DEVICE == "cuda" else _HostEvent() for _ in range(2))
+
+
+def hold_the_device(us: float) -> None:
+    """Have the device wait so long, so that launches queue up."""
+    if DEVICE == "cuda":
+        torch.cuda._sleep(int(us * CLOCKS))
+
+
+def empty_memory() -> None:
+    """Give the allocator's memory back, and begin to look for its peak anew."""
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gb() -> float | None:
+    """The most memory that was taken since `empty_memory`; None without a GPU."""
+    return torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else None
+
+
+def quantiles(samples: Sequence[float]) -> list[float]:
+    """The 20, 50 and 80 % quantiles."""
+    cuts = statistics.quantiles(samples, n=10, method="inclusive")
+    return [round(cuts[i], 3) for i in (1, 4, 7)]
+
+
+def copies(nbytes: int) -> int:
+    """How many sets of inputs of so many bytes make a rotation that no cache holds."""
+    return min(64, math.ceil(CACHE / max(1, nbytes))) + 1 if DEVICE == "cuda" else 2
+
+
+def rotated(call: Callable, inputs: Sequence[tuple]) -> Callable[[], object]:
+    """A run that calls with the next of some sets of inputs."""
+    turn = itertools.cycle(inputs)
+    return lambda: call(*next(turn))
+
+
+def _one(run: Callable, calls: int, hold_us: float) -> float:
+    """Microseconds of one of so many calls."""
+    start, stop = events()
+    hold_the_device(hold_us)
+    start.record()
+    for _ in range(calls):
+        run()
+    stop.record()
+    stop.synchronize()
+    return 1e3 * start.elapsed_time(stop) / calls
+
+
+def time_in_turn(runs: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Microseconds of each run, `rounds` samples each; they take turns, in reverse order every second time.
+
+    What else changes on the device, its clock and its temperature, changes for all.
+    """
+    calls, hold = {}, {}
+    for name, run in runs.items():
+        for _ in range(2):  # what is compiled or chosen at the first call is
+            run()
+        calls[name] = max(1, min(100, math.ceil(SHORTEST / _one(run, 1, 0))))
+        began = time.perf_counter()
+        run()
+        hold[name] = 100 + 1.5e6 * (time.perf_counter() - began) * calls[name]
+    samples = {name: [] for name in runs}
+    for number in range(rounds):
+        for name in list(runs) if number % 2 else reversed(runs):
+            samples[name].append(_one(runs[name], calls[name], hold[name]))
+    return samples
+
+
+def ceilings() -> dict[str, float]:
+    """What this device reaches now: a bf16 product of 8192³ on random data, a copy of 2 GiB, read and written."""
+    side = 8192 if DEVICE == "cuda" else 256
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randn(8 * side * side, device=DEVICE)
+    target = torch.empty_like(source)
+    times = time_in_turn({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, 20)
+    return {
+        "matrix_tflops": round(2 * side**3 / quantiles(times["product"])[1] / 1e6, 3),
+        "copy_tbs": round(2 * source.nbytes / quantiles(times["copy"])[1] / 1e6, 3),
+    }
+
+
+def device_state() -> dict[str, float]:
+    """Clock, temperature and power of the GPU now, as its driver says; nothing where there is none to ask."""
+    names = {"clock_mhz": "clocks.sm", "temperature_c": "temperature.gpu", "power_w": "power.draw"}
+    command = ["nvidia-smi", f"--query-gpu={','.join(names.values())}", "--format=csv,noheader,nounits", "--id=0"]
+    if DEVICE == "cpu" or torch.version.hip:
+        return {}
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        return dict(zip(names, map(float, said.split(","))))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return {}
