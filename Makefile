@@ -3,6 +3,9 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+OUT ?= gpu-output
+MINUTES ?= 9
+SET ?= main
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,10 +13,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PINS := constraints.txt pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench static gpu clean
+.PHONY: help demo test test-all lint bench static gpu gpu-rehearsal clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/demo.stamp  ## train on real digits, classify, show what the model looked at (demo-output/)
 	$(BIN)/python -m vit_fast.demo
@@ -28,17 +31,21 @@ lint: $(VENV)/lint.stamp  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/test.stamp  ## time on this machine's CPU against timm
-	$(BIN)/python -m benchmarks.cpu_inference
+bench: $(VENV)/test.stamp  ## time on this machine's CPU against timm, transformers and torchvision
+	$(BIN)/python -m benchmarks.cpu
 
 static: $(VENV)/test.stamp  ## what the compilers of ten GPUs make of every kernel: half an hour on two cores the first time
 	$(BIN)/python -m benchmarks.static --arch all --dtype all --check
 
-gpu: $(VENV)/test.stamp  ## the tests that need a GPU; skipped with a reason where there is none
-	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+# With the python3 that is there, its torch and its triton: the environment above has a CPU's. Nothing is installed.
+gpu:  ## check, measure and tune the GPU that is here, in MINUTES=9, to OUT=gpu-output; SET=full for every shape
+	$(PYTHON) -m benchmarks.gpu $(OUT) --minutes $(MINUTES) --set $(SET)
+
+gpu-rehearsal: $(VENV)/test.stamp  ## the same on this CPU at tiny shapes: that it runs, no figure counts
+	$(BIN)/python -m benchmarks.gpu $(OUT) --minutes $(MINUTES) --batch-size 2 --workers 2 --no-compile
 
 clean:  ## remove the environment and everything that was made
-	rm -rf $(VENV) build dist demo-output *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist demo-output gpu-output *.egg-info .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/made.stamp: constraints.txt

@@ -54,8 +54,13 @@ class LeftOut(Exception):
     """Why a contender does not take part."""
 
 
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def installed(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
+    """Leave out whoever needs a package that is not there."""
+    if not is_installed(package):
         raise LeftOut(f"{package} is not installed")
 
 

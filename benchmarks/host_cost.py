@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 from vit_fast.kernels import tile_table
 
-from benchmarks.header import header
+from benchmarks.records import record
 from vit_fast import ops
 from vit_fast.ops import backend
 
@@ -183,8 +183,7 @@ def main() -> None:
                 )
                 print(f"{name:16} {mode:10} {columns} {r['python_calls']:8}", flush=True)
     if arguments.results:
-        record = {**header("torch", "triton", "vit-fast"), "rows": rows}
-        arguments.results.write_text(json.dumps(record, indent=2) + "\n")
+        arguments.results.write_text(json.dumps(record(rows), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 RESULTS = pathlib.Path(__file__).parent / "results/NVIDIA_H200"
+CPU_RESULTS = RESULTS.parent / "AMD_EPYC"
 
 
 def results(name: str) -> dict:

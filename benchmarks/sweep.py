@@ -20,7 +20,9 @@ import time
 import torch
 from vit_fast.kernels import tile_table
 
-from benchmarks.gpu import DEVICE, REHEARSAL, SLEEP, hold_the_device, launch_clock, record
+from benchmarks.gpu import REHEARSAL, launch_clock
+from benchmarks.records import record
+from benchmarks.timing import DEVICE, hold_the_device
 from vit_fast import ops, verify
 
 # Batch, patches a side, heads, head width; the class of rows that its products are in.
@@ -139,7 +141,7 @@ def timed(block: Block, names: tuple, rounds: int) -> list[tuple[str, float]]:
     """Median microseconds of the launches of these kernels, those of one name and place in a pass apart."""
     passes = []
     for _ in range(rounds):
-        hold_the_device(SLEEP // 4)
+        hold_the_device(5_000)
         with launch_clock() as found:
             block.forward()
             block.run()

@@ -1,4 +1,4 @@
-"""The steps of a GPU's day, rehearsed on a CPU at tiny shapes: that they run to the end, not what they say."""
+"""A GPU's day, rehearsed on a CPU at tiny shapes: that it runs to the end and what its page says, not its figures."""
 
 import json
 import os
@@ -12,20 +12,109 @@ import torch
 pytest.importorskip("triton", reason="the steps count its launches")
 pytest.importorskip("timm", reason="what models are compared with")
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: python -m benchmarks.gpu OUT")
+from benchmarks import gpu, records
+
+ROOT = Path(__file__).parent.parent
+STEPS = ("entries", "ops", "models", "kernels")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: make gpu")
 def test_the_steps_run_to_the_end(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu", str(tmp_path), "kernels", "ops", "models"]
-    command += ["--no-compile", "--batch-size", "2", "--workers", "1", "--minutes", "4"]
+    """As `make gpu-rehearsal` runs them, in a copy that is not installed; six files at most, and a page."""
+    command = [sys.executable, "-m", "benchmarks.gpu", str(tmp_path), *STEPS]
+    command += ["--no-compile", "--batch-size", "2", "--workers", "2", "--minutes", "5"]
     environment = os.environ | {"VIT_FAST_BACKEND": "torch"}
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
-    for step in ("kernels", "ops", "models"):
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=340)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for step in STEPS:
         assert f"{step} ended with 0" in done.stdout, done.stdout + done.stderr
         written = json.loads((tmp_path / f"{step}.json").read_text())
+        records.validate(written)
         assert written["device"] == "rehearsal", "no figure of a rehearsal counts"
         assert written["results"]
-        assert written["ceilings"].keys() == {"matrix_tflops", "copy_tbs"}
+        if step != "entries":
+            assert written["ceilings"].keys() == {"matrix_tflops", "copy_tbs"}
+    assert len(list(tmp_path.iterdir())) <= 6
+    page = (tmp_path / "page.txt").read_text()
+    assert page.startswith("WRONG (0)\n"), page
+    assert "NOT DONE: tiles" in page
+
+
+def line(ours: float, theirs: float, **more) -> dict:
+    us = {"vit_fast": [ours] * 3, "eager": [theirs] * 3, "cublas": [1.0] * 3}
+    return {"op": "mlp", "model": "B", "batch": 2, "direction": "both", "us": us, "wrong": [], "aside": {}, **more}
+
+
+def test_the_page_says_what_is_wrong_and_slow_and_comes_first():
+    entries = [
+        {"kernel": "mlp_fc1", "shape": "few", "dtype": "float16", "agrees": True, "error": 1e-3, "why": ""},
+        {"kernel": "mlp_fc1", "shape": "many", "dtype": "float16", "agrees": False, "error": 0.5, "why": ""},
+        {"kernel": "mlp_fc2", "shape": "many", "dtype": "float16", "agrees": None, "error": 0.5, "why": "no case came"},
+    ]
+    ops = [line(100.0, 90.0), line(500.0, 300.0, op="attention"), line(10.0, 20.0)]
+    model = {
+        "model": "vit_base_patch16_224",
+        "training": False,
+        "batch": 64,
+        "wrong": ["timm"],
+        "aside": {"timm": "off"},
+    }
+    model["us"] = {"vit_fast": [1e3] * 3, "vit_fast graph": [900.0] * 3}
+    found = {
+        "entries": {"results": entries},
+        "ops": {"results": ops, "ceilings": {"matrix_tflops": 5000.0}},
+        "models": {"results": [model]},
+    }
+    text = gpu.page(found, {"vit_base_patch16_224 inference": 75}, "1 failed").splitlines()
+    assert text[0] == "WRONG (3)"
+    assert text[1] == "mlp_fc1 many float16: 0.5"
+    assert text[2] == "mlp_fc2 many float16: no case came"
+    assert text[3] == "vit_base_patch16_224 64: timm: off"
+    assert text[4].startswith("SLOWER THAN THE BEST PEER (2)")
+    assert text[5] == "attention B 2 both: 500.0 us, eager 300.0"
+    assert text[6].startswith("mlp B 2 both: 100.0 us")
+    assert text[8] == "vit_base_patch16_224 inference: 50 % of 75"
+    assert "FIRST: mend what is wrong" in text
+    found["entries"] = {"results": entries[:1]}
+    model["wrong"] = []
+    assert "FIRST: attention B 2 both: 500.0 us, eager 300.0" in gpu.page(found, {}, "")
+
+
+def test_a_full_set_goes_on_where_it_was_cut(monkeypatch):
+    """Cases that a file has are not measured again."""
+    measured = []
+    monkeypatch.setattr(
+        gpu, "op_cases", lambda which: [gpu.contenders.Case("mlp", "tiny", 17, n, "bf16") for n in (1, 2)]
+    )
+
+    def measure(case, names):
+        measured.append(case.batch)
+        return {"vit_fast": gpu.contenders.Measured({"forward": [1.0, 2.0], "both": [3.0, 4.0]}, 0.0)}
+
+    monkeypatch.setattr(gpu.contenders, "measure", measure)
+    written = []
+    gpu.measure_ops(written.append, 2, False, "full")
+    assert measured == [1, 2]
+    assert [one["direction"] for one in written[-1]] == ["forward", "both"] * 2
+    gpu.measure_ops(written.append, 2, False, "full", done=written[0][:2])
+    assert measured == [1, 2, 2]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").rglob("*.json")), ids=lambda path: path.stem)
+def test_every_file_of_results_says_what_it_must(path):
+    records.validate(json.loads(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"date": "today"}, "date: got 'today'"),
+        ({"results": [1]}, "results: takes objects"),
+        ({"extra": 1}, "extra: got 1"),
+    ],
+)
+def test_what_is_no_file_of_results_is_refused(change, says):
+    right = {"device": "d", "versions": {}, "date": "2026-01-31", "commit": "", "results": []}
+    records.validate(right)
+    with pytest.raises(ValueError, match=says):
+        records.validate(right | change)

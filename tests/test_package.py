@@ -90,7 +90,7 @@ def test_what_the_archives_hold(archives):
     assert licence, "the licence travels with the wheel"
     with tarfile.open(archives["sdist"]) as sdist:
         held = {name.partition("/")[2] for name in sdist.getnames()}
-    needed = {"Makefile", "constraints.txt", "CHANGELOG.md", "tests/conftest.py", "benchmarks/cpu_inference.py"}
+    needed = {"Makefile", "constraints.txt", "CHANGELOG.md", "tests/conftest.py", "benchmarks/cpu.py"}
     assert needed <= held, "the sdist can run its own tests"
 
 

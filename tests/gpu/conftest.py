@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+import benchmarks  # noqa: F401 - finds kernels/ in a clone that was not installed
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

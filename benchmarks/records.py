@@ -1,0 +1,99 @@
+"""Files of results: what each says of itself, and that it says it.
+
+A file is one run, JSON:
+
+device, driver    the GPU and its driver; or the CPU and its threads, and "". "rehearsal": no figure of it counts
+versions          package → version
+date, commit      of the run, and of the tree that was measured, "+" where it had been changed
+command           what was run
+ceilings          matrix_tflops and copy_tbs, reached in the same run; none on a CPU
+state             clock, temperature and power before and after, where the driver says them
+results           a list of objects, each one case; times are microseconds, samples or the 20, 50 and 80 % quantiles
+"""
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+
+import torch
+
+from benchmarks import timing
+
+TAKES = {"device": str, "versions": dict, "date": str, "commit": (str, list), "results": list}
+MAY_HAVE = {"driver": str, "command": str, "ceilings": dict, "state": list, "note": str, "ceilings_of": str}
+
+
+def cpu_name() -> str:
+    facts = pathlib.Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Of the tree that was measured, "+" where it was changed since; "" outside a clone.
+
+    VIT_FAST_COMMIT names it where only the files were copied.
+    """
+    describe = ("git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+")
+    said = subprocess.run(describe, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return os.environ.get("VIT_FAST_COMMIT") or said
+
+
+def driver() -> str:
+    """Of the GPU; "" where there is none, or none that says it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # as vit-fast in a clone that was not installed
+        return None
+
+
+def record(results: list, rehearsal: bool = False, **more) -> dict:
+    """A file of results of this run on this machine."""
+    gpu = timing.DEVICE == "cuda"
+    device = torch.cuda.get_device_name() if gpu else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    found = {
+        "device": "rehearsal" if rehearsal else device,
+        "driver": driver() if gpu else "",
+        "versions": {name: _version(name) for name in ("torch", "triton", "vit-fast", "timm", "transformers")},
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": commit(),
+        "command": " ".join(["python", *sys.argv]),
+        **more,
+        "results": results,
+    }
+    validate(found)
+    return found
+
+
+def validate(found: dict) -> None:
+    """Refuse what is no file of results.
+
+    Raises:
+        ValueError: naming the key, what it holds and what it takes.
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"a file of results: got {type(found).__name__}, takes an object")
+    for name, kind in TAKES.items():
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"{name}: got {found.get(name)!r}, takes {kind}")
+    for name in found.keys() - TAKES.keys():
+        if name not in MAY_HAVE or not isinstance(found[name], MAY_HAVE[name]):
+            raise ValueError(f"{name}: got {found[name]!r}, takes {MAY_HAVE.get(name, 'no such key')}")
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"]):
+        raise ValueError(f"date: got {found['date']!r}, takes one such as 2026-01-31")
+    if not all(isinstance(one, dict) for one in found["results"]):
+        raise ValueError("results: takes objects")

@@ -1,0 +1,293 @@
+"""Whole models against every peer that has the same one: inference, and training steps with fused AdamW.
+
+Every parameter is drawn anew (some heads start at zero, and any two models would agree), and what a contender returns
+is held to its own weights in fp64 before it is timed.
+"""
+
+import copy
+import functools
+import itertools
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vit_fast
+from benchmarks import timing
+from benchmarks.contenders import DTYPES, LeftOut, installed
+from benchmarks.timing import DEVICE
+
+# timm's name and ours; "tiny" is a rehearsal's: ViT-Ti of two blocks.
+NAMES = {
+    "tiny": "vit_tiny_patch16_224",
+    "Ti": "vit_tiny_patch16_224",
+    "S": "vit_small_patch16_224",
+    "B": "vit_base_patch16_224",
+    "L": "vit_large_patch16_224",
+    "H": "vit_huge_patch14_224",
+    "g": "vit_giant_patch14_224",
+    "so400m": "vit_so400m_patch14_siglip_224",
+}
+CLASSES = 1000
+FORMS = ("", " graph", " compiled", " compiled max")
+
+
+class ModelCase(NamedTuple):
+    """A model at one size of images and batch."""
+
+    model: str
+    pixels: int
+    batch: int
+    dtype: str
+    direction: str  # "inference" or "training"
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+
+class MeasuredModel(NamedTuple):
+    """What became of a contender: its samples in microseconds a batch, or why there are none."""
+
+    us: list[float]
+    error: float | None = None  # of its logits, ‖y − fp64‖ / ‖fp64‖
+    facts: dict = {}  # noqa: RUF012 - first call in seconds, peak memory in GB, launches
+    left_out: str = ""
+    wrong: str = ""
+
+
+def cases(which: str) -> list[ModelCase]:
+    if which == "small":
+        return [
+            ModelCase("tiny", 224, 2, dtype, way) for dtype in ("bf16", "fp32") for way in ("inference", "training")
+        ]
+    models = [name for name in NAMES if name != "tiny"] if which == "full" else ["S", "B", "L", "H"]
+    pixels = (224, 384, 518) if which == "full" else (224,)
+    found = []
+    for name, side in itertools.product(models, pixels):
+        if side % (14 if name in ("H", "g", "so400m") else 16):
+            continue
+        found += [ModelCase(name, side, batch, "bf16", "inference") for batch in (1, 8, 32, 64, 256)]
+        found += [ModelCase(name, side, batch, "bf16", "training") for batch in (64, 256)]
+    return found
+
+
+# ---- the peers' models ---------------------------------------------------------------------------------------------
+
+
+def _ours(case: ModelCase) -> nn.Module:
+    options = {"depth": 2} if case.model == "tiny" else {}
+    return vit_fast.create_model(NAMES[case.model], num_classes=CLASSES, img_size=case.pixels, **options)
+
+
+def _timm(case: ModelCase) -> nn.Module:
+    installed("timm")
+    from tests import mend_torchvision
+
+    mend_torchvision.mend()
+    import timm
+
+    options = {"depth": 2} if case.model == "tiny" else {}
+    return timm.create_model(NAMES[case.model], num_classes=CLASSES, img_size=case.pixels, **options)
+
+
+@functools.cache
+def _sizes(case: ModelCase) -> dict[str, int]:
+    """Of the model that has a class token and one linear head, as every library has it."""
+    if case.model == "so400m":
+        raise LeftOut("its model has a class token, this one attention pooling")
+    with torch.device("meta"):
+        ours = _ours(case)
+    block = ours.blocks[0]
+    return {
+        "width": ours.embed_dim,
+        "depth": len(ours.blocks),
+        "heads": block.attn.num_heads,
+        "hidden": block.mlp.fc1.out_features,
+        "patch": ours.patch_embed.patch_size[0],
+    }
+
+
+class _Logits(nn.Module):
+    """A model of transformers, its logits alone."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).logits
+
+
+def _transformers(case: ModelCase) -> nn.Module:
+    installed("transformers")
+    from tests import mend_torchvision
+
+    mend_torchvision.mend()
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = _sizes(case)
+    config = ViTConfig(
+        hidden_size=sizes["width"],
+        num_hidden_layers=sizes["depth"],
+        num_attention_heads=sizes["heads"],
+        intermediate_size=sizes["hidden"],
+        patch_size=sizes["patch"],
+        image_size=case.pixels,
+        layer_norm_eps=1e-6,
+        num_labels=CLASSES,
+        attn_implementation="sdpa",
+    )
+    return _Logits(ViTForImageClassification(config))
+
+
+def _torchvision(case: ModelCase) -> nn.Module:
+    installed("torchvision")
+    from tests import mend_torchvision
+
+    mend_torchvision.mend()
+    from torchvision.models import VisionTransformer
+
+    sizes = _sizes(case)
+    return VisionTransformer(
+        case.pixels,
+        sizes["patch"],
+        sizes["depth"],
+        sizes["heads"],
+        sizes["width"],
+        sizes["hidden"],
+        num_classes=CLASSES,
+    )
+
+
+PEERS = {"vit_fast": _ours, "timm": _timm, "transformers": _transformers, "torchvision": _torchvision}
+
+
+def names(case: ModelCase) -> list[str]:
+    """Every contender: a library's model in eager form, in a CUDA graph, and compiled; training steps in no graph."""
+    forms = FORMS if case.direction == "inference" else (FORMS[0], *FORMS[2:])
+    return [whose + form for whose in PEERS for form in forms]
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+def draw_anew(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        mean, std = (0.5, 0.3) if parameter.dim() == 1 else (0.0, 0.05)
+        nn.init.normal_(parameter, mean, std)
+    return model
+
+
+def graphed(run: Callable) -> Callable:
+    """A run as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    """Forward, backward and a step of fused AdamW."""
+    optimiser = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step():
+        F.cross_entropy(model(images).float(), labels).backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return step
+
+
+def error_of(model: nn.Module, images: Tensor) -> float:
+    """‖y − fp64‖ / ‖fp64‖ of the logits of two images."""
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(images[:2].double())
+        return ((model(images[:2]).double() - truth).norm() / truth.norm()).item()
+
+
+def launches_of(run: Callable) -> int:
+    """How many kernels a run launches on the device."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def prepared(case: ModelCase, name: str, images: Tensor, labels: Tensor, allowed: float) -> tuple[Callable, float]:
+    """What a contender runs, and its error.
+
+    Raises:
+        LeftOut: where it does not take part. ValueError: where its error is more than allowed.
+    """
+    whose, _, form = name.partition(" ")
+    if form == "graph" and DEVICE == "cpu":
+        raise LeftOut("graphs are a GPU's")
+    training = case.direction == "training"
+    with torch.device(DEVICE):
+        model = draw_anew(PEERS[whose](case)).to(DTYPES[case.dtype]).train(training)
+    error = error_of(model.eval(), images)
+    if not error <= allowed:
+        raise ValueError(f"its error is {error:.1e}, {allowed:.1e} is allowed")
+    model.train(training)
+    if form.startswith("compiled"):
+        mode = None
+        if form.endswith("max"):
+            mode = "max-autotune-no-cudagraphs" if training else "max-autotune"
+        model = torch.compile(model, mode=mode, dynamic=False)
+    if training:
+        return training_step(model, images, labels), error
+
+    @torch.inference_mode()
+    def infer():
+        return model(images)
+
+    return graphed(infer) if form == "graph" else infer, error
+
+
+def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS) -> dict[str, MeasuredModel]:
+    """Each contender's time a batch, in turn with the others; training steps one contender after the other on a GPU,
+    whose memory may not hold two.
+
+    Logits may be four times as far from fp64 as those of timm's eager model in the same dtype.
+    """
+    images = torch.randn(case.batch, 3, case.pixels, case.pixels, device=DEVICE).to(DTYPES[case.dtype])
+    labels = torch.randint(CLASSES, (case.batch,), device=DEVICE)
+    with torch.device(DEVICE):
+        allowed = 4 * error_of(draw_anew(_timm(case)).to(DTYPES[case.dtype]).eval(), images)
+    alone = case.direction == "training" and DEVICE == "cuda"
+    found, runs = {}, {}
+    for name in contenders:
+        timing.empty_memory()
+        try:
+            run, error = prepared(case, name, images, labels, allowed)
+        except LeftOut as reason:
+            found[name] = MeasuredModel([], left_out=str(reason))
+            continue
+        except ValueError as wrong:
+            found[name] = MeasuredModel([], wrong=str(wrong))
+            continue
+        began = time.perf_counter()
+        run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        facts = {"first_call_s": round(time.perf_counter() - began, 3)}
+        if DEVICE == "cuda":
+            facts |= {"peak_gb": round(timing.peak_gb(), 2), "launches": launches_of(run)}
+        found[name] = MeasuredModel([], error, facts)
+        runs[name] = run
+        if alone:
+            found[name] = found[name]._replace(us=timing.time_in_turn(runs, rounds)[name])
+            runs = {}
+            del run
+    for name, samples in timing.time_in_turn(runs, rounds).items():
+        found[name] = found[name]._replace(us=samples)
+    return found

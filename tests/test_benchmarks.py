@@ -1,0 +1,148 @@
+"""`pytest benchmarks/`: what is collected, what becomes of samples, and that nobody is timed who is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the suite names its version")
+pytest.importorskip("timm", reason="what whole models are held to")
+pytest.importorskip("pytest_benchmark")
+
+from benchmarks import contenders, timing, whole_models
+from benchmarks.contenders import Case, LeftOut, measure
+
+ROOT = Path(__file__).parent.parent
+SMALL = Case("ln_linear", "tiny", 17, 2, "bf16")
+
+
+def suite(*options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: pytest benchmarks/")
+def test_table_and_json_are_those_of_the_samples(tmp_path):
+    """Min, median and rounds of the JSON are those of its own samples, and contenders stand in one group."""
+    chosen = "not compiled and bf16 and ((ln_linear and forward) or (tiny-224 and inference and (vit_fast or timm)))"
+    done = suite("-k", chosen, f"--benchmark-json={tmp_path / 'found.json'}", "-rs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "liger_kernel is not installed" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["machine_info"]["versions"].keys() == {"torch", "triton", "vit_fast"}
+    groups = {}
+    for one in found["benchmarks"]:
+        stats = one["stats"]
+        assert stats["rounds"] == len(stats["data"]) == timing.ROUNDS
+        assert stats["min"] == min(stats["data"]) > 0
+        assert stats["median"] == sorted(stats["data"])[timing.ROUNDS // 2]
+        assert f"{one['params']['contender'].replace(' ', '-')}]" in one["name"]
+        assert one["params"]["contender"] == "cublas" or 0 < one["extra_info"]["error"] < 0.05
+        groups.setdefault(one["group"], set()).add(one["params"]["contender"])
+    assert groups["ln_linear-tiny-17-2-bf16-forward"] == {"vit_fast", "eager", "cublas"}
+    assert groups["tiny-224-2-bf16-inference"] == {"vit_fast", "timm"}
+
+
+def test_samples_are_replayed_to_the_digit():
+    from benchmarks.conftest import VirtualClock
+
+    clock, seen = VirtualClock(), []
+
+    class Benchmark:
+        def pedantic(self, target, rounds, iterations):
+            for _ in range(rounds):
+                start = clock()
+                target()
+                seen.append(clock() - start)
+
+    clock.replay(Benchmark(), [2e-6, 5e-4, 1e-5])
+    assert seen == pytest.approx([2e-6, 5e-4, 1e-5], rel=1e-12)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its set is another on a GPU")
+@pytest.mark.parametrize(("which", "at_least"), [("small", 200), ("main", 200), ("full", 10_000)])
+def test_every_set_is_collected(which, at_least):
+    done = suite("--collect-only", "-q", "--set", which)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = [line for line in done.stdout.splitlines() if "::" in line]
+    assert len(names) > at_least
+    assert len(names) == len(set(names))
+
+
+def test_whoever_is_wrong_is_not_timed(monkeypatch):
+    off = contenders.OPS["ln_linear"].ours
+    wrong = {**contenders.OPS["ln_linear"].__dict__, "ours": lambda *tensors: 1.1 * off(*tensors)}
+    monkeypatch.setitem(contenders.OPS, "ln_linear", contenders.Op(**wrong))
+    found = measure(SMALL, ["vit_fast", "eager"])
+    assert "its error is 1.0e-01" in found["vit_fast"].wrong
+    assert found["vit_fast"].us == {}
+    assert len(found["eager"].us["forward"]) == len(found["eager"].us["both"]) == timing.ROUNDS
+
+
+def test_who_cannot_take_part_says_why(monkeypatch):
+    def refuses(case):
+        def call(x, *rest):
+            raise RuntimeError("no such heads\nand more")
+
+        return call
+
+    def missing(case):
+        raise LeftOut("somewhere is not installed")
+
+    peers = {"refuses": refuses, "missing": missing}
+    monkeypatch.setitem(
+        contenders.OPS, "ln_linear", contenders.Op(**{**contenders.OPS["ln_linear"].__dict__, "peers": peers})
+    )
+    found = measure(SMALL, ["refuses", "missing", "cublas"])
+    assert found["refuses"].left_out == "RuntimeError: no such heads"
+    assert found["missing"].left_out == "somewhere is not installed"
+    assert found["cublas"].us["forward"]
+    assert found["cublas"].error is None, "a product alone is no contender"
+
+
+@pytest.mark.parametrize("op", contenders.OPS)
+def test_ours_and_eager_agree_with_fp64(op):
+    case = Case(op, "tiny", 17, 2, "fp32")
+    tensors = contenders._draw(case)
+    for name in ("vit_fast", "eager"):
+        assert contenders.error_of(case, contenders.call_of(case, name), tensors) < 1e-5
+
+
+def test_a_peer_that_holds_its_parameters_gets_the_cases():
+    """As transformer_engine's modules do: its gradients are those of its own parameters."""
+    module = torch.nn.Linear(6, 4)
+    peer = contenders._Held(module, ("weight", "bias"), residual=False)
+    x, weight, bias = torch.randn(3, 6, requires_grad=True), torch.randn(4, 6), torch.randn(4)
+    torch.testing.assert_close(peer(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    gradients = contenders._both(peer, 0, torch.ones(3, 4), x, weight, bias)
+    assert [g.shape for g in gradients] == [x.shape, weight.shape, bias.shape]
+
+
+def test_contenders_take_turns_in_both_orders(monkeypatch):
+    monkeypatch.setattr(timing, "SHORTEST", 0.0)
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    found = timing.time_in_turn(runs, rounds=2)
+    assert order[-4:] == ["b", "a", "a", "b"]
+    assert all(len(samples) == 2 for samples in found.values())
+
+
+def test_short_runs_are_called_often_enough_for_the_clock():
+    calls = []
+    timing.time_in_turn({"short": lambda: calls.append(1)}, rounds=1)
+    assert len(calls) > 50
+
+
+@pytest.mark.parametrize("whose", whole_models.PEERS)
+def test_every_library_has_the_same_model(whose):
+    """By its number of parameters, and by logits that are its own weights' in fp64."""
+    case = whole_models.ModelCase("tiny", 224, 2, "fp32", "inference")
+    if whose not in ("vit_fast", "timm"):
+        pytest.importorskip(whose) if whose != "torchvision" else None
+    model = whole_models.draw_anew(whole_models.PEERS[whose](case)).eval()
+    ours = whole_models.PEERS["vit_fast"](case)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in ours.parameters())
+    assert 0 < whole_models.error_of(model, torch.randn(2, 3, 224, 224)) < 1e-4
