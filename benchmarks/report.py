@@ -1,4 +1,4 @@
-"""The measured tables of README.md and docs/performance.md and README's plot, made from the files of results alone.
+"""The measured tables and pictures of README.md and docs/performance.md, made from the files of results alone.
 
 python -m benchmarks.report
 """
@@ -6,8 +6,10 @@ python -m benchmarks.report
 import json
 import pathlib
 
+from benchmarks.launches import kernel_name
 from benchmarks.pages import CPU_RESULTS, markdown_table, replace_part, results
-from benchmarks.predictions import forward_flops
+from benchmarks.predictions import MEASURED, block_launches, forward_flops
+from benchmarks.roofline import work
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = {
@@ -138,14 +140,29 @@ def pages() -> dict[pathlib.Path, str]:
     return {readme: text, performance: replace_part(notes, "eager", eager_table())}
 
 
-def plot(path: pathlib.Path) -> None:
-    """The speed of each contender over that of timm's eager form, by model: inference and training step."""
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+
+def _figure(*args, **options):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), width_ratios=(3, 1))
+    return pyplot.subplots(*args, **options)
+
+
+def _save(figure, path: pathlib.Path) -> None:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plot_speed(path: pathlib.Path) -> None:
+    """The speed of each contender over that of timm's eager form, by model: inference and training step."""
+    figure, axes = _figure(1, 2, figsize=(9, 3.2), width_ratios=(3, 1))
     for axis, training, title in zip(axes, (False, True), ("inference", "training step")):
         rows = [r for r in merged(results("models")["results"]) if r["training"] == training and r["batch"] == 256]
         forms = {
@@ -168,15 +185,65 @@ def plot(path: pathlib.Path) -> None:
     axes[0].set_ylabel("speed over timm eager", fontsize=8)
     axes[0].legend(fontsize=7, loc="upper right", ncols=3, frameon=False)
     figure.suptitle(f"{results('models')['device']}, bf16, batch 256, measured", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    _save(figure, path)
+
+
+def plot_latency(path: pathlib.Path) -> None:
+    """Milliseconds of inference against batch, ours and timm's, each in its fastest form and launched one by one."""
+    rows = [row for row in merged(results("models")["results"]) if not row["training"]]
+    figure, axes = _figure(1, len(NAMES), figsize=(11, 3), sharey=True)
+    lines = {
+        "vit_fast": ("tab:blue", "-", lambda us: best(us, True)[1]),
+        "timm": ("0.4", "-", lambda us: best(us, False)[1]),
+        "vit_fast, eager": ("tab:blue", ":", lambda us: us["vit_fast"][1]),
+        "timm, eager": ("0.4", ":", lambda us: us["timm"][1]),
+    }
+    for axis, (name, title) in zip(axes, NAMES.items()):
+        mine = [row for row in rows if row["model"] == name]
+        for label, (colour, style, of) in lines.items():
+            times = [of(row["us"]) / 1e3 for row in mine]
+            axis.plot([row["batch"] for row in mine], times, style, color=colour, label=label, marker=".")
+        axis.set(xscale="log", yscale="log")
+        axis.set_xticks([row["batch"] for row in mine], [row["batch"] for row in mine], fontsize=7)
+        axis.minorticks_off()
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("batch", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("ms", fontsize=8)
+    axes[0].legend(fontsize=7, frameon=False)
+    figure.suptitle(f"{results('models')['device']}, bf16, inference, measured", fontsize=10)
+    _save(figure, path)
+
+
+def plot_roofline(path: pathlib.Path) -> None:
+    """Operations a byte against TFLOP/s of each product of a ViT-B's block, under the ceilings of its run."""
+    file = results("blocks")
+    tflops, copy = file["ceilings"]["matrix_tflops"], file["ceilings"]["copy_tbs"]
+    timed = next(row["us"] for row in file["results"] if row["model"] == "B")
+    figure, axis = _figure(figsize=(7, 4))
+    axis.plot([30, tflops / copy, 1000], [30 * copy, tflops, tflops], color="0.7")
+    seen = {}
+    for launch, (_, us) in zip(block_launches(*MEASURED["B"]), timed):
+        todo = work(launch)
+        if todo.flops:
+            seen.setdefault(kernel_name(launch.kernel), []).append((todo.flops / todo.bytes, todo.flops / us / 1e6))
+    for number, (name, points) in enumerate(seen.items()):
+        axis.scatter(*zip(*points), s=28, color=f"C{number}", marker="os^v"[number % 4], label=name)
+    axis.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="TFLOP/s")
+    axis.legend(fontsize=7, loc="lower right", frameon=False)
+    axis.set_title(f"{file['device']}, bf16, block of ViT-B, batch 256, measured", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+PICTURES = {"measured": plot_speed, "latency": plot_latency, "roofline": plot_roofline}
 
 
 def main() -> None:
     for path, text in pages().items():
         path.write_text(text)
-    plot(ROOT / "docs/measured.png")
+    for name, plot in PICTURES.items():
+        plot(ROOT / f"docs/{name}.png")
 
 
 if __name__ == "__main__":
