@@ -45,7 +45,7 @@ def cases(mode: str) -> dict[str, Callable]:
             x,
             *norm,
             *(tensor(3 * D, D), tensor(3 * D), tensor(D, D), tensor(D), tensor(D), None),
-            *norm,
+            *(tensor(D), tensor(D)),
             *(tensor(F, D), tensor(F), tensor(D, F), tensor(D), tensor(D), None),
             num_heads=H,
         ),

@@ -257,8 +257,10 @@ def op_calls(dtype: torch.dtype, B: int, T: int, D: int, F: int, every: bool) ->
         for activation in ("gelu", "gelu_tanh", "quick_gelu") if every else ("gelu",):
             yield "mlp", f"{activation}, {variant}", ops.mlp, x, *parameters, activation
         if D % 64 == 0:  # elsewhere no kernel takes its heads
-            first = *norm, empty(3 * D, D), optional(3 * D), empty(D, D), *end
-            yield "block", variant, ops.block, x, *first, *parameters, D // 64
+            first = *norm, empty(3 * D, D), optional(3 * D), empty(D, D)
+            yield "block", variant, ops.block, x, *first, *end, *parameters, D // 64
+            for some, ends in (("LayerScale", (*end[:2], None)), ("drop path", (end[0], None, drop))) if there else ():
+                yield "block", f"{some} alone", ops.block, x, *first, *ends, *parameters[:-3], *ends, D // 64
 
 
 def attention_calls(dtype: torch.dtype) -> Iterator[tuple]:

@@ -15,6 +15,7 @@ saved      x, qkv, o, m, h, lse and the mean and rstd of both LayerNorms: per to
 import torch
 
 from . import attention, layer_norm, linear, linear_residual, ln_linear, mlp
+from .replay import replayed
 
 
 def _heads(qkv, tokens_per_image: int, heads: int):
@@ -22,6 +23,7 @@ def _heads(qkv, tokens_per_image: int, heads: int):
     return qkv.view(-1, tokens_per_image, 3, heads, qkv.shape[1] // (3 * heads)).unbind(2)
 
 
+@replayed
 def forward(
     x, norm1, qkv, proj, end1, norm2, fc1, fc2, end2, heads, activation, eps1, eps2, tokens_per_image, precision,
     training,
@@ -41,6 +43,7 @@ def forward(
     return y, (packed, o, lse, middle, kept[0], mean1, rstd1, kept[1], kept[2])
 
 
+@replayed
 def backward(
     dy, x, kept, norm1, qkv, proj, end1, norm2, fc1, fc2, end2, heads, activation, tokens_per_image, precision
 ):  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .linear import store_branch
+from .linear import NO_BRANCH, store_branch
 from .product import load_tile, load_vector, matrix, store_tile
 from .tile_table import multiprocessors
 
@@ -96,7 +96,7 @@ def _backward_kernel(
             residual_grad = matrix(residual_grad_ptr, M, K, stride_residual_grad, BLOCK_M, BLOCK_K, False)
             dx += load_tile(residual_grad, row, 0, BLOCK_M, BLOCK_K).to(tl.float32)
         store_tile(matrix(dx_ptr, M, K, K, BLOCK_M, BLOCK_K, False), dx, row, 0, dx_ptr.dtype.element_ty)
-        if branch is not None:
+        if branch[3] is not None:  # where drop∘dy∘γ goes; Triton compares no tuple that holds a None
             store_branch(dx, branch, row, 0, M, K)
         z = matrix(z_ptr, M, K, K, BLOCK_M, BLOCK_K, False)
         store_tile(z, x * weight + bias, row, 0, z_ptr.dtype.element_ty)
@@ -121,7 +121,7 @@ def backward(dz, x, mean, rstd, weight, bias, residual_grad=None, branch=None):
     shares = torch.empty((2, -(-M // span), K), dtype=torch.float32, device=x.device)
     _backward_kernel[(shares.shape[1],)](
         dz_ptr=dz, x_ptr=x, mean_ptr=mean, rstd_ptr=rstd, weight_ptr=weight, bias_ptr=bias,
-        residual_grad_ptr=residual_grad, dx_ptr=dx, z_ptr=z, shares_ptr=shares, branch=branch, M=M, K=K,
+        residual_grad_ptr=residual_grad, dx_ptr=dx, z_ptr=z, shares_ptr=shares, branch=branch or NO_BRANCH, M=M, K=K,
         stride_x=x.stride(0), stride_residual_grad=0 if residual_grad is None else residual_grad.stride(0), span=span,
         **tile,
     )  # fmt: skip

@@ -185,6 +185,7 @@ def _entry_for(shape_class: str, classes: dict) -> str:
 
 
 _recorded: list | None = None
+changes = 0  # how often entries were looked up anew
 
 
 @functools.cache
@@ -219,6 +220,8 @@ def residents(kernel: str, device: torch.device, dtype: torch.dtype, shape_class
 
 def _forget() -> None:
     """Have entries looked up anew."""
+    global changes
+    changes += 1
     lookup.cache_clear()
     residents.cache_clear()
 
