@@ -3,7 +3,8 @@
 python -m benchmarks.host_cost [--op mlp …] [--rounds 200] [--calls 20] [--results FILE.json]
 
 Triton's launches do nothing here; all that comes before them happens as for a GPU: checks, the choice of the backend,
-torch's dispatch, autograd, tile tables, the memory of the results. The bare op has the same arguments and returns
+torch's dispatch, autograd, tile tables, the memory of the results; of `block`, whose launches are made again from a
+plan, at the second call of a shape and all that follow. The bare op has the same arguments and returns
 tensors made beforehand. Both are called in turn, ours first in every second round, and the time is that of this
 thread on a CPU: what else happens on the machine meets both. At batch 1 a GPU waits for this.
 """
@@ -16,13 +17,14 @@ import pathlib
 import statistics
 import sys
 import time
+import types
 from collections.abc import Callable
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
-from vit_fast.kernels import tile_table
+from vit_fast.kernels import replay, tile_table
 
 from benchmarks.records import record
 from vit_fast import ops
@@ -69,15 +71,29 @@ def _forget_tiles() -> None:
     tile_table.residents.cache_clear()
 
 
-def _no_launch(kernel, *args, grid, warmup, **kwargs) -> None:
-    pass
+class _Compiled:
+    """A kernel whose launcher does nothing."""
+
+    function, packed_metadata = 0, (4, 1, 0)
+
+    @staticmethod
+    def run(*numbers) -> None:
+        pass
+
+
+def _no_launch(kernel, *args, grid, warmup, **kwargs) -> type:
+    return _Compiled
 
 
 @contextlib.contextmanager
 def launches_do_nothing(arch: str = "sm_90"):
     """A block in which the kernels are chosen for CPU tensors with the tiles of `arch`, and no launch does anything."""
+    streams = types.SimpleNamespace(active=types.SimpleNamespace(get_current_stream=lambda index: 0))
     with (
         mock.patch.object(JITFunction, "run", _no_launch),
+        mock.patch.object(replay, "_run", _no_launch),
+        mock.patch.object(replay, "driver", streams),
+        mock.patch.object(replay, "_plans", {}),
         mock.patch.object(tile_table, "architecture", functools.cache(lambda device: arch)),
         mock.patch.object(backend, "why_not_triton", functools.cache(lambda device: "")),
     ):
