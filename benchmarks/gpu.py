@@ -207,7 +207,7 @@ def page(found: dict[str, dict], goals: dict[str, float], tests: str) -> str:
             wrong.append(f"{what}: {line.get('why') or line['error']}")
     for step in ("ops", "models"):
         for line in found.get(step, {}).get("results", []):
-            place = " ".join(str(line[name]) for name in ("op", "model", "batch", "direction") if name in line)
+            place = " ".join(str(line[name]) for name in ("op", "model", "batch", "dtype", "direction") if name in line)
             wrong += [f"{place}: {name}: {line['aside'][name]}" for name in line["wrong"]]
             ours = {name: q[1] for name, q in line["us"].items() if name.startswith("vit_fast")}
             peers = {name: q[1] for name, q in line["us"].items() if name not in ours and name != "cublas"}

@@ -42,7 +42,17 @@ def test_the_steps_run_to_the_end(tmp_path):
 
 def line(ours: float, theirs: float, **more) -> dict:
     us = {"vit_fast": [ours] * 3, "eager": [theirs] * 3, "cublas": [1.0] * 3}
-    return {"op": "mlp", "model": "B", "batch": 2, "direction": "both", "us": us, "wrong": [], "aside": {}, **more}
+    return {
+        "op": "mlp",
+        "model": "B",
+        "batch": 2,
+        "dtype": "bf16",
+        "direction": "both",
+        "us": us,
+        "wrong": [],
+        "aside": {},
+        **more,
+    }
 
 
 def test_the_page_says_what_is_wrong_and_slow_and_comes_first():
@@ -71,13 +81,13 @@ def test_the_page_says_what_is_wrong_and_slow_and_comes_first():
     assert text[2] == "mlp_fc2 many float16: no case came"
     assert text[3] == "vit_base_patch16_224 64: timm: off"
     assert text[4].startswith("SLOWER THAN THE BEST PEER (2)")
-    assert text[5] == "attention B 2 both: 500.0 us, eager 300.0"
-    assert text[6].startswith("mlp B 2 both: 100.0 us")
+    assert text[5] == "attention B 2 bf16 both: 500.0 us, eager 300.0"
+    assert text[6].startswith("mlp B 2 bf16 both: 100.0 us")
     assert text[8] == "vit_base_patch16_224 inference: 50 % of 75"
     assert "FIRST: mend what is wrong" in text
     found["entries"] = {"results": entries[:1]}
     model["wrong"] = []
-    assert "FIRST: attention B 2 both: 500.0 us, eager 300.0" in gpu.page(found, {}, "")
+    assert "FIRST: attention B 2 bf16 both: 500.0 us, eager 300.0" in gpu.page(found, {}, "")
 
 
 def test_a_full_set_goes_on_where_it_was_cut(monkeypatch):
