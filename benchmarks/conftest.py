@@ -25,23 +25,12 @@ def pytest_addoption(parser):
     parser.addoption("--set", choices=SETS, default="main" if timing.DEVICE == "cuda" else "small")
 
 
-def op_cases(which: str) -> list[contenders.Case]:
-    if which == "small":
-        return contenders.cases(["tiny"], [17], [2], ["bf16", "fp32"])
-    if which == "full":
-        models = [model for model in contenders.MODELS if model != "tiny"]
-        tokens = [count for count in contenders.IMAGES if count != 17]
-        return contenders.cases(models, tokens, [1, 8, 32, 64, 256], ["bf16", "fp16", "fp32"])
-    found = contenders.cases(["B", "L"], [197], [256], ["bf16"]) + contenders.cases(["H"], [257], [256], ["bf16"])
-    return found + contenders.cases(["B"], [577], [64], ["bf16"], ["attention"])
-
-
 def pytest_generate_tests(metafunc):
     which = metafunc.config.getoption("--set")
     if metafunc.function.__name__ == "test_op":
         found = [
             pytest.param(case, direction, name, id=f"{case}-{direction}-{name.replace(' ', '-')}")
-            for case in op_cases(which)
+            for case in contenders.cases_of(which)
             for direction in ("forward", "both")
             for name in contenders.names(case.op)
         ]

@@ -16,7 +16,7 @@ import statistics
 
 import torch
 
-from benchmarks import whole_models
+from benchmarks import timing, whole_models
 from benchmarks.records import record
 
 
@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="PyTorch's threads (its own choice)")
     parser.add_argument("--results", type=pathlib.Path, metavar="FILE.json", help="keep the figures here too")
     given = parser.parse_args()
+    if timing.DEVICE != "cpu":
+        parser.error("a GPU is here: pytest benchmarks/bench_models.py compares on it; CUDA_VISIBLE_DEVICES= hides it")
     if given.rounds < 2:
         parser.error(f"--rounds: got {given.rounds}, takes 2 or more")
     if given.threads:

@@ -37,7 +37,6 @@ from triton.runtime.jit import JITFunction
 
 import vit_fast
 from benchmarks import contenders, timing, whole_models
-from benchmarks.conftest import op_cases
 from benchmarks.launches import kernel_name
 from benchmarks.records import record
 from benchmarks.timing import DEVICE, quantiles
@@ -69,7 +68,7 @@ def label(case: contenders.Case) -> str:
 def measure_ops(write: Write, batch: int, compiled: bool, which: str = "main", done: Iterable[dict] = ()) -> None:
     lines = list(done)
     known = {(line["op"], line["model"], line["tokens"], line["batch"], line["dtype"]) for line in lines}
-    for case in op_cases("small" if REHEARSAL else which):
+    for case in contenders.cases_of("small" if REHEARSAL else which):
         if which == "main":
             case = case._replace(batch=min(case.batch, batch))
         place = case.op, label(case), case.tokens, case.batch, case.dtype
@@ -228,7 +227,8 @@ def page(found: dict[str, dict], goals: dict[str, float], tests: str) -> str:
             )
     slow = [text for lost, text in sorted(slow, reverse=True) if lost > 0]
     missing = [step for step in STEPS if step not in found and step != "tests"]
-    first = "mend what is wrong" if wrong or "failed" in tests else slow[0] if slow else "go for the ceiling"
+    broken = wrong or "failed" in tests or "error" in tests
+    first = "mend what is wrong" if broken else slow[0] if slow else "go for the ceiling"
     parts = [
         f"WRONG ({len(wrong)})",
         *wrong,
@@ -266,7 +266,7 @@ def prepare(task: tuple) -> None:
     if kind == "timm":
         with torch.device(DEVICE):
             case = whole_models.ModelCase(name, 224, batch, "bf16", "")
-            model = torch.compile(whole_models._timm(case).to(torch.bfloat16).train(training), dynamic=False)
+            model = contenders.compiled(whole_models._timm(case).to(torch.bfloat16).train(training))
     else:
         model = shallow_model(name, training, depth=1)
     pass_of(model, batch, training)()

@@ -1,8 +1,8 @@
 """How everything here is timed: contenders in turn, by the device's own clock, each sample long enough for it.
 
-On a GPU the device waits while the launches of a sample queue up, so that their cost on the host is not measured, and
-what is called again and again rotates through inputs that no cache holds. Without one the host's clock does, and the
-figures are a rehearsal's.
+On a GPU the device waits while the launches of a sample queue up, so that their cost on the host is not measured, as
+far as the queue holds them; of whole models it is. What is called again and again rotates through inputs that no cache
+holds. Without a GPU the host's clock does, and the figures are a rehearsal's.
 """
 
 import itertools
@@ -65,7 +65,7 @@ def quantiles(samples: Sequence[float]) -> list[float]:
 
 def copies(nbytes: int) -> int:
     """How many sets of inputs of so many bytes make a rotation that no cache holds."""
-    return min(64, math.ceil(CACHE / max(1, nbytes))) + 1 if DEVICE == "cuda" else 2
+    return min(1024, math.ceil(CACHE / max(1, nbytes))) + 1 if DEVICE == "cuda" else 2
 
 
 def rotated(call: Callable, inputs: Sequence[tuple]) -> Callable[[], object]:
@@ -86,10 +86,13 @@ def _one(run: Callable, calls: int, hold_us: float) -> float:
     return 1e3 * start.elapsed_time(stop) / calls
 
 
-def time_in_turn(runs: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+def time_in_turn(
+    runs: dict[str, Callable[[], object]], rounds: int = ROUNDS, held: bool = True
+) -> dict[str, list[float]]:
     """Microseconds of each run, `rounds` samples each; they take turns, in reverse order every second time.
 
-    What else changes on the device, its clock and its temperature, changes for all.
+    What else changes on the device, its clock and its temperature, changes for all. Where the device is not `held`
+    while launches queue up, what the host takes for them shows too, as it does for who runs a small batch.
     """
     calls, hold = {}, {}
     for name, run in runs.items():
@@ -98,7 +101,7 @@ def time_in_turn(runs: dict[str, Callable[[], object]], rounds: int = ROUNDS) ->
         calls[name] = max(1, min(100, math.ceil(SHORTEST / _one(run, 1, 0))))
         began = time.perf_counter()
         run()
-        hold[name] = 100 + 1.5e6 * (time.perf_counter() - began) * calls[name]
+        hold[name] = held * (100 + 1.5e6 * (time.perf_counter() - began) * calls[name])
     samples = {name: [] for name in runs}
     for number in range(rounds):
         for name in list(runs) if number % 2 else reversed(runs):

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vit_fast
 from benchmarks import timing
-from benchmarks.contenders import DTYPES, LeftOut, installed
+from benchmarks.contenders import DTYPES, LeftOut, compiled, installed
 from benchmarks.timing import DEVICE
 
 # timm's name and ours; "tiny" is a rehearsal's: ViT-Ti of two blocks.
@@ -219,7 +220,8 @@ def launches_of(run: Callable) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.name.startswith(("Memcpy", "Memset", "Optimizer")) for event in on_device)
 
 
 def prepared(case: ModelCase, name: str, images: Tensor, labels: Tensor, allowed: float) -> tuple[Callable, float]:
@@ -242,7 +244,7 @@ def prepared(case: ModelCase, name: str, images: Tensor, labels: Tensor, allowed
         mode = None
         if form.endswith("max"):
             mode = "max-autotune-no-cudagraphs" if training else "max-autotune"
-        model = torch.compile(model, mode=mode, dynamic=False)
+        model = compiled(model, mode)
     if training:
         return training_step(model, images, labels), error
 
@@ -257,37 +259,43 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
     """Each contender's time a batch, in turn with the others; training steps one contender after the other on a GPU,
     whose memory may not hold two.
 
-    Logits may be four times as far from fp64 as those of timm's eager model in the same dtype.
+    Logits may be four times as far from fp64 as those of our model in PyTorch in the same dtype. What is known of a
+    contender's memory is that of a training step: of inference several are held at once.
     """
+    torch._dynamo.reset()  # its limits are for one piece of code, and all cases share theirs
     images = torch.randn(case.batch, 3, case.pixels, case.pixels, device=DEVICE).to(DTYPES[case.dtype])
     labels = torch.randint(CLASSES, (case.batch,), device=DEVICE)
-    with torch.device(DEVICE):
-        allowed = 4 * error_of(draw_anew(_timm(case)).to(DTYPES[case.dtype]).eval(), images)
+    with torch.device(DEVICE), vit_fast.use_backend("torch"):
+        allowed = 4 * error_of(draw_anew(_ours(case)).to(DTYPES[case.dtype]).eval(), images)
     alone = case.direction == "training" and DEVICE == "cuda"
     found, runs = {}, {}
     for name in contenders:
-        timing.empty_memory()
         try:
             run, error = prepared(case, name, images, labels, allowed)
+            timing.empty_memory()
+            began = time.perf_counter()
+            run()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            facts = {"first_call_s": round(time.perf_counter() - began, 3)}
+            if alone:
+                timing.empty_memory()
+                run()
+                facts["peak_gb"] = round(timing.peak_gb(), 2)
+            if DEVICE == "cuda":
+                facts["launches"] = launches_of(run)
+            found[name] = MeasuredModel([], error, facts)
+            if alone:
+                found[name] = found[name]._replace(us=timing.time_in_turn({name: run}, rounds, held=False)[name])
+                del run
+            else:
+                runs[name] = run
         except LeftOut as reason:
             found[name] = MeasuredModel([], left_out=str(reason))
-            continue
-        except ValueError as wrong:
-            found[name] = MeasuredModel([], wrong=str(wrong))
-            continue
-        began = time.perf_counter()
-        run()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        facts = {"first_call_s": round(time.perf_counter() - began, 3)}
-        if DEVICE == "cuda":
-            facts |= {"peak_gb": round(timing.peak_gb(), 2), "launches": launches_of(run)}
-        found[name] = MeasuredModel([], error, facts)
-        runs[name] = run
-        if alone:
-            found[name] = found[name]._replace(us=timing.time_in_turn(runs, rounds)[name])
-            runs = {}
-            del run
-    for name, samples in timing.time_in_turn(runs, rounds).items():
+        except Exception as error:  # too little memory, or what a compiler says; a failure of ours is a fault
+            said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            wrong = name.startswith("vit_fast") or isinstance(error, ValueError)
+            found[name] = MeasuredModel([], wrong=said) if wrong else MeasuredModel([], left_out=said)
+    for name, samples in timing.time_in_turn(runs, rounds, held=False).items():
         found[name] = found[name]._replace(us=samples)
     return found

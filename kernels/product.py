@@ -4,15 +4,15 @@
 
 An operand is a loader, a jit function, and the tuple of its arguments. `load(operand, outer, inner, OUTER, INNER)` is
 the tile [OUTER, INNER] whose first row and column these are, zeros outside. k is the inner index of both operands. What
-an op does to an operand on its way to the product, as cutting an image into patches, is a loader; what it does to the
-result is the epilogue of its kernel. On Hopper a loader that computes in registers halves the rate of the product.
+an op does to the result is the epilogue of its kernel; what it does to an operand is a pass before it, for on Hopper a
+loader that computes in registers, or gathers, halves the rate of the product.
 
 A kernel is persistent: as many programs as the multiprocessors hold take the tiles of the result in turn, so that
 flattening lets the loads of the next tile run under the epilogue of this one. Tiles reach shared memory through
 descriptors (TMA) where the architecture has them and the operands are aligned to 16 bytes, and through pointers
 elsewhere: `load_tile` and `store_tile` are all that differs. TMA is 0 for pointers, 1 for descriptors, and 2 for
 descriptors of the operands alone. An epilogue takes its tile in PIECES of columns, which halves the registers that it
-needs. No kernel is specialised on the number of its rows: another batch or image size compiles nothing anew.
+needs. No kernel is specialised on the number of its rows: another batch of its class compiles nothing anew.
 """
 
 import torch

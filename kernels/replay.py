@@ -29,6 +29,7 @@ ALIGNMENT = 256  # of each tensor in the block
 _run = JITFunction.run
 _recording = threading.Lock()
 _plans: dict[tuple, "Plan | None"] = {}
+_UNKNOWN = object()
 
 
 class Step(NamedTuple):
@@ -61,8 +62,12 @@ class NoPlan(Exception):
 
 def _watched() -> bool:
     """Whether somebody wants to see every launch: a profiler by Triton's hooks, or a tool in the place of its `run`."""
-    runtime = knobs.runtime
-    return JITFunction.run is not _run or bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    if JITFunction.run is not _run:
+        return True
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(
+        getattr(hook, "calls", hook) for hook in hooks
+    )  # chains, in whose place somebody may have put a function
 
 
 def _flat(args: tuple) -> list:
@@ -87,13 +92,21 @@ def _key(function, flat: list) -> tuple:
 
 
 def _noted(function, args: tuple) -> tuple:
-    """What a call returns, and (compiled kernel, kernel, grid, arguments by name) of each launch that it made."""
-    thread, found = threading.get_ident(), []
+    """What a call returns, and (compiled kernel, kernel, grid, arguments by name) of each launch that it made.
+
+    Of a call with so much memory that there will be no plan, no launches: it is not kept from the allocator for long.
+    """
+    thread, found, storages = threading.get_ident(), [], {}
 
     def noting(kernel, *unnamed, grid, warmup, **arguments):
         compiled = _run(kernel, *unnamed, grid=grid, warmup=warmup, **arguments)
-        if threading.get_ident() == thread:
+        if threading.get_ident() == thread and sum(storages.values()) <= 2 * LARGEST:
             found.append((compiled, kernel, grid, arguments))
+            for value in _flat(tuple(arguments.values())):
+                if isinstance(value, torch.Tensor):
+                    storages[_storage(value)] = value.untyped_storage().nbytes()
+            if sum(storages.values()) > 2 * LARGEST:
+                found.clear()
         return compiled
 
     with _recording:
@@ -160,6 +173,8 @@ def plan_of(flat: list, results, launches: list[tuple]) -> Plan:
     structure = result(results)
     placed = []
     for compiled, kernel, grid, arguments in launches:
+        if set(kernel.arg_names) - arguments.keys():
+            raise NoPlan("an argument has no name")
         values = [arguments[name] for name in kernel.arg_names]
         single = {n: place(value) for n, value in enumerate(values) if isinstance(value, torch.Tensor)}
         nested = {
@@ -230,8 +245,8 @@ def replayed(function):
             return function(*args)
         flat = _flat(args)
         key = _key(function, flat)
-        if key in _plans:
-            plan = _plans[key]
+        plan = _plans.get(key, _UNKNOWN)  # looked up once: another thread may forget it meanwhile
+        if plan is not _UNKNOWN:
             return function(*args) if plan is None else run(plan, flat)
         results, launches = _noted(function, args)
         if len(_plans) >= MOST:

@@ -94,7 +94,7 @@ def test_a_full_set_goes_on_where_it_was_cut(monkeypatch):
     """Cases that a file has are not measured again."""
     measured = []
     monkeypatch.setattr(
-        gpu, "op_cases", lambda which: [gpu.contenders.Case("mlp", "tiny", 17, n, "bf16") for n in (1, 2)]
+        gpu.contenders, "cases_of", lambda which: [gpu.contenders.Case("mlp", "tiny", 17, n, "bf16") for n in (1, 2)]
     )
 
     def measure(case, names):

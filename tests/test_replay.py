@@ -143,11 +143,11 @@ def test_who_wants_to_see_every_launch_does(compiled, monkeypatch):
     assert seen == [_add] * 3
 
 
+@pytest.mark.parametrize("hook", [types.SimpleNamespace(calls=[print]), print], ids=["in a chain", "alone"])
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
-def test_a_profilers_hooks_are_called(name, compiled, monkeypatch):
+def test_a_profilers_hooks_are_called(name, hook, compiled, monkeypatch):
     sums(*drawn())
     before = len(compiled.launched)
-    hook = types.SimpleNamespace(calls=[print])
     monkeypatch.setattr(replay.knobs.runtime, name, hook)
     sums(*drawn())
     assert all(isinstance(given[0], torch.Tensor) for *_, given in compiled.launched[before:]), "by triton itself"
@@ -203,6 +203,15 @@ def test_large_calls_leave_memory_to_the_allocator(compiled, monkeypatch):
     sums(*drawn())
     assert_right(sums(*(call := drawn())), *call)
     assert list(replay._plans.values()) == [None]
+
+
+def test_the_first_call_holds_no_memory_for_long(compiled, monkeypatch):
+    """Where there is much, launches are forgotten as soon as that shows."""
+    monkeypatch.setattr(replay, "LARGEST", 40)  # `between` alone has 56 bytes, twice that with the others
+    call = drawn()
+    results, launches = replay._noted(sums.__wrapped__, call)
+    assert_right(results, *call)
+    assert launches == []
 
 
 def test_plans_do_not_grow_without_end(compiled, monkeypatch):

@@ -1,4 +1,4 @@
-"""patch_embed: image → tokens, one kernel."""
+"""patch_embed: image → tokens, a pass that cuts and a product that does the rest."""
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +137,6 @@ def patch_embed(
     # No kernel makes an image's gradient: it costs another product, and only attacks and visualisations ask for it.
     if needs_grad(images) or not use_triton("patch_embed", images):
         return _in_pytorch(images, weight, bias, position, prefix)
-    # Cast here and not in the kernel, whose product would take its operand from registers, at half its rate.
     dtype = compute_dtype(images)
     return _patch_embed(images.to(dtype), cast(weight, dtype), bias, position, prefix)
 
