@@ -97,13 +97,14 @@ def _noted(function, args: tuple) -> tuple:
     Of a call with so much memory that there will be no plan, no launches: it is not kept from the allocator for long.
     """
     thread, found, storages = threading.get_ident(), [], {}
+    given = {_storage(arg) for arg in _flat(args) if isinstance(arg, torch.Tensor)}
 
-    def noting(kernel, *unnamed, grid, warmup, **arguments):
+    def noting(kernel, /, *unnamed, grid, warmup, **arguments):
         compiled = _run(kernel, *unnamed, grid=grid, warmup=warmup, **arguments)
         if threading.get_ident() == thread and sum(storages.values()) <= 2 * LARGEST:
             found.append((compiled, kernel, grid, arguments))
             for value in _flat(tuple(arguments.values())):
-                if isinstance(value, torch.Tensor):
+                if isinstance(value, torch.Tensor) and _storage(value) not in given:
                     storages[_storage(value)] = value.untyped_storage().nbytes()
             if sum(storages.values()) > 2 * LARGEST:
                 found.clear()
@@ -114,7 +115,9 @@ def _noted(function, args: tuple) -> tuple:
         try:
             return function(*args), found
         finally:
-            JITFunction.run = _run
+            thread = None  # whoever took `noting` for Triton's own keeps something that notes nothing
+            if JITFunction.run is noting:
+                JITFunction.run = _run
 
 
 def _extent(tensor: torch.Tensor) -> range:
@@ -176,6 +179,8 @@ def plan_of(flat: list, results, launches: list[tuple]) -> Plan:
         if set(kernel.arg_names) - arguments.keys():
             raise NoPlan("an argument has no name")
         values = [arguments[name] for name in kernel.arg_names]
+        if any(isinstance(one, (tuple, list)) for value in values if isinstance(value, tuple) for one in value):
+            raise NoPlan("a tuple in a tuple")
         single = {n: place(value) for n, value in enumerate(values) if isinstance(value, torch.Tensor)}
         nested = {
             n: [place(one) if isinstance(one, torch.Tensor) else one for one in value]

@@ -221,9 +221,9 @@ def residents(kernel: str, device: torch.device, dtype: torch.dtype, shape_class
 def _forget() -> None:
     """Have entries looked up anew."""
     global changes
-    changes += 1
     lookup.cache_clear()
     residents.cache_clear()
+    changes += 1  # last: a plan that another thread makes meanwhile belongs to the entries before
 
 
 @contextlib.contextmanager

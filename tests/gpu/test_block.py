@@ -20,6 +20,13 @@ SIZED = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _no_plans_of_another_test():
+    replay._plans.clear()
+    yield
+    replay._plans.clear()
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES + SIZED, ids=str)
 def test_output_and_gradients(case, mode):
