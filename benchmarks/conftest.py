@@ -9,14 +9,13 @@ between them.
 
 import collections
 import functools
-import platform
 
 import pytest
 import torch
 import triton
 
 import vit_fast
-from benchmarks import contenders, timing, whole_models
+from benchmarks import contenders, records, timing, whole_models
 
 SETS = ("small", "main", "full")
 
@@ -91,7 +90,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         machine_info["device"] = torch.cuda.get_device_name()
         machine_info["device_state"] = timing.device_state()
     else:
-        machine_info["device"] = f"{platform.processor() or platform.machine()}: a rehearsal"
+        machine_info["device"] = f"{records.cpu_name()}: a rehearsal"
     machine_info["versions"] = {
         "torch": str(torch.__version__),
         "triton": triton.__version__,

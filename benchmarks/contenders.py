@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import timing
 from benchmarks.timing import DEVICE
 from vit_fast import ops, reference
+from vit_fast.verify import in_a_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Width, heads and hidden width. "tiny" is a rehearsal's.
@@ -125,6 +126,11 @@ def _sizes(case: Case) -> tuple[int, int, int, int, int]:
     return case.batch, case.tokens, *MODELS[case.model]
 
 
+def _settings(case: Case) -> dict[str, int]:
+    """What an op takes besides tensors."""
+    return {"heads": MODELS[case.model][1]} if case.op == "block" else {}
+
+
 def _draw_ln_linear(case, normal):
     B, T, D, _, _ = _sizes(case)
     return normal(B, T, D), normal(D), normal(D), normal(3 * D, D), normal(3 * D)
@@ -133,16 +139,6 @@ def _draw_ln_linear(case, normal):
 def _draw_attention(case, normal):
     B, T, D, H, _ = _sizes(case)
     return (normal(B, T, 3, H, D // H),)
-
-
-def _draw_projection(case, normal):
-    B, T, D, _, _ = _sizes(case)
-    return normal(B, T, D), normal(B, T, D), normal(D, D), normal(D)
-
-
-def _draw_fc2(case, normal):
-    B, T, D, _, hidden = _sizes(case)
-    return normal(B, T, hidden), normal(B, T, D), normal(D, hidden), normal(D)
 
 
 def _draw_mlp(case, normal):
@@ -162,9 +158,25 @@ def _draw_block(case, normal):
     return x, normal(D), normal(D), normal(3 * D, D), normal(3 * D), normal(D, D), normal(D), *second
 
 
-def _swapped(op: Callable) -> Callable:
-    """linear_residual with x and the residual, which both have images, in front."""
-    return lambda x, residual, weight, bias: op(x, weight, bias, residual)
+def _linear_residual(of_hidden: bool) -> Op:
+    """The projection, or fc2, whose input is the hidden layer: x and the residual, which both have images, in front."""
+
+    def draw(case, normal):
+        B, T, D, _, hidden = _sizes(case)
+        K = hidden if of_hidden else D
+        return normal(B, T, K), normal(B, T, D), normal(D, K), normal(D)
+
+    def swapped(op: Callable) -> Callable:
+        return lambda x, residual, weight, bias: op(x, weight, bias, residual)
+
+    return Op(
+        draw,
+        swapped(ops.linear_residual),
+        swapped(reference.linear_residual),
+        lambda x, residual, w, b: residual + F.linear(x, w, b),
+        images=2,
+        limit=lambda x, residual, w, b: F.linear(x, w, b),
+    )
 
 
 def _flash_attn_2(case: Case) -> Callable:
@@ -281,22 +293,8 @@ OPS = {
             "xformers": _xformers,
         },
     ),
-    "projection": Op(
-        _draw_projection,
-        _swapped(ops.linear_residual),
-        _swapped(reference.linear_residual),
-        lambda x, residual, w, b: residual + F.linear(x, w, b),
-        images=2,
-        limit=lambda x, residual, w, b: F.linear(x, w, b),
-    ),
-    "fc2": Op(
-        _draw_fc2,
-        _swapped(ops.linear_residual),
-        _swapped(reference.linear_residual),
-        lambda x, residual, w, b: residual + F.linear(x, w, b),
-        images=2,
-        limit=lambda x, residual, w, b: F.linear(x, w, b),
-    ),
+    "projection": _linear_residual(of_hidden=False),
+    "fc2": _linear_residual(of_hidden=True),
     "mlp": Op(
         _draw_mlp,
         functools.partial(ops.mlp, eps=EPS),
@@ -332,14 +330,13 @@ def call_of(case: Case, name: str) -> Callable:
         LeftOut: where it does not take part.
     """
     op = OPS[case.op]
-    by_heads = {"heads": MODELS[case.model][1]} if case.op == "block" else {}
     if name == "vit_fast":
-        return functools.partial(op.ours, **by_heads)
+        return functools.partial(op.ours, **_settings(case))
     if name == "cublas":
         return op.limit
     if name in op.peers:
         return op.peers[name](case)
-    eager = functools.partial(op.eager, **by_heads)
+    eager = functools.partial(op.eager, **_settings(case))
     if name == "eager":
         return eager
     return compiled(eager, "max-autotune-no-cudagraphs" if name == "compiled max" else None)
@@ -377,9 +374,8 @@ def error_of(case: Case, call: Callable, tensors: tuple[Tensor, ...]) -> float:
     """‖y − fp64‖ / ‖fp64‖ of what a contender makes of the first two images."""
     op = OPS[case.op]
     few = [t[:2] for t in tensors[: op.images]] + list(tensors[op.images :])
-    by_heads = {"heads": MODELS[case.model][1]} if case.op == "block" else {}
     with torch.no_grad():
-        truth = op.truth(*(t.double() for t in few), **by_heads)
+        truth = op.truth(*(t.double() for t in few), **_settings(case))
         return ((call(*few).double() - truth).norm() / truth.norm()).item()
 
 
@@ -414,7 +410,7 @@ def measure(case: Case, contenders: list[str], rounds: int = timing.ROUNDS) -> d
         except LeftOut as reason:
             found[name] = Measured({}, left_out=str(reason))
         except Exception as error:  # as SDPA says that a backend takes no such heads; a failure of ours is a fault
-            said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            said = in_a_line(error)
             found[name] = Measured({}, wrong=said) if name == "vit_fast" else Measured({}, left_out=said)
     for direction, them in runs.items():
         them = {name: run for name, run in them.items() if not (found[name].left_out or found[name].wrong)}

@@ -32,13 +32,14 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from triton.runtime.jit import JITFunction
 
 import vit_fast
-from benchmarks import contenders, timing, whole_models
+from benchmarks import contenders, predictions, timing, whole_models
 from benchmarks.launches import kernel_name
+from benchmarks.profile import step_of
 from benchmarks.records import record
+from benchmarks.report import best
 from benchmarks.timing import DEVICE, quantiles
 from vit_fast import verify
 from vit_fast.checkpoint import replacing
@@ -147,22 +148,6 @@ def launch_clock():
         JITFunction.run = run
 
 
-def pass_of(model: torch.nn.Module, batch: int, training: bool) -> Callable:
-    """A run of inference, or of a training step without its optimiser."""
-    images = torch.randn(batch, 3, 224, 224, device=DEVICE, dtype=torch.bfloat16)
-    labels = torch.randint(1000, (batch,), device=DEVICE)
-
-    def infer():
-        with torch.inference_mode():
-            return model(images)
-
-    def step():
-        model.zero_grad(set_to_none=True)
-        F.cross_entropy(model(images).float(), labels).backward()
-
-    return step if training else infer
-
-
 def shallow_model(name: str, training: bool, depth: int) -> torch.nn.Module:
     with torch.device(DEVICE):
         model = vit_fast.create_model(whole_models.NAMES[name], num_classes=1000, depth=depth)
@@ -173,7 +158,7 @@ def measure_kernels(write: Write, batch: int) -> None:
     """Microseconds of each launch of models of depth 2, in their order."""
     lines = []
     for name, training in itertools.product(MODELS, (False, True)):
-        run = pass_of(shallow_model(name, training, depth=2), batch, training)
+        run = step_of(shallow_model(name, training, depth=2), batch, training)
         for _ in range(2):
             run()
         passes = []
@@ -208,23 +193,18 @@ def page(found: dict[str, dict], goals: dict[str, float], tests: str) -> str:
         for line in found.get(step, {}).get("results", []):
             place = " ".join(str(line[name]) for name in ("op", "model", "batch", "dtype", "direction") if name in line)
             wrong += [f"{place}: {name}: {line['aside'][name]}" for name in line["wrong"]]
-            ours = {name: q[1] for name, q in line["us"].items() if name.startswith("vit_fast")}
-            peers = {name: q[1] for name, q in line["us"].items() if name not in ours and name != "cublas"}
-            if ours and peers:
-                best = min(peers, key=peers.get)
-                lost = min(ours.values()) - peers[best]
-                slow.append((lost, f"{place}: {min(ours.values()):,.1f} us, {best} {peers[best]:,.1f}"))
+            if best(line["us"], True) and best(line["us"], False):
+                (_, ours), (form, theirs) = best(line["us"], True), best(line["us"], False)
+                slow.append((ours - theirs, f"{place}: {ours:,.1f} us, {form} {theirs:,.1f}"))
     ceilings = found.get("ops", {}).get("ceilings", {})
     short = []
     for line in found.get("models", {}).get("results", []):
-        goal = goals.get(f"{line['model']} {'training' if line['training'] else 'inference'}")
-        ours = [q[1] for name, q in line["us"].items() if name.startswith("vit_fast")]
-        if goal and ours and ceilings and line["batch"] >= 64:
-            flops = forward_flops(line["model"]) * line["batch"] * (3 if line["training"] else 1)
-            reached = 100 * flops / min(ours) / 1e6 / ceilings["matrix_tflops"]
-            short.append(
-                f"{line['model']} {'training' if line['training'] else 'inference'}: {reached:.0f} % of {goal}"
-            )
+        case = f"{line['model']} {'training' if line['training'] else 'inference'}"
+        ours = best(line["us"], True)
+        if case in goals and ours and ceilings and line["batch"] >= 64:
+            flops = predictions.forward_flops(line["model"]) * line["batch"] * (3 if line["training"] else 1)
+            reached = 100 * flops / ours[1] / 1e6 / ceilings["matrix_tflops"]
+            short.append(f"{case}: {reached:.0f} % of {goals[case]}")
     slow = [text for lost, text in sorted(slow, reverse=True) if lost > 0]
     missing = [step for step in STEPS if step not in found and step != "tests"]
     broken = wrong or "failed" in tests or "error" in tests
@@ -244,17 +224,10 @@ def page(found: dict[str, dict], goals: dict[str, float], tests: str) -> str:
     return "\n".join(parts) + "\n"
 
 
-def forward_flops(name: str) -> int:
-    from benchmarks.predictions import forward_flops
-
-    return forward_flops(name)
-
-
 def goals() -> dict[str, float]:
     """Model and pass → per cent of the ceiling."""
-    from benchmarks.predictions import MODELS
-
-    return {f"{name} {way}": goal for name, _, *both in MODELS for way, goal in zip(("inference", "training"), both)}
+    ways = ("inference", "training")
+    return {f"{name} {way}": goal for name, _, *both in predictions.MODELS for way, goal in zip(ways, both)}
 
 
 # ---- the day -------------------------------------------------------------------------------------------------------
@@ -269,7 +242,7 @@ def prepare(task: tuple) -> None:
             model = contenders.compiled(whole_models._timm(case).to(torch.bfloat16).train(training))
     else:
         model = shallow_model(name, training, depth=1)
-    pass_of(model, batch, training)()
+    step_of(model, batch, training)()
 
 
 def tasks(batch: int, compiled: bool) -> list[tuple]:

@@ -9,9 +9,9 @@ RESULTS = pathlib.Path(__file__).parent / "results/NVIDIA_H200"
 CPU_RESULTS = RESULTS.parent / "AMD_EPYC"
 
 
-def results(name: str) -> dict:
+def results(name: str, folder: pathlib.Path = RESULTS) -> dict:
     """A file of results."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 def markdown_table(head: list[str], rows: Iterable[list]) -> str:

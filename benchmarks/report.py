@@ -3,7 +3,6 @@
 python -m benchmarks.report
 """
 
-import json
 import pathlib
 
 from benchmarks.launches import kernel_name
@@ -21,12 +20,14 @@ NAMES = {
 SHAPES = {"B": "ViT-B/16", "L": "ViT-L/16", "H": "ViT-H/14", "B at 384": "ViT-B/16 at 384"}
 
 
-def best(times: dict[str, list], ours: bool) -> tuple[str, float]:
-    """The fastest form of ours, or of all peers, and its median in microseconds; "cublas" is no peer but a limit."""
+def best(times: dict[str, list], ours: bool) -> tuple[str, float] | None:
+    """The fastest form of ours, or of all peers, and its median in microseconds; "cublas" is no peer but a limit.
+
+    None where there is none.
+    """
     medians = {run: quantiles[1] for run, quantiles in times.items() if run.startswith("vit_fast") is ours}
     medians.pop("cublas", None)
-    form = min(medians, key=medians.get)
-    return form, medians[form]
+    return min(medians.items(), key=lambda one: one[1], default=None)
 
 
 def against(ratio: float) -> str:
@@ -86,7 +87,7 @@ def eager_table() -> str:
 def host_table() -> str:
     """Microseconds of a CPU that one call of an op takes but for the launches themselves, beside a bare op's call."""
     rows = []
-    for row in json.loads((CPU_RESULTS / "host_cost.json").read_text())["results"]:
+    for row in results("host_cost", CPU_RESULTS)["results"]:
         medians = [f"{row[key]['median']:.1f}" for key in ("op_us", "bare_us", "ratio")]
         rows.append([f"`{row['op']}`", row["mode"], *medians, row["python_calls"]])
     return markdown_table(["op", "mode", "µs", "a bare op, µs", "ratio", "Python calls"], rows)
@@ -106,7 +107,7 @@ def cpu_table() -> str:
         "quartiles",
     ]
     rows = []
-    for row in json.loads((CPU_RESULTS / "cpu.json").read_text())["results"]:
+    for row in results("cpu", CPU_RESULTS)["results"]:
         times = [f"{row['ms'][name]:.1f}" for name in ("vit_fast", "timm", "transformers", "torchvision")]
         quartiles = "{:.2f} to {:.2f}".format(*row["quartiles"])
         place = f"ViT-{row['model']}/16, batch {row['batch']}", row["dtype"], row["direction"]

@@ -83,9 +83,8 @@ def work(launch: Launch) -> Work:
         return _product_work(sizes, name, moved)
     blocks = [value for key, value in sizes.items() if key.startswith("BLOCK_") and isinstance(value, int)]
     tile = math.prod(blocks) if blocks else 32 * sizes.get("num_warps", 4)
-    share = (
-        constant("rows_in_registers") if name == "_backward_kernel" else 1.0
-    )  # LayerNorm's: the only one of that name
+    # LayerNorm's: the only one of that name.
+    share = constant("rows_in_registers") if name == "_backward_kernel" else 1.0
     return Work(moved, programs, tile, programs * tile, memory_share=share)
 
 
@@ -117,6 +116,7 @@ def _attention_work(sizes: dict, name: str, moved: int, programs: int) -> Work:
         steps = math.ceil(sizes["span"] / sizes["BLOCK_M"])
     else:
         steps = rows // sizes.get("BLOCK_M", rows) if "key_grad" in name else keys // sizes.get("BLOCK_N", keys)
+    whole = not {"BLOCK_M", "BLOCK_N"} <= sizes.keys()  # an axis at once, not both block by block
     return Work(
         moved,
         programs,
@@ -125,9 +125,7 @@ def _attention_work(sizes: dict, name: str, moved: int, programs: int) -> Work:
         flops=2 * products * heads * sizes["Tq"] * sizes["Tk"] * width,
         padded_flops=2 * products * heads * rows * keys * sum(head_pieces(width)),
         steps=steps,
-        matrix_share=constant(
-            "back_to_back_streaming" if "BLOCK_M" in sizes and "BLOCK_N" in sizes else "back_to_back"
-        ),
+        matrix_share=constant("back_to_back" if whole else "back_to_back_streaming"),
     )
 
 

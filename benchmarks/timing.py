@@ -122,14 +122,22 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def device_state() -> dict[str, float]:
-    """Clock, temperature and power of the GPU now, as its driver says; nothing where there is none to ask."""
-    names = {"clock_mhz": "clocks.sm", "temperature_c": "temperature.gpu", "power_w": "power.draw"}
-    command = ["nvidia-smi", f"--query-gpu={','.join(names.values())}", "--format=csv,noheader,nounits", "--id=0"]
+def ask_the_driver(*names: str) -> list[str]:
+    """What NVIDIA's driver says of the GPU under these names of its own; nothing where there is none to ask."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits", "--id=0"]
     if DEVICE == "cpu" or torch.version.hip:
-        return {}
+        return []
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-        return dict(zip(names, map(float, said.split(","))))
-    except (OSError, subprocess.SubprocessError, ValueError):
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [value.strip() for value in said.split(",")]
+
+
+def device_state() -> dict[str, float]:
+    """Clock, temperature and power of the GPU now; nothing where its driver does not say all of them."""
+    names = {"clock_mhz": "clocks.sm", "temperature_c": "temperature.gpu", "power_w": "power.draw"}
+    try:
+        return dict(zip(names, map(float, ask_the_driver(*names.values()))))
+    except ValueError:
         return {}

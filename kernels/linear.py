@@ -44,6 +44,9 @@ PARTIAL_TOKENS = 750
 # ---- the gradient of a branch --------------------------------------------------------------------------------------
 
 
+NO_BRANCH = (None, None, None, None, 0.0)  # for a kernel that could take a branch and has none
+
+
 @triton.jit
 def store_branch(dy, branch, row, col, M, N):
     """Of a tile of dy [M, N] in fp32 drop∘dy and drop∘dy∘γ, each where it is wanted; `branch` is from `branch_of`."""
@@ -289,6 +292,3 @@ def finish(*gradients: Partials) -> list:
         BLOCK_N=1024, num_warps=4,
     )  # fmt: skip
     return found
-
-
-NO_BRANCH = (None, None, None, None, 0.0)  # for a kernel that could take a branch and has none

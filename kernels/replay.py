@@ -65,9 +65,8 @@ def _watched() -> bool:
     if JITFunction.run is not _run:
         return True
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(
-        getattr(hook, "calls", hook) for hook in hooks
-    )  # chains, in whose place somebody may have put a function
+    # Chains, in whose place somebody may have put a function.
+    return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 def _flat(args: tuple) -> list:

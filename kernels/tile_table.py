@@ -25,7 +25,8 @@ import torch
 import triton
 
 FOLDER = pathlib.Path(__file__).parent / "tiles"
-NOT_LAUNCHED = ("blocks_per_sm", "origin", "spills", "reason")  # what an entry says besides the launch's arguments
+NOT_CHOSEN = ("origin", "spills", "reason")  # what an entry says of itself
+NOT_LAUNCHED = ("blocks_per_sm", *NOT_CHOSEN)  # what an entry says besides the launch's arguments
 SHAPE_CLASSES = re.compile(r"any|few|some|many|\d+( long)?")
 MAY_BE_ZERO = ("TMA", "LONGEST")  # a switch, and the longest sequence that a kernel takes where it takes none
 MEASURED = {"device", "date", "triton", "torch"}  # what the origin of a measured entry tells, each a text
@@ -77,7 +78,7 @@ def launched(entry: dict) -> dict:
 
 def numbers(entry: dict) -> dict:
     """The launch's arguments and blocks_per_sm of an entry: what is chosen when it is."""
-    return {name: value for name, value in entry.items() if name not in ("origin", "spills", "reason")}
+    return {name: value for name, value in entry.items() if name not in NOT_CHOSEN}
 
 
 def measured_on(device: torch.device) -> dict:
