@@ -3,6 +3,7 @@
 A file is one run, JSON:
 
 device, driver    the GPU and its driver; or the CPU and its threads, and "". "rehearsal": no figure of it counts
+architecture      of a GPU the name of its table of tiles; of a CPU ""
 versions          package → version
 date, commit      of the run, and of the tree that was measured, "+" where it had been changed
 command           what was run
@@ -21,11 +22,15 @@ import subprocess
 import sys
 
 import torch
+from vit_fast.kernels import tile_table
 
 from benchmarks import timing
 
 TAKES = {"device": str, "versions": dict, "date": str, "commit": (str, list), "results": list}
-MAY_HAVE = {"driver": str, "command": str, "ceilings": dict, "state": list, "note": str, "ceilings_of": str}
+MAY_HAVE = {
+    **{"driver": str, "architecture": str, "command": str, "ceilings": dict, "ceilings_of": str},
+    **{"state": list, "note": str},
+}
 
 
 def cpu_name() -> str:
@@ -45,15 +50,6 @@ def commit() -> str:
     return os.environ.get("VIT_FAST_COMMIT") or said
 
 
-def driver() -> str:
-    """Of the GPU; "" where there is none, or none that says it."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -67,7 +63,8 @@ def record(results: list, rehearsal: bool = False, **more) -> dict:
     device = torch.cuda.get_device_name() if gpu else f"{cpu_name()}, {torch.get_num_threads()} threads"
     found = {
         "device": "rehearsal" if rehearsal else device,
-        "driver": driver() if gpu else "",
+        "driver": "".join(timing.ask_the_driver("driver_version")),
+        "architecture": tile_table.architecture(torch.device("cuda")) if gpu else "",
         "versions": {name: _version(name) for name in ("torch", "triton", "vit-fast", "timm", "transformers")},
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": commit(),

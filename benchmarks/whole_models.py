@@ -7,6 +7,7 @@ is held to its own weights in fp64 before it is timed.
 import copy
 import functools
 import itertools
+import pathlib
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,6 +21,8 @@ import vit_fast
 from benchmarks import timing
 from benchmarks.contenders import DTYPES, LeftOut, compiled, installed
 from benchmarks.timing import DEVICE
+from tests import mend_torchvision
+from vit_fast.verify import in_a_line
 
 # timm's name and ours; "tiny" is a rehearsal's: ViT-Ti of two blocks.
 NAMES = {
@@ -78,20 +81,27 @@ def cases(which: str) -> list[ModelCase]:
 # ---- the peers' models ---------------------------------------------------------------------------------------------
 
 
+def _installed_with_torchvision(package: str) -> None:
+    """As `installed`, for what imports torchvision, which beside a CPU build of torch wants mending first."""
+    installed(package)
+    mend_torchvision.mend()
+
+
+def _arguments(case: ModelCase) -> dict[str, int]:
+    """What our `create_model` takes, and timm's."""
+    depth = {"depth": 2} if case.model == "tiny" else {}
+    return {"num_classes": CLASSES, "img_size": case.pixels, **depth}
+
+
 def _ours(case: ModelCase) -> nn.Module:
-    options = {"depth": 2} if case.model == "tiny" else {}
-    return vit_fast.create_model(NAMES[case.model], num_classes=CLASSES, img_size=case.pixels, **options)
+    return vit_fast.create_model(NAMES[case.model], **_arguments(case))
 
 
 def _timm(case: ModelCase) -> nn.Module:
-    installed("timm")
-    from tests import mend_torchvision
-
-    mend_torchvision.mend()
+    _installed_with_torchvision("timm")
     import timm
 
-    options = {"depth": 2} if case.model == "tiny" else {}
-    return timm.create_model(NAMES[case.model], num_classes=CLASSES, img_size=case.pixels, **options)
+    return timm.create_model(NAMES[case.model], **_arguments(case))
 
 
 @functools.cache
@@ -123,10 +133,7 @@ class _Logits(nn.Module):
 
 
 def _transformers(case: ModelCase) -> nn.Module:
-    installed("transformers")
-    from tests import mend_torchvision
-
-    mend_torchvision.mend()
+    _installed_with_torchvision("transformers")
     from transformers import ViTConfig, ViTForImageClassification
 
     sizes = _sizes(case)
@@ -145,10 +152,7 @@ def _transformers(case: ModelCase) -> nn.Module:
 
 
 def _torchvision(case: ModelCase) -> nn.Module:
-    installed("torchvision")
-    from tests import mend_torchvision
-
-    mend_torchvision.mend()
+    _installed_with_torchvision("torchvision")
     from torchvision.models import VisionTransformer
 
     sizes = _sizes(case)
@@ -163,7 +167,36 @@ def _torchvision(case: ModelCase) -> nn.Module:
     )
 
 
-PEERS = {"vit_fast": _ours, "timm": _timm, "transformers": _transformers, "torchvision": _torchvision}
+DINOV2 = {"S": "dinov2_vits14", "B": "dinov2_vitb14", "L": "dinov2_vitl14"}  # its giant is another model
+
+
+def _dinov2(case: ModelCase) -> nn.Module:
+    """Of a clone of its repository where torch.hub keeps one: nothing is fetched."""
+    clone = pathlib.Path(torch.hub.get_dir()) / "facebookresearch_dinov2_main"
+    if case.model not in DINOV2:
+        raise LeftOut("it has no model of this size")
+    if not clone.is_dir():
+        raise LeftOut(f"no clone of facebookresearch/dinov2 at {clone}")
+    sizes = _sizes(case)
+    backbone = torch.hub.load(
+        str(clone),
+        DINOV2[case.model],
+        source="local",
+        pretrained=False,
+        img_size=case.pixels,
+        patch_size=sizes["patch"],
+        init_values=None,
+    )
+    return nn.Sequential(backbone, nn.Linear(sizes["width"], CLASSES))
+
+
+PEERS = {
+    "vit_fast": _ours,
+    "timm": _timm,
+    "transformers": _transformers,
+    "torchvision": _torchvision,
+    "dinov2": _dinov2,
+}
 
 
 def names(case: ModelCase) -> list[str]:
@@ -293,7 +326,7 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
         except LeftOut as reason:
             found[name] = MeasuredModel([], left_out=str(reason))
         except Exception as error:  # too little memory, or what a compiler says; a failure of ours is a fault
-            said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            said = in_a_line(error)
             wrong = name.startswith("vit_fast") or isinstance(error, ValueError)
             found[name] = MeasuredModel([], wrong=said) if wrong else MeasuredModel([], left_out=said)
     for name, samples in timing.time_in_turn(runs, rounds, held=False).items():

@@ -1,5 +1,6 @@
 """`pytest benchmarks/`: what is collected, what becomes of samples, and that nobody is timed who is wrong."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -74,8 +75,8 @@ def test_every_set_is_collected(which, at_least):
 
 def test_whoever_is_wrong_is_not_timed(monkeypatch):
     off = contenders.OPS["ln_linear"].ours
-    wrong = {**contenders.OPS["ln_linear"].__dict__, "ours": lambda *tensors: 1.1 * off(*tensors)}
-    monkeypatch.setitem(contenders.OPS, "ln_linear", contenders.Op(**wrong))
+    wrong = dataclasses.replace(contenders.OPS["ln_linear"], ours=lambda *tensors: 1.1 * off(*tensors))
+    monkeypatch.setitem(contenders.OPS, "ln_linear", wrong)
     found = measure(SMALL, ["vit_fast", "eager"])
     assert "its error is 1.0e-01" in found["vit_fast"].wrong
     assert found["vit_fast"].us == {}
@@ -93,9 +94,7 @@ def test_who_cannot_take_part_says_why(monkeypatch):
         raise LeftOut("somewhere is not installed")
 
     peers = {"refuses": refuses, "missing": missing}
-    monkeypatch.setitem(
-        contenders.OPS, "ln_linear", contenders.Op(**{**contenders.OPS["ln_linear"].__dict__, "peers": peers})
-    )
+    monkeypatch.setitem(contenders.OPS, "ln_linear", dataclasses.replace(contenders.OPS["ln_linear"], peers=peers))
     found = measure(SMALL, ["refuses", "missing", "cublas"])
     assert found["refuses"].left_out == "RuntimeError: no such heads"
     assert found["missing"].left_out == "somewhere is not installed"
@@ -140,9 +139,60 @@ def test_short_runs_are_called_often_enough_for_the_clock():
 def test_every_library_has_the_same_model(whose):
     """By its number of parameters, and by logits that are its own weights' in fp64."""
     case = whole_models.ModelCase("tiny", 224, 2, "fp32", "inference")
-    if whose not in ("vit_fast", "timm"):
-        pytest.importorskip(whose) if whose != "torchvision" else None
-    model = whole_models.draw_anew(whole_models.PEERS[whose](case)).eval()
+    try:
+        model = whole_models.draw_anew(whole_models.PEERS[whose](case)).eval()
+    except LeftOut as reason:
+        pytest.skip(str(reason))
     ours = whole_models.PEERS["vit_fast"](case)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in ours.parameters())
     assert 0 < whole_models.error_of(model, torch.randn(2, 3, 224, 224)) < 1e-4
+
+
+HUB = """
+import torch
+
+def dinov2_vits14(*, pretrained, img_size, patch_size, init_values):
+    assert (pretrained, img_size, patch_size, init_values) == (False, 224, 16, None)
+    return torch.nn.Sequential(torch.nn.AvgPool2d(img_size // 16), torch.nn.Flatten(), torch.nn.Linear(3 * 16**2, 384))
+"""
+
+
+def test_dinov2_comes_from_a_clone_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    case = whole_models.ModelCase("S", 224, 2, "fp32", "inference")
+    with pytest.raises(LeftOut, match="no clone of facebookresearch/dinov2"):
+        whole_models.PEERS["dinov2"](case)
+    (tmp_path / "facebookresearch_dinov2_main").mkdir()
+    (tmp_path / "facebookresearch_dinov2_main/hubconf.py").write_text(HUB)
+    assert whole_models.PEERS["dinov2"](case)(torch.randn(2, 3, 224, 224)).shape == (2, 1000)
+    with pytest.raises(LeftOut, match="no model of this size"):
+        whole_models.PEERS["dinov2"](case._replace(model="H"))
+
+
+def test_no_timed_call_compiles(monkeypatch):
+    """Whatever a compiled contender compiles it has compiled before its time counts, and it has compiled something."""
+    graphs, seen = [], []
+    compiler, timer = torch.compile, timing.time_in_turn
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def timed(*args, **options):
+        before = len(graphs)
+        samples = timer(*args, **options)
+        seen.append((before, len(graphs)))
+        return samples
+
+    monkeypatch.setattr(torch, "compile", lambda what, mode, dynamic: compiler(what, backend=keep, dynamic=dynamic))
+    monkeypatch.setattr(timing, "time_in_turn", timed)
+    assert measure(SMALL, ["compiled"])["compiled"].us["both"]
+    models = [whole_models.ModelCase("tiny", 224, 2, "fp32", way) for way in ("inference", "training")]
+    for case in models:
+        assert whole_models.measure(case, ["timm compiled", "vit_fast compiled"], rounds=1)["vit_fast compiled"].us
+    assert len(seen) == 4
+    so_far = 0
+    for before, after in seen[:1] + seen[2:]:  # the op's forward and both are compiled before either is timed
+        assert so_far < before == after
+        so_far = after
+    assert seen[1][0] == seen[1][1]

@@ -9,6 +9,7 @@ from vit_fast.layers import AttentionPoolLatent, Block
 from vit_fast.model import VisionTransformer
 from vit_fast.ops import backend
 from vit_fast.ops.attention import HEAD_WIDTHS
+from vit_fast.ops.evidence import Finding, findings
 
 
 class Line(NamedTuple):
@@ -35,7 +36,8 @@ def explain(model: nn.Module) -> Explanation:
     """Which code the next forward pass of `model` runs, part by part: Triton or PyTorch, and why.
 
     The answer is for the state that counts now: device and dtype of the parameters, autocast, `use_backend`, training
-    mode and dropout, hooks.
+    mode and dropout, hooks. Where PyTorch was measured to be faster, at a batch and a picture that only a call can
+    tell, the reason says so, and at which.
 
     Args:
         model: a VisionTransformer, or a module that holds one or some of its blocks.
@@ -47,53 +49,95 @@ def explain(model: nn.Module) -> Explanation:
         ValueError: where nothing of vit_fast is found in `model`.
     """
     lines = Explanation(
-        Line(f"{name}.{part}".strip("."), op, *_choice(op, *state))
+        Line(f"{name}.{part.name}".strip("."), part.op, *_choice(part))
         for name, module in model.named_modules()
-        for part, op, *state in _parts(module)
+        for part in _parts(module)
     )
     if not lines:
         raise ValueError(f"model: got {type(model).__name__} without any module of vit_fast, takes a VisionTransformer")
     return lines
 
 
-def _parts(module: nn.Module) -> Iterator[tuple]:
-    """(submodule, op, a tensor like those that it computes with, why it steps aside or ""); then, or "", why no kernel
-    takes attention's head width."""
+class _Part(NamedTuple):
+    """One op as a module's forward calls it."""
+
+    name: str
+    op: str
+    tensor: Tensor  # one like those that it computes with
+    aside: str  # why its module steps aside, or ""
+    refusal: str = ""  # why no kernel takes its head width, or ""
+    shape: tuple = ()  # as a finding has it, None where only a call tells; () where no finding counts
+    in_block: bool = False  # part of the op `block`, which only inference takes apart
+
+    def findings(self) -> list[Finding]:
+        """Those that may speak of a call."""
+
+        def fits(shape: tuple) -> bool:
+            return len(shape) == len(self.shape) and all(a in (None, b) for a, b in zip(self.shape, shape))
+
+        op = "attention" if self.op == "attention_qkv" else self.op
+        itemsize = backend.compute_dtype(self.tensor).itemsize
+        return [
+            one
+            for one in findings(self.tensor.device)
+            if one.op == op and one.itemsize == itemsize and fits(one.shape) and not (one.training and self.in_block)
+        ]
+
+
+def _parts(module: nn.Module) -> Iterator[_Part]:
     if isinstance(module, VisionTransformer):
-        yield "patch_embed", "patch_embed", module.patch_embed.proj.weight, module.embed_aside()
+        weight = module.patch_embed.proj.weight
+        yield _Part("patch_embed", "patch_embed", weight, module.embed_aside(), "", (len(weight), weight[0].numel()))
     elif isinstance(module, Block):
-        tensor, aside = next(module.parameters()), module.attention_aside()
-        plain = not aside and type(module.attn.q_norm) is nn.Identity and type(module.attn.k_norm) is nn.Identity
-        yield "attn", "ln_linear", tensor, aside
-        op, op_aside = "attention_qkv" if plain else "attention", module.attention_op_aside()
-        yield "attn", op, tensor, op_aside, "" if op_aside else _head_width(module.attn.head_dim)
-        yield "attn", "linear_residual", tensor, aside
-        aside = module.mlp_aside()
-        if aside or type(module.mlp.norm) is nn.Identity:
-            yield "mlp", "mlp", tensor, aside
-        else:
-            yield "mlp", "ln_linear", tensor, ""
-            yield "mlp", "linear_residual", tensor, ""
+        yield from _parts_of_block(module)
     elif isinstance(module, AttentionPoolLatent):
-        yield "", "attention", module.latent, "", _head_width(module.head_dim)
-        yield "mlp", "mlp", module.latent, module.mlp_aside()
+        width = module.head_dim
+        yield _Part("", "attention", module.latent, "", _head_width(width), (None, None, width))
+        yield _Part("mlp", "mlp", module.latent, module.mlp_aside(), "", tuple(module.mlp.fc2.weight.shape))
+
+
+def _parts_of_block(block: Block) -> Iterator[_Part]:
+    attn, mlp = block.attn, block.mlp
+    tensor, aside, mlp_aside = next(block.parameters()), block.attention_aside(), block.mlp_aside()
+    plain = not aside and type(attn.q_norm) is nn.Identity and type(attn.k_norm) is nn.Identity
+    whole = not (aside or mlp_aside) and block.lacks_inner_norms()
+
+    def linear(name: str, op: str, reason: str, weights: nn.Module, weight: str) -> _Part:
+        # In a whole block no finding counts but attention's, and where the half is aside its module may hold anything.
+        shape = () if whole or reason else tuple(weights.get_parameter(weight).shape)
+        return _Part(name, op, tensor, reason, "", shape)
+
+    yield linear("attn", "ln_linear", aside, attn, "qkv.weight")
+    op, op_aside = "attention_qkv" if plain else "attention", block.attention_op_aside()
+    if op_aside:
+        yield _Part("attn", op, tensor, op_aside)
+    else:
+        yield _Part("attn", op, tensor, "", _head_width(attn.head_dim), (None, None, attn.head_dim), whole)
+    yield linear("attn", "linear_residual", aside, attn, "proj.weight")
+    if mlp_aside or type(mlp.norm) is nn.Identity:
+        yield linear("mlp", "mlp", mlp_aside, mlp, "fc2.weight")
+    else:
+        yield linear("mlp", "ln_linear", "", mlp, "fc1.weight")
+        yield linear("mlp", "linear_residual", "", mlp, "fc2.weight")
 
 
 def _head_width(width: int) -> str:
     return "" if width in HEAD_WIDTHS else f"head width {width}: the kernels take {', '.join(map(str, HEAD_WIDTHS))}"
 
 
-def _choice(op: str, tensor: Tensor, aside: str, refusal: str = "") -> tuple[str, str]:
+def _choice(part: _Part) -> tuple[str, str]:
     """The backend of an op on a tensor of this device and dtype, and the reason for it."""
-    if aside:
-        return "torch", aside
+    if part.aside:
+        return "torch", part.aside
+    device = part.tensor.device
     try:
-        runs = backend.use_triton(op, tensor, refusal=refusal)
+        runs = backend.use_triton(part.op, part.tensor, refusal=part.refusal)
     except (TypeError, ValueError, RuntimeError) as error:
         return "none", f"raises {type(error).__name__}: {error}"
     if runs:
-        where = "Triton's interpreter" if tensor.device.type == "cpu" else f"a tensor on {tensor.device.type}"
-        return "triton", where
+        where = "Triton's interpreter" if device.type == "cpu" else f"a tensor on {device.type}"
+        found = part.findings() if backend.chosen_backend() == "auto" else []
+        return "triton", "; but ".join([where, *(finding.reason for finding in found)])
     if backend.chosen_backend() == "torch":
         return "torch", "use_backend('torch')"
-    return "torch", refusal or backend.why_not_triton(tensor.device) or f"the kernels do not take {tensor.dtype}"
+    return "torch", part.refusal or backend.why_not_triton(device) or f"the kernels do not take {part.tensor.dtype}"

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vit_fast.ops.backend import (
     check_operands,
@@ -10,12 +11,20 @@ from vit_fast.ops.backend import (
     check_shape,
     compute_dtype,
     float32_precision,
+    measured_faster,
     needs_grad,
     on_device_of,
     use_triton,
     without_autocast,
 )
 
+# PyTorch's own forms, as the files of results name them.
+SDPA = {
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa math": SDPBackend.MATH,
+}
 HEAD_WIDTHS = (16, 32, 48, 64, 72, 80, 88, 96, 104, 128)  # those that the kernels take
 
 
@@ -32,6 +41,12 @@ def check_qkv(qkv: Tensor) -> None:
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv: got shape {list(qkv.shape)}, takes [B, T, 3, H, d]")
     check_operands(qkv)
+
+
+def size(q: Tensor, k: Tensor) -> tuple[tuple[int, int, int], int]:
+    """The shape and the rows of a call as `evidence.Finding` has them."""
+    batch, tokens, heads, width = q.shape
+    return (tokens, k.shape[1], width), batch * heads
 
 
 def refusal(width: int, scale: float) -> str:
@@ -177,6 +192,14 @@ def _in_pytorch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
+def _as_measured(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> Tensor:
+    """`_in_pytorch` by the form that was measured; where it does not take the call, by the next that does."""
+    if form not in SDPA:
+        return _in_pytorch(q, k, v, scale)
+    with sdpa_kernel([SDPA[form], *(backend for name, backend in SDPA.items() if name != form)], set_priority=True):
+        return _in_pytorch(q, k, v, scale)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """softmax(scale·q·kᵀ)·v for each head, the heads side by side in the result.
 
@@ -203,8 +226,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not use_triton("attention", q, refusal=refusal(q.shape[-1], scale)):
         return _in_pytorch(q, k, v, scale)
+    finding = measured_faster("attention", (q, k, v), *size(q, k))
     dtype = compute_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if finding:
+        return _as_measured(q, k, v, scale, finding.form)
     if needs_grad(q, k, v):
         return _attention_train(q, k, v, scale)[0]
     return _attention(q, k, v, scale)
@@ -230,7 +256,11 @@ def attention_qkv(qkv: Tensor, scale: float | None = None) -> Tensor:
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if not use_triton("attention_qkv", qkv, refusal=refusal(qkv.shape[-1], scale)):
         return _in_pytorch(*qkv.unbind(2), scale)
+    q, k, _ = qkv.unbind(2)
+    finding = measured_faster("attention", (qkv,), *size(q, k))
     qkv = qkv.to(compute_dtype(qkv))
+    if finding:
+        return _as_measured(*qkv.unbind(2), scale, finding.form)
     if needs_grad(qkv):
         return _attention_qkv_train(qkv, scale)[0]
     return _attention(*qkv.unbind(2), scale)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from vit_fast.ops.evidence import Finding, findings
+
 log = logging.getLogger("vit_fast")
 
 BACKENDS = ("auto", "triton", "torch")
@@ -159,6 +161,21 @@ def use_triton(op: str, x: Tensor, *others: Tensor, refusal: str = "") -> bool:
     if refusal:
         raise error(f"{op}: {refusal}; use_backend('auto') or 'torch' runs it in PyTorch")
     return True
+
+
+def measured_faster(op: str, operands: tuple[Tensor | None, ...], shape: tuple, rows: int) -> Finding | None:
+    """What of PyTorch was measured to be faster than the kernels for a call that `use_triton` lets them run, or None.
+
+    Only `auto` asks. `operands` are those that may want a gradient, the input first; shape and rows as `Finding` has
+    them.
+    """
+    if _backend != "auto":
+        return None
+    for finding in findings(operands[0].device):
+        training, itemsize = needs_grad(*operands), compute_dtype(operands[0]).itemsize
+        if finding.holds(op, training, itemsize, tuple(shape), rows):
+            return finding
+    return None
 
 
 def _autocasting(x: Tensor) -> bool:

@@ -15,6 +15,7 @@ from vit_fast.ops.backend import (
     compute_dtype,
     float32_precision,
     like,
+    measured_faster,
     needs_grad,
     on_device_of,
     or_empty,
@@ -180,6 +181,16 @@ def check(x, parameters: dict, num_heads: int, activation: str) -> None:
     check_device(x, **drops)
 
 
+def _better_apart(x: Tensor, parameters: dict, num_heads: int) -> bool:
+    """Whether inference shall run the ops one by one, for PyTorch was measured to be faster in attention.
+
+    They launch the same kernels then. In training one op for all of a block saves more than one part could.
+    """
+    batch, tokens, width = x.shape
+    work = (x,), (tokens, tokens, width // num_heads), batch * num_heads
+    return bool(measured_faster("attention", *work)) and not needs_grad(x, *parameters.values())
+
+
 def block(
     x: Tensor,
     norm1_weight: Tensor,
@@ -220,8 +231,9 @@ def block(
         activation: "gelu" (exact, erf), "gelu_tanh" or "quick_gelu".
         eps1, eps2: added to the norms' variances.
 
-    It is `ln_linear`, `attention_qkv`, `linear_residual` and `mlp` in turn; where no kernel takes one of them that is
-    what runs. As one op it launches fewer kernels, and the gradients of its branches are added where they are made.
+    It is `ln_linear`, `attention_qkv`, `linear_residual` and `mlp` in turn; where no kernel takes one of them, or in
+    inference PyTorch was measured to be faster in attention, that is what runs. As one op it launches fewer kernels,
+    and the gradients of its branches are added where they are made.
 
     Returns:
         [B, T, D] in the dtype of x.
@@ -250,7 +262,7 @@ def block(
     check(x, parameters, num_heads, activation)
     head_width = x.shape[-1] // num_heads
     alone = refusal(head_width, head_width**-0.5) or refuse_drop(drop1) or refuse_drop(drop2)
-    if alone or not use_triton("block", x, fc1_weight):
+    if alone or not use_triton("block", x, fc1_weight) or _better_apart(x, parameters, num_heads):
         qkv = ln_linear(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps1)
         heads = attention_qkv(qkv.view(*x.shape[:-1], 3, num_heads, head_width))
         x = linear_residual(heads, proj_weight, proj_bias, x, layer_scale1, drop1)

@@ -14,6 +14,7 @@ from vit_fast.ops.backend import (
     compute_dtype,
     float32_precision,
     like,
+    measured_faster,
     needs_grad,
     on_device_of,
     or_empty,
@@ -132,7 +133,9 @@ def linear_residual(
         ValueError: for a shape or a device that does not fit. TypeError: for a dtype that does not.
     """
     check(x, weight, bias, residual, layer_scale, drop)
-    if not use_triton("linear_residual", x, residual, refusal=refuse_drop(drop)):
+    work = (x, weight, bias, residual, layer_scale), weight.shape, x.shape[:-1].numel()
+    takes = use_triton("linear_residual", x, residual, refusal=refuse_drop(drop))
+    if not takes or measured_faster("linear_residual", *work):
         return residual_branch(F.linear(x, weight, bias), residual, layer_scale, drop)
     dtype = compute_dtype(x)
     return _linear_residual(x.to(dtype), cast(weight, dtype), bias, residual, layer_scale, drop)

@@ -13,6 +13,7 @@ from vit_fast.ops.backend import (
     compute_dtype,
     float32_precision,
     like,
+    measured_faster,
     on_device_of,
     or_empty,
     or_none,
@@ -125,6 +126,7 @@ def ln_linear(
         ValueError: for a shape or a device that does not fit. TypeError: for a dtype that does not.
     """
     check(x, norm_weight, norm_bias, weight, bias)
-    if not use_triton("ln_linear", x, weight):
+    work = (x, norm_weight, norm_bias, weight, bias), weight.shape, x.shape[:-1].numel()
+    if not use_triton("ln_linear", x, weight) or measured_faster("ln_linear", *work):
         return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
     return _ln_linear(x, norm_weight, norm_bias, cast(weight, compute_dtype(x)), bias, eps)[0]

@@ -14,6 +14,7 @@ from vit_fast.ops.backend import (
     compute_dtype,
     float32_precision,
     like,
+    measured_faster,
     needs_grad,
     on_device_of,
     or_empty,
@@ -226,7 +227,9 @@ def mlp(
         ValueError: for a shape, device or activation that does not fit. TypeError: for a dtype that does not.
     """
     check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, activation)
-    if not use_triton("mlp", x, fc1_weight, refusal=refuse_drop(drop)):
+    operands = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
+    work = operands, fc2_weight.shape, x.shape[:-1].numel()
+    if not use_triton("mlp", x, fc1_weight, refusal=refuse_drop(drop)) or measured_faster("mlp", *work):
         hidden = F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), fc1_weight, fc1_bias)
         branch = F.linear(ACTIVATIONS[activation](hidden), fc2_weight, fc2_bias)
         return residual_branch(branch, x, layer_scale, drop)

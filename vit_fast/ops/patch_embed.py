@@ -12,6 +12,7 @@ from vit_fast.ops.backend import (
     compute_dtype,
     float32_precision,
     like,
+    measured_faster,
     needs_grad,
     on_device_of,
     or_empty,
@@ -135,7 +136,10 @@ def patch_embed(
     """
     check(images, weight, bias, position, prefix)
     # No kernel makes an image's gradient: it costs another product, and only attacks and visualisations ask for it.
-    if needs_grad(images) or not use_triton("patch_embed", images):
+    takes = not needs_grad(images) and use_triton("patch_embed", images)
+    patches = images[:, 0].numel() // weight[0, 0].numel()
+    work = (images, weight, bias, position, prefix), (weight.shape[0], weight[0].numel()), patches
+    if not takes or measured_faster("patch_embed", *work):
         return _in_pytorch(images, weight, bias, position, prefix)
     dtype = compute_dtype(images)
     return _patch_embed(images.to(dtype), cast(weight, dtype), bias, position, prefix)

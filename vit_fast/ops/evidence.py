@@ -1,0 +1,73 @@
+"""Where PyTorch was measured to be faster than an op's kernels: evidence.json, architecture → findings.
+
+A finding holds for its op, pass, class of dtype and shape, from as many rows on as were measured; `python -m
+benchmarks.evidence` makes the file from the files of results. It is evidence about the package's own tiles: where the
+user's own table is in force, nothing of it counts.
+"""
+
+import functools
+import json
+import pathlib
+from typing import NamedTuple
+
+import torch
+
+FILE = pathlib.Path(__file__).parent / "evidence.json"
+
+
+class Finding(NamedTuple):
+    """One op at one shape that PyTorch computes faster."""
+
+    op: str
+    training: bool  # forward and backward, or forward alone
+    itemsize: int  # of the dtype: 2 or 4
+    # attention: (Tq, Tk, d). ln_linear, linear_residual: (N, K). mlp: (D, F). patch_embed: (D, C·P·P).
+    shape: tuple[int, ...]
+    rows: int  # at least so many: heads of all images for attention, tokens of all images for the others
+    form: str  # what of PyTorch was faster: "eager", or "sdpa " and one of its backends
+    reason: str
+
+    def holds(self, op: str, training: bool, itemsize: int, shape: tuple[int, ...], rows: int) -> bool:
+        """Whether a call is one that the finding speaks of."""
+        kind = (self.op, self.training, self.itemsize)
+        return kind == (op, training, itemsize) and self.shape == shape and rows >= self.rows
+
+
+def _reason(found: dict) -> str:
+    ours, theirs = found["us"]
+    return (
+        f"PyTorch ({found['form']}) was measured faster on {found['device']} in {found['pass']} at "
+        f"{' x '.join(map(str, found['shape']))}, {found['rows']} rows: {theirs:.0f} us, the kernels {ours:.0f}"
+    )
+
+
+@functools.cache
+def findings_of(architecture: str) -> tuple[Finding, ...]:
+    """All that the file says of an architecture, or nothing where the user has a table of tiles for it."""
+    from vit_fast.kernels import tile_table
+
+    if tile_table.user_file(architecture).is_file():
+        return ()
+    lines = json.loads(FILE.read_text()).get(architecture, [])
+    return tuple(
+        Finding(
+            line["op"],
+            line["pass"] == "training",
+            torch.finfo(getattr(torch, line["dtype"])).bits // 8,
+            tuple(line["shape"]),
+            line["rows"],
+            line["form"],
+            _reason(line),
+        )
+        for line in lines
+    )
+
+
+def findings(device: torch.device) -> tuple[Finding, ...]:
+    """All that the file says of a device on which the kernels run."""
+    from vit_fast.kernels import tile_table
+
+    return findings_of(tile_table.architecture(device))
+
+
+findings._dynamo_marked_constant = True  # as those of backend.py: torch.compile takes the answer and does not trace it
