@@ -62,6 +62,7 @@ def device_of_capability(monkeypatch):
     def make(*capability):
         forget()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr("vit_fast.kernels.tile_table.architecture", lambda device: "sm_{}{}".format(*capability))
         return FakeTensorMode()
 
     yield make

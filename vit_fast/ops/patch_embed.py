@@ -137,8 +137,8 @@ def patch_embed(
     check(images, weight, bias, position, prefix)
     # No kernel makes an image's gradient: it costs another product, and only attacks and visualisations ask for it.
     takes = not needs_grad(images) and use_triton("patch_embed", images)
-    patches = images[:, 0].numel() // weight[0, 0].numel()
-    work = (images, weight, bias, position, prefix), (weight.shape[0], weight[0].numel()), patches
+    width, patch = weight.shape[0], weight.shape[1:].numel()
+    work = (images, weight, bias, position, prefix), (width, patch), images.numel() // patch
     if not takes or measured_faster("patch_embed", *work):
         return _in_pytorch(images, weight, bias, position, prefix)
     dtype = compute_dtype(images)
