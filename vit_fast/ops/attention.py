@@ -25,6 +25,7 @@ SDPA = {
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa math": SDPBackend.MATH,
 }
+UNFUSED_KEYS = 272  # of a ViT at 224 pixels and its registers; the probabilities of more would cost too much memory
 HEAD_WIDTHS = (16, 32, 48, 64, 72, 80, 88, 96, 104, 128)  # those that the kernels take
 
 
@@ -187,7 +188,31 @@ def _(q, k, lse, scale):
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], k.shape[1], dtype=torch.float32)
 
 
+def _unfused_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether two products and a softmax beat SDPA: eagerly on a CPU in bf16, at as many keys as were measured.
+
+    benchmarks/results/AMD_EPYC/attention.json. Not while a graph is traced, which may run elsewhere.
+    """
+    return (
+        k.device.type == "cpu"
+        and q.dtype == k.dtype == v.dtype == torch.bfloat16
+        and k.shape[1] <= UNFUSED_KEYS
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _unfused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    batch, _, heads, _ = q.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    with without_autocast(q):  # in which a softmax would be fp32
+        # beta=0: what is to be added to is not read.
+        scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
+        return torch.bmm(scores.softmax(-1), v).unflatten(0, (batch, heads)).transpose(1, 2).flatten(2)
+
+
 def _in_pytorch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if _unfused_is_faster(q, k, v):
+        return _unfused(q, k, v, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 

@@ -263,9 +263,15 @@ def block(
     head_width = x.shape[-1] // num_heads
     alone = refusal(head_width, head_width**-0.5) or refuse_drop(drop1) or refuse_drop(drop2)
     if alone or not use_triton("block", x, fc1_weight) or _better_apart(x, parameters, num_heads):
-        qkv = ln_linear(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps1)
-        heads = attention_qkv(qkv.view(*x.shape[:-1], 3, num_heads, head_width))
-        x = linear_residual(heads, proj_weight, proj_bias, x, layer_scale1, drop1)
+        # No name for qkv and for the heads' results: memory still in a cache is taken again at once.
+        x = linear_residual(
+            attention_qkv(
+                ln_linear(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps1).view(
+                    *x.shape[:-1], 3, num_heads, head_width
+                )
+            ),
+            *(proj_weight, proj_bias, x, layer_scale1, drop1),
+        )
         half = (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale2, drop2)
         return mlp(x, *half, activation, eps2)
     dtype = compute_dtype(x)

@@ -230,8 +230,10 @@ def mlp(
     operands = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
     work = operands, fc2_weight.shape, x.shape[:-1].numel()
     if not use_triton("mlp", x, fc1_weight, refusal=refuse_drop(drop)) or measured_faster("mlp", *work):
-        hidden = F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), fc1_weight, fc1_bias)
-        branch = F.linear(ACTIVATIONS[activation](hidden), fc2_weight, fc2_bias)
+        # Without a name for it the hidden layer's memory is free again behind the activation.
+        branch = F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), fc1_weight, fc1_bias)
+        branch = ACTIVATIONS[activation](branch)
+        branch = F.linear(branch, fc2_weight, fc2_bias)
         return residual_branch(branch, x, layer_scale, drop)
     dtype = compute_dtype(x)
     parameters = (norm_weight, norm_bias, cast(fc1_weight, dtype), fc1_bias, cast(fc2_weight, dtype), fc2_bias)
