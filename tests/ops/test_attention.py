@@ -3,6 +3,7 @@ import mmap
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests import unfused
 from tests.conftest import INTERPRETING
@@ -10,7 +11,7 @@ from tests.guard import guarded
 from tests.ops.harness import BACKENDS, MODES, Case, hold_to_the_rule, named
 from vit_fast import reference
 from vit_fast.ops import attention, attention_maps, attention_qkv, use_backend
-from vit_fast.ops.attention import HEAD_WIDTHS
+from vit_fast.ops.attention import HEAD_WIDTHS, UNFUSED_KEYS
 
 # numpy, which the interpreter runs on, speaks of the NaN and the overflow that some cases are about.
 pytestmark = [
@@ -564,3 +565,33 @@ def test_rejected(wrong):
     call, error, message = REJECTED[wrong]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("keys", [1, 197, UNFUSED_KEYS, UNFUSED_KEYS + 1])
+def test_on_a_cpu_in_bf16_it_is_unfused_up_to_so_many_keys(keys, autocast, monkeypatch):
+    """SDPA is not called then, but is in another dtype and while a graph is traced; numbers and gradients are right."""
+    calls, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[0].dtype) or sdpa(*a, **k))
+    q, k, v = (torch.randn(2, tokens, 3, 16, dtype=torch.bfloat16, requires_grad=True) for tokens in (5, keys, keys))
+    upstream = torch.randn(2, 5, 48, dtype=torch.bfloat16)
+    with use_backend("torch"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = attention(q, k, v)
+        assert calls == ([] if keys <= UNFUSED_KEYS else [torch.bfloat16])
+        attention(q.half(), k.half(), v.half())
+        attention(q.float(), k.float(), v.float())
+        assert calls[-2:] == [torch.float16, torch.float32]
+    assert y.dtype == torch.bfloat16
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    truth = reference.attention(*exact)
+    gradients = zip(torch.autograd.grad(y, (q, k, v), upstream), torch.autograd.grad(truth, exact, upstream.double()))
+    for got, right in ((y, truth), *gradients):
+        assert (got - right).norm() <= 0.02 * right.norm() + 0.02 * (keys == 1)  # one key's probability is constant
+    with use_backend("torch"):
+        traced = torch.export.export(Attention(), (q.detach(), k.detach(), v.detach()))
+    assert any("scaled_dot_product" in str(node.target) for node in traced.graph.nodes)
+
+
+class Attention(torch.nn.Module):
+    def forward(self, q, k, v):
+        return attention(q, k, v)
