@@ -263,6 +263,24 @@ def test_nothing_of_the_choice_is_in_the_graph(device_of_capability, recwarn):
     assert not [str(warning.message) for warning in recwarn if "lru_cache" in str(warning.message)]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("batch", "kernels"), [(63, True), (64, False)])
+def test_what_was_measured_counts_on_such_a_gpu(batch, kernels, compiled, device_of_capability):
+    """Of ViT-B at 384 pixels the H200's results say that cuDNN is faster, from 64 images on."""
+    torch.compiler.reset()
+    with device_of_capability(9, 0), torch.no_grad():
+        qkv = torch.randn(batch, 577, 3, 12, 64, dtype=torch.bfloat16, device="cuda")
+        if compiled:
+            graphs = Graphs()
+            torch.compile(ops.attention_qkv, fullgraph=True, backend=graphs)(qkv)
+            names = graphs.ran[0]
+        else:
+            with Namespaces() as seen:
+                ops.attention_qkv(qkv)
+            names = seen.names
+    assert any("vit_fast" in name for name in names) == kernels
+
+
 @pytest.mark.interpret
 def test_backward_runs_where_forward_ran():
     """The choice is recorded with the call: after the block, and in autograd's own thread, it still holds."""

@@ -79,8 +79,8 @@ class _Part(NamedTuple):
         itemsize = backend.compute_dtype(self.tensor).itemsize
         return [
             one
-            for one in findings(self.tensor.device)
-            if one.op == op and one.itemsize == itemsize and fits(one.shape) and not (one.training and self.in_block)
+            for one in findings(op, self.tensor.device)
+            if one.itemsize == itemsize and fits(one.shape) and not (one.training and self.in_block)
         ]
 
 

@@ -171,9 +171,10 @@ def measured_faster(op: str, operands: tuple[Tensor | None, ...], shape: tuple, 
     """
     if _backend != "auto":
         return None
-    for finding in findings(operands[0].device):
-        training, itemsize = needs_grad(*operands), compute_dtype(operands[0]).itemsize
-        if finding.holds(op, training, itemsize, tuple(shape), rows):
+    x = operands[0]
+    for finding in findings(op, x.device):
+        fits = finding.shape == tuple(shape) and finding.rows <= rows
+        if fits and finding.itemsize == compute_dtype(x).itemsize and finding.training == needs_grad(*operands):
             return finding
     return None
 

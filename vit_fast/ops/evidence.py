@@ -27,11 +27,6 @@ class Finding(NamedTuple):
     form: str  # what of PyTorch was faster: "eager", or "sdpa " and one of its backends
     reason: str
 
-    def holds(self, op: str, training: bool, itemsize: int, shape: tuple[int, ...], rows: int) -> bool:
-        """Whether a call is one that the finding speaks of."""
-        kind = (self.op, self.training, self.itemsize)
-        return kind == (op, training, itemsize) and self.shape == shape and rows >= self.rows
-
 
 def _reason(found: dict) -> str:
     ours, theirs = found["us"]
@@ -63,11 +58,16 @@ def findings_of(architecture: str) -> tuple[Finding, ...]:
     )
 
 
-def findings(device: torch.device) -> tuple[Finding, ...]:
-    """All that the file says of a device on which the kernels run."""
+@functools.cache
+def _findings(op: str, device: torch.device) -> tuple[Finding, ...]:
     from vit_fast.kernels import tile_table
 
-    return findings_of(tile_table.architecture(device))
+    return tuple(finding for finding in findings_of(tile_table.architecture(device)) if finding.op == op)
+
+
+def findings(op: str, device: torch.device) -> tuple[Finding, ...]:
+    """All that the file says of an op on a device on which the kernels run."""
+    return _findings(op, device)
 
 
 findings._dynamo_marked_constant = True  # as those of backend.py: torch.compile takes the answer and does not trace it
