@@ -237,7 +237,26 @@ def plot_roofline(path: pathlib.Path) -> None:
     _save(figure, path)
 
 
-PICTURES = {"measured": plot_speed, "latency": plot_latency, "roofline": plot_roofline}
+def plot_memory(path: pathlib.Path) -> None:
+    """Peak memory of a training step by model, ours and timm's forms."""
+    rows = [row for row in merged(results("models")["results"]) if row["gb"] and row["batch"] == 256]
+    figure, axis = _figure(figsize=(5, 3))
+    forms = {"timm eager": "timm", "timm compiled": "timm compiled", "vit_fast": "vit_fast"}
+    for number, (label, form) in enumerate(forms.items()):
+        places = [place + 0.27 * (number - 1) for place in range(len(rows))]
+        heights = [row["gb"].get(form, float("nan")) for row in rows]
+        bars = axis.bar(places, heights, 0.25, label=label, color=("0.8", "0.55", "tab:blue")[number])
+        axis.bar_label(bars, fmt="%.1f", fontsize=7)
+    axis.set_xticks(range(len(rows)), [NAMES[row["model"]] for row in rows], fontsize=8)
+    axis.set_ylabel("peak memory, GB", fontsize=8)
+    axis.margins(y=0.3)
+    axis.legend(fontsize=7, loc="upper right", ncols=3, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(f"{results('models')['device']}, bf16, training step, batch 256, measured", fontsize=9)
+    _save(figure, path)
+
+
+PICTURES = {"measured": plot_speed, "latency": plot_latency, "roofline": plot_roofline, "memory": plot_memory}
 
 
 def main() -> None:
