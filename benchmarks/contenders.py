@@ -331,7 +331,7 @@ def call_of(case: Case, name: str) -> Callable:
     """
     op = OPS[case.op]
     if name == "vit_fast":
-        return functools.partial(op.ours, **_settings(case))
+        return _on_kernels(functools.partial(op.ours, **_settings(case)))
     if name == "cublas":
         return op.limit
     if name in op.peers:
@@ -340,6 +340,18 @@ def call_of(case: Case, name: str) -> Callable:
     if name == "eager":
         return eager
     return compiled(eager, "max-autotune-no-cudagraphs" if name == "compiled max" else None)
+
+
+def _on_kernels(call: Callable) -> Callable:
+    """On a GPU never what `auto` runs in our place: that choice is made of what is measured here."""
+    if DEVICE == "cpu":
+        return call
+
+    def forced(*tensors):
+        with ops.use_backend("triton"):
+            return call(*tensors)
+
+    return forced
 
 
 def compiled(what: Callable, mode: str | None = None) -> Callable:

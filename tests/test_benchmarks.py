@@ -15,6 +15,7 @@ pytest.importorskip("pytest_benchmark")
 
 from benchmarks import contenders, timing, whole_models
 from benchmarks.contenders import Case, LeftOut, measure
+from vit_fast.ops import backend
 
 ROOT = Path(__file__).parent.parent
 SMALL = Case("ln_linear", "tiny", 17, 2, "bf16")
@@ -196,3 +197,13 @@ def test_no_timed_call_compiles(monkeypatch):
         assert so_far < before == after
         so_far = after
     assert seen[1][0] == seen[1][1]
+
+
+def test_on_a_gpu_kernels_are_timed_and_not_what_auto_runs_for_them(monkeypatch):
+    """Else what was measured would decide what is measured."""
+    seen = []
+    ours = dataclasses.replace(contenders.OPS["mlp"], ours=lambda *_, **__: seen.append(backend.chosen_backend()))
+    monkeypatch.setitem(contenders.OPS, "mlp", ours)
+    monkeypatch.setattr(contenders, "DEVICE", "cuda")
+    contenders.call_of(SMALL._replace(op="mlp"), "vit_fast")()
+    assert seen == ["triton"]

@@ -30,7 +30,7 @@ SMALL = {
     "linear_residual": ("linear_residual", (32, 32), 10),
     "mlp": ("mlp", (32, 48), 10),
 }
-FOUND = evidence.Finding("attention", False, 4, (5, 5, 16), 4, "sdpa math", "PyTorch was faster")
+FOUND = evidence.Finding("attention", False, torch.float32, (5, 5, 16), 4, "sdpa math", "PyTorch was faster")
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_pytorch_runs_where_it_was_measured_faster(name, training, monkeypatch):
             found._replace(rows=rows + 1),
             found._replace(shape=(*shape[:-1], shape[-1] + 1)),
             found._replace(training=not training),
-            found._replace(itemsize=2),
+            found._replace(dtype=torch.float16),
             found._replace(op="another"),
         ):
             says(monkeypatch, other)
@@ -77,7 +77,7 @@ def test_pytorch_runs_where_it_was_measured_faster(name, training, monkeypatch):
 
 
 def test_under_autocast_its_dtype_counts(monkeypatch):
-    says(monkeypatch, FOUND._replace(itemsize=2))
+    says(monkeypatch, FOUND._replace(dtype=torch.bfloat16))
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
         call, arguments = operands()["attention_qkv"]
         assert not runs_kernels(call, arguments)
@@ -108,10 +108,19 @@ def test_attention_runs_in_the_form_that_was_measured(form, monkeypatch):
     torch.testing.assert_close(ops.attention_qkv(qkv), expected)
     torch.testing.assert_close(ops.attention(*qkv.unbind(2)), expected)
     for backends, in_order in asked:
-        assert backends[0] is attention.SDPA[form]
-        assert set(backends) == set(attention.SDPA.values())
+        assert backends[0] is attention.SDPA[form].backend
+        assert set(backends) == {one.backend for one in attention.SDPA.values()}
         assert in_order
     assert len(asked) == 2
+
+
+def test_what_the_user_switched_off_stays_off(monkeypatch):
+    says(monkeypatch, FOUND._replace(form="sdpa math"))
+    with FakeTensorMode():
+        call, arguments = operands()["attention"]
+        assert not runs_kernels(call, arguments)
+        with torch.nn.attention.sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            assert runs_kernels(call, arguments)
 
 
 def block_operands(requires_grad):
@@ -164,7 +173,7 @@ def test_explain_says_when(monkeypatch):
     known = (
         FOUND._replace(shape=(577, 577, 64), reason=reason),
         FOUND._replace(shape=(577, 577, 80), reason="another width"),
-        FOUND._replace(shape=(577, 577, 64), itemsize=2, reason="another dtype"),
+        FOUND._replace(shape=(577, 577, 64), dtype=torch.float16, reason="another dtype"),
         FOUND._replace(shape=(577, 577, 64), training=True, reason="the block is one op in training"),
         FOUND._replace(op="mlp", shape=(128, 512), reason="the block is one op"),
         FOUND._replace(op="patch_embed", shape=(128, 768), reason="conv2d was faster"),
@@ -197,7 +206,7 @@ def test_what_the_h200_said():
     known = evidence.findings_of("sm_90")
     assert known
     (found,) = [one for one in known if one.op == "attention"]
-    assert (found.training, found.itemsize, found.shape) == (False, 2, (577, 577, 64))
+    assert (found.training, found.dtype, found.shape) == (False, torch.bfloat16, (577, 577, 64))
     assert found.rows == 64 * 12
     assert found.form == "sdpa cudnn"
     assert "NVIDIA H200" in found.reason
@@ -224,6 +233,8 @@ TIMES = {"vit_fast": [10, 11, 12], "eager": [7, 8, 9], "cublas": [1, 1, 1], "com
         ({"us": TIMES | {"vit_fast": [5, 6, 7]}}, 0),
         ({"us": {"vit_fast": [10, 11, 12], "cublas": [1, 1, 1]}}, 0),
         ({"superseded": "another tile"}, 0),
+        ({"superseded": "another tile", "remeasured": [8, 8.5, 9]}, 0),
+        ({"superseded": "another tile", "remeasured": [10, 11, 12], "us": TIMES | {"vit_fast": [99, 99, 99]}}, 1),
         ({"op": "block"}, 0),
     ],
 )

@@ -76,11 +76,11 @@ class _Part(NamedTuple):
             return len(shape) == len(self.shape) and all(a in (None, b) for a, b in zip(self.shape, shape))
 
         op = "attention" if self.op == "attention_qkv" else self.op
-        itemsize = backend.compute_dtype(self.tensor).itemsize
+        dtype = backend.compute_dtype(self.tensor)
         return [
             one
             for one in findings(op, self.tensor.device)
-            if one.itemsize == itemsize and fits(one.shape) and not (one.training and self.in_block)
+            if one.dtype == dtype and fits(one.shape) and not (one.training and self.in_block)
         ]
 
 

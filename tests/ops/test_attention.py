@@ -1,5 +1,6 @@
 import math
 import mmap
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from tests.guard import guarded
 from tests.ops.harness import BACKENDS, MODES, Case, hold_to_the_rule, named
 from vit_fast import reference
 from vit_fast.ops import attention, attention_maps, attention_qkv, use_backend
-from vit_fast.ops.attention import HEAD_WIDTHS, UNFUSED_KEYS
+from vit_fast.ops.attention import HEAD_WIDTHS
+
+module = sys.modules["vit_fast.ops.attention"]  # in whose place vit_fast.ops has the function
 
 # numpy, which the interpreter runs on, speaks of the NaN and the overflow that some cases are about.
 pytestmark = [
@@ -568,16 +571,18 @@ def test_rejected(wrong):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("keys", [1, 197, UNFUSED_KEYS, UNFUSED_KEYS + 1])
-def test_on_a_cpu_in_bf16_it_is_unfused_up_to_so_many_keys(keys, autocast, monkeypatch):
+@pytest.mark.parametrize("keys", [1, 197, 198])
+def test_on_a_cpu_in_bf16_it_is_unfused_up_to_so_many_scores(keys, autocast, monkeypatch):
     """SDPA is not called then, but is in another dtype and while a graph is traced; numbers and gradients are right."""
+    monkeypatch.setattr(module, "UNFUSED_SCORES", 2 * 3 * 5 * 197)
+    monkeypatch.setattr(module, "_multiplies_bf16", lambda: True)
     calls, sdpa = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[0].dtype) or sdpa(*a, **k))
     q, k, v = (torch.randn(2, tokens, 3, 16, dtype=torch.bfloat16, requires_grad=True) for tokens in (5, keys, keys))
     upstream = torch.randn(2, 5, 48, dtype=torch.bfloat16)
     with use_backend("torch"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = attention(q, k, v)
-        assert calls == ([] if keys <= UNFUSED_KEYS else [torch.bfloat16])
+        assert calls == ([] if keys <= 197 else [torch.bfloat16])
         attention(q.half(), k.half(), v.half())
         attention(q.float(), k.float(), v.float())
         assert calls[-2:] == [torch.float16, torch.float32]
@@ -590,6 +595,15 @@ def test_on_a_cpu_in_bf16_it_is_unfused_up_to_so_many_keys(keys, autocast, monke
     with use_backend("torch"):
         traced = torch.export.export(Attention(), (q.detach(), k.detach(), v.detach()))
     assert any("scaled_dot_product" in str(node.target) for node in traced.graph.nodes)
+
+
+def test_without_products_in_bf16_a_cpu_keeps_sdpa(monkeypatch):
+    calls, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[0].dtype) or sdpa(*a, **k))
+    monkeypatch.setattr(module, "_multiplies_bf16", lambda: False)
+    with use_backend("torch"):
+        attention_qkv(torch.randn(2, 5, 3, 2, 16, dtype=torch.bfloat16))
+    assert calls == [torch.bfloat16]
 
 
 class Attention(torch.nn.Module):

@@ -1,5 +1,9 @@
 """attention: softmax attention over heads side by side, and exact rows of its probabilities."""
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,14 +22,22 @@ from vit_fast.ops.backend import (
     without_autocast,
 )
 
+
+class _Form(NamedTuple):
+    """One of SDPA's ways to compute attention, and whether the user lets it."""
+
+    backend: SDPBackend
+    enabled: Callable[[], bool]
+
+
 # PyTorch's own forms, as the files of results name them.
 SDPA = {
-    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "sdpa math": SDPBackend.MATH,
+    "sdpa cudnn": _Form(SDPBackend.CUDNN_ATTENTION, torch.backends.cuda.cudnn_sdp_enabled),
+    "sdpa flash": _Form(SDPBackend.FLASH_ATTENTION, torch.backends.cuda.flash_sdp_enabled),
+    "sdpa efficient": _Form(SDPBackend.EFFICIENT_ATTENTION, torch.backends.cuda.mem_efficient_sdp_enabled),
+    "sdpa math": _Form(SDPBackend.MATH, torch.backends.cuda.math_sdp_enabled),
 }
-UNFUSED_KEYS = 272  # of a ViT at 224 pixels and its registers; the probabilities of more would cost too much memory
+UNFUSED_SCORES = 32 * 12 * 197**2  # the most that were measured: 32 images of a ViT-B, 30 MB of probabilities a layer
 HEAD_WIDTHS = (16, 32, 48, 64, 72, 80, 88, 96, 104, 128)  # those that the kernels take
 
 
@@ -189,16 +201,24 @@ def _(q, k, lse, scale):
 
 
 def _unfused_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether two products and a softmax beat SDPA: eagerly on a CPU in bf16, at as many keys as were measured.
+    """Whether two products and a softmax beat SDPA: eagerly on a CPU in bf16.
 
-    benchmarks/results/AMD_EPYC/attention.json. Not while a graph is traced, which may run elsewhere.
+    Measured: benchmarks/results/AMD_EPYC/attention.json. Not while a graph is traced, which may run elsewhere, nor where
+    the probabilities would take much memory.
     """
     return (
-        k.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and k.device.type == "cpu"
         and q.dtype == k.dtype == v.dtype == torch.bfloat16
-        and k.shape[1] <= UNFUSED_KEYS
-        and not torch.compiler.is_compiling()
+        and q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1] <= UNFUSED_SCORES
+        and _multiplies_bf16()
     )
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    """Whether oneDNN has products in bf16 for this CPU: where it has none, as of fp16, they are many times slower."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _unfused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -217,18 +237,32 @@ def _in_pytorch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
+def _switched_on() -> tuple[str, ...]:
+    """The forms of SDPA that the user lets PyTorch use."""
+    return tuple(name for name, form in SDPA.items() if form.enabled())
+
+
+_switched_on._dynamo_marked_constant = True  # as those of backend.py
+
+
+def measured_form(operands: tuple[Tensor, ...], shape: tuple[int, int, int], rows: int) -> str:
+    """The form of SDPA that was measured faster for a call, or "": also where the user has switched that form off."""
+    finding = measured_faster("attention", operands, shape, rows)
+    return finding.form if finding and finding.form in _switched_on() else ""
+
+
 def _as_measured(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> Tensor:
-    """`_in_pytorch` by the form that was measured; where it does not take the call, by the next that does."""
-    if form not in SDPA:
-        return _in_pytorch(q, k, v, scale)
-    with sdpa_kernel([SDPA[form], *(backend for name, backend in SDPA.items() if name != form)], set_priority=True):
+    """`_in_pytorch` by a form of SDPA; where it does not take the call, by another that is not switched off."""
+    others = [SDPA[name].backend for name in _switched_on() if name != form]
+    with sdpa_kernel([SDPA[form].backend, *others], set_priority=True):
         return _in_pytorch(q, k, v, scale)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """softmax(scale·q·kᵀ)·v for each head, the heads side by side in the result.
 
-    Vaswani et al. 2017, equation 1; computed without its scores in memory as Dao et al. 2022, FlashAttention, does.
+    Vaswani et al. 2017, equation 1; the kernels compute it without its scores in memory, as Dao et al. 2022,
+    FlashAttention, does.
 
     Args:
         q: [B, Tq, H, d], fp32, fp16, bf16, or fp64 (PyTorch only). Any strides: slices of a packed QKV are not copied.
@@ -236,7 +270,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         scale: what multiplies the scores, 1/√d for None.
 
     The kernels take d = 16, 32, 48, 64, 72, 80, 88, 96, 104 and 128, and a positive scale; any other runs in PyTorch.
-    Gradients are deterministic; there is no second derivative.
+    Their gradients are deterministic and have no second derivative.
 
     Returns:
         [B, Tq, H·d] in the dtype of q, or autocast's where it is on.
@@ -251,11 +285,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not use_triton("attention", q, refusal=refusal(q.shape[-1], scale)):
         return _in_pytorch(q, k, v, scale)
-    finding = measured_faster("attention", (q, k, v), *size(q, k))
+    form = measured_form((q, k, v), *size(q, k))
     dtype = compute_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if finding:
-        return _as_measured(q, k, v, scale, finding.form)
+    if form:
+        return _as_measured(q, k, v, scale, form)
     if needs_grad(q, k, v):
         return _attention_train(q, k, v, scale)[0]
     return _attention(q, k, v, scale)
@@ -282,10 +316,10 @@ def attention_qkv(qkv: Tensor, scale: float | None = None) -> Tensor:
     if not use_triton("attention_qkv", qkv, refusal=refusal(qkv.shape[-1], scale)):
         return _in_pytorch(*qkv.unbind(2), scale)
     q, k, _ = qkv.unbind(2)
-    finding = measured_faster("attention", (qkv,), *size(q, k))
+    form = measured_form((qkv,), *size(q, k))
     qkv = qkv.to(compute_dtype(qkv))
-    if finding:
-        return _as_measured(*qkv.unbind(2), scale, finding.form)
+    if form:
+        return _as_measured(*qkv.unbind(2), scale, form)
     if needs_grad(qkv):
         return _attention_qkv_train(qkv, scale)[0]
     return _attention(*qkv.unbind(2), scale)

@@ -174,7 +174,7 @@ def measured_faster(op: str, operands: tuple[Tensor | None, ...], shape: tuple, 
     x = operands[0]
     for finding in findings(op, x.device):
         fits = finding.shape == tuple(shape) and finding.rows <= rows
-        if fits and finding.itemsize == compute_dtype(x).itemsize and finding.training == needs_grad(*operands):
+        if fits and finding.dtype == compute_dtype(x) and finding.training == needs_grad(*operands):
             return finding
     return None
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vit_fast.ops.attention import attention_qkv, refusal
+from vit_fast.ops.attention import attention_qkv, measured_form, refusal
 from vit_fast.ops.backend import (
     as_rows,
     cast,
@@ -15,7 +15,6 @@ from vit_fast.ops.backend import (
     compute_dtype,
     float32_precision,
     like,
-    measured_faster,
     needs_grad,
     on_device_of,
     or_empty,
@@ -184,11 +183,11 @@ def check(x, parameters: dict, num_heads: int, activation: str) -> None:
 def _better_apart(x: Tensor, parameters: dict, num_heads: int) -> bool:
     """Whether inference shall run the ops one by one, for PyTorch was measured to be faster in attention.
 
-    They launch the same kernels then. In training one op for all of a block saves more than one part could.
+    In inference the ops launch what the block's op launches; in training more, and what that costs was not measured.
     """
     batch, tokens, width = x.shape
     work = (x,), (tokens, tokens, width // num_heads), batch * num_heads
-    return bool(measured_faster("attention", *work)) and not needs_grad(x, *parameters.values())
+    return bool(measured_form(*work)) and not needs_grad(x, *parameters.values())
 
 
 def block(

@@ -1,6 +1,6 @@
 """Where PyTorch was measured to be faster than an op's kernels: evidence.json, architecture → findings.
 
-A finding holds for its op, pass, class of dtype and shape, from as many rows on as were measured; `python -m
+A finding holds for its op, pass, dtype and shape, from as many rows on as were measured; `python -m
 benchmarks.evidence` makes the file from the files of results. It is evidence about the package's own tiles: where the
 user's own table is in force, nothing of it counts.
 """
@@ -20,7 +20,7 @@ class Finding(NamedTuple):
 
     op: str
     training: bool  # forward and backward, or forward alone
-    itemsize: int  # of the dtype: 2 or 4
+    dtype: torch.dtype
     # attention: (Tq, Tk, d). ln_linear, linear_residual: (N, K). mlp: (D, F). patch_embed: (D, C·P·P).
     shape: tuple[int, ...]
     rows: int  # at least so many: heads of all images for attention, tokens of all images for the others
@@ -48,7 +48,7 @@ def findings_of(architecture: str) -> tuple[Finding, ...]:
         Finding(
             line["op"],
             line["pass"] == "training",
-            torch.finfo(getattr(torch, line["dtype"])).bits // 8,
+            getattr(torch, line["dtype"]),
             tuple(line["shape"]),
             line["rows"],
             line["form"],
