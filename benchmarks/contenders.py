@@ -81,8 +81,7 @@ def _sdpa(qkv: Tensor, backend: SDPBackend | None = None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def _conv2d(images, weight, bias, position, prefix, layout=torch.contiguous_format):
-    images, weight = (t.contiguous(memory_format=layout) for t in (images, weight))
+def _conv2d(images, weight, bias, position, prefix):
     patches = F.conv2d(images, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
     return torch.cat([prefix.expand(len(images), -1, -1), patches], 1) + position
 
@@ -233,6 +232,17 @@ def _liger(case: Case) -> Callable:
     return lambda x, g, c, w, b: F.linear(liger_layer_norm(x, g, c, EPS), w, b)
 
 
+class _ChannelsLast:
+    """Conv2d on images and a weight that lie in its own layout before it is called."""
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        return _conv2d(*tensors)
+
+    def laid_out(self, *tensors: Tensor) -> list[Tensor]:
+        images, weight = (t.detach().contiguous(memory_format=torch.channels_last) for t in tensors[:2])
+        return [images, weight.requires_grad_(), *tensors[2:]]
+
+
 class _Held:
     """A peer that holds its parameters itself: they are copied from the tensors of the first call."""
 
@@ -311,7 +321,7 @@ OPS = {
         _conv2d,
         images=1,
         constant=1,
-        peers={"channels last": lambda case: functools.partial(_conv2d, layout=torch.channels_last)},
+        peers={"channels last": lambda case: _ChannelsLast()},
     ),
     "block": Op(_draw_block, _our_block, _true_block, _block, images=1),
 }
@@ -413,11 +423,12 @@ def measure(case: Case, contenders: list[str], rounds: int = timing.ROUNDS) -> d
             if error is not None and not error <= allowed:
                 found[name] = Measured({}, wrong=f"its error is {error:.1e}, {allowed:.1e} is allowed")
                 continue
-            upstream = torch.randn_like(call(*first))
+            own = [call.laid_out(*tensors) for tensors in inputs] if isinstance(call, _ChannelsLast) else inputs
+            upstream = torch.randn_like(call(*own[0]))
             for direction, run in (("forward", _forward), ("both", _both)):
                 one = functools.partial(run, call, op.constant, upstream)
-                one(*first)
-                runs[direction][name] = timing.rotated(one, inputs)
+                one(*own[0])
+                runs[direction][name] = timing.rotated(one, own)
             found[name] = Measured({}, error)
         except LeftOut as reason:
             found[name] = Measured({}, left_out=str(reason))

@@ -4,16 +4,17 @@ python -m benchmarks.gpu OUT [STEP …] [--minutes 9] [--set main|full] [--worke
 
 entries    every entry of the tile table in force, held to fp64
 ops        ceilings; each op at ViT-B, L and H against SDPA, cuBLAS and PyTorch
-models     ViT-B and L, inference and training step, against timm eager, in a graph and compiled; then S and H, small
-           batches
+models     ViT-B and L, inference and training step, against timm eager, in a graph and compiled
+tiles      tiles side by side in the block that launches them, to OUT/sweep.json (benchmarks/sweep.py)
+rest       models again: S and H, small batches; more lines of OUT/models.json
 kernels    each launch of a ViT-B, L and H's block, inference and training step
-tiles      tiles side by side in the block that launches them (benchmarks/sweep.py)
 tests      tests/gpu
 
-Each step is a process of its own, and writes OUT/STEP.json as it goes: what is cut or fails costs no other step. The
-last thing written is OUT/page.txt: what is wrong, what is slow, what to do first. What is launched first is compiled by
+Each step is a process of its own, and writes OUT/STEP.json as it goes: what is cut or fails costs no other step. After
+each OUT/page.txt is written anew: what is wrong, what is slow, what to do first. What is launched first is compiled by
 half of the cores while the entries are checked. --set full measures every shape and every contender of `pytest
-benchmarks/`, and goes on where an earlier call with the same OUT stopped.
+benchmarks/`, and goes on where an earlier call with the same OUT stopped, on the same device and tree. --set main
+begins anew: what the chosen steps left in OUT before is removed.
 
 Without a GPU all of it is rehearsed at tiny shapes, in PyTorch and by the host's clock: no figure of that counts.
 """
@@ -45,7 +46,8 @@ from vit_fast import verify
 from vit_fast.checkpoint import replacing
 
 REHEARSAL = DEVICE == "cpu"
-STEPS = ("entries", "ops", "models", "kernels", "tiles", "tests")
+STEPS = ("entries", "ops", "models", "tiles", "rest", "kernels", "tests")
+FILES = {"tiles": "sweep", "rest": "models"}  # of the steps whose file has another name
 MODELS = ("tiny",) if REHEARSAL else ("B", "L", "H")
 OURS_AND_TIMMS = ("vit_fast", "vit_fast graph", "timm", "timm graph")
 COMPILED = "timm compiled"
@@ -89,13 +91,15 @@ def measure_ops(write: Write, batch: int, compiled: bool, which: str = "main", d
 
 
 def model_cases(batch: int, which: str) -> list[whole_models.ModelCase]:
-    """Those that count most first."""
+    """Of a set: those of "main" count most, "rest" has the others too."""
     if REHEARSAL:
         return whole_models.cases("small")[:2]
     if which == "full":
         return whole_models.cases("full")
     make = whole_models.ModelCase
     found = [make(name, 224, batch, "bf16", way) for name in "BL" for way in ("inference", "training")]
+    if which == "main":
+        return found
     found += [make("H", 224, batch, "bf16", "inference"), make("S", 224, batch, "bf16", "inference")]
     found += [make(name, 224, size, "bf16", "inference") for size in (1, 8, 64) for name in "BSLH"]
     return [*found, make("H", 224, batch // 4, "bf16", "training")]
@@ -112,7 +116,7 @@ def measure_models(write: Write, batch: int, compiled: bool, which: str = "main"
             if which == "full"
             else [n for n in whole_models.names(case) if n in OURS_AND_TIMMS]
         )
-        if compiled and which == "main" and case.batch == batch and case.model in "BLH":
+        if compiled and which != "full" and case.batch == batch and case.model in "BLH":
             names.append(COMPILED)
         found = whole_models.measure(case, names)
         line = {"case": list(case), "model": whole_models.NAMES[case.model], "batch": case.batch}
@@ -182,8 +186,8 @@ def measure_kernels(write: Write, batch: int) -> None:
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 
-def page(found: dict[str, dict], goals: dict[str, float], tests: str) -> str:
-    """What is wrong, what is slow and what to do first, of the files of the steps by name."""
+def page(found: dict[str, dict], goals: dict[str, float], tests: str, failed: bool) -> str:
+    """What is wrong, what is slow and what to do first: of the steps' files by name, and of what tests/gpu said."""
     wrong, slow = [], []
     for line in found.get("entries", {}).get("results", []):
         if not line["agrees"]:
@@ -207,7 +211,7 @@ def page(found: dict[str, dict], goals: dict[str, float], tests: str) -> str:
             short.append(f"{case}: {reached:.0f} % of {goals[case]}")
     slow = [text for lost, text in sorted(slow, reverse=True) if lost > 0]
     missing = [step for step in STEPS if step not in found and step != "tests"]
-    broken = wrong or "failed" in tests or "error" in tests
+    broken = wrong or failed
     first = "mend what is wrong" if broken else slow[0] if slow else "go for the ceiling"
     parts = [
         f"WRONG ({len(wrong)})",
@@ -253,9 +257,24 @@ def tasks(batch: int, compiled: bool) -> list[tuple]:
     return theirs * compiled + ours
 
 
+def known_of(path: pathlib.Path) -> list[dict]:
+    """The lines of a file that an earlier step or call left, or none.
+
+    Raises:
+        SystemExit: where they are of another device, tree or version: one file is one run.
+    """
+    if not path.is_file():
+        return []
+    before, now = json.loads(path.read_text()), record([], rehearsal=REHEARSAL)
+    for name in ("device", "commit", "versions"):
+        if before[name] != now[name]:
+            raise SystemExit(f"{path}: its {name} is {before[name]}, here it is {now[name]}; choose another OUT")
+    return before["results"]
+
+
 def run_step(step: str, out: pathlib.Path, given: argparse.Namespace) -> None:
     """One step in this process."""
-    path = out / f"{step}.json"
+    path = out / f"{FILES.get(step, step)}.json"
     ceilings = {} if step in ("entries", "tiles") else {"ceilings": timing.ceilings()}
     before = timing.device_state()
 
@@ -264,15 +283,16 @@ def run_step(step: str, out: pathlib.Path, given: argparse.Namespace) -> None:
         with replacing(path) as beside:
             beside.write_text(json.dumps(found))
 
-    done = json.loads(path.read_text())["results"] if given.set == "full" and path.is_file() else []
     compiled = not given.no_compile
     if step == "entries":
         check_entries(write, given.workers)
     elif step == "kernels":
         measure_kernels(write, given.batch_size)
+    elif step == "ops":
+        measure_ops(write, given.batch_size, compiled, given.set, known_of(path))
     else:
-        measure = {"ops": measure_ops, "models": measure_models}[step]
-        measure(write, given.batch_size, compiled, given.set, done)
+        which = "rest" if step == "rest" and given.set == "main" else given.set
+        measure_models(write, given.batch_size, compiled, which, known_of(path))
 
 
 def command_of(step: str, given: argparse.Namespace) -> list[str]:
@@ -302,7 +322,11 @@ def main() -> None:
     if given.alone:
         run_step(given.steps[0], given.out, given)
         return
-    start, tests = time.monotonic(), ""
+    if given.set == "main":
+        for step in given.steps:
+            if step != "rest":  # which adds to the file of the models
+                (given.out / f"{FILES.get(step, step)}.json").unlink(missing_ok=True)
+    start, tests, failed = time.monotonic(), "", False
 
     def left() -> float:
         return max(1.0, 60 * given.minutes - (time.monotonic() - start))
@@ -312,6 +336,7 @@ def main() -> None:
 
     pool = multiprocessing.get_context("spawn").Pool(max(1, given.workers // 2))
     waiting = [(task, pool.apply_async(prepare, (task,))) for task in tasks(given.batch_size, not given.no_compile)]
+    ended = []
     for step in given.steps:
         if step == "tiles" and REHEARSAL:
             continue  # tiles are chosen by timing them on a GPU
@@ -325,15 +350,18 @@ def main() -> None:
         try:
             output = subprocess.PIPE if step == "tests" else None
             done = subprocess.run(command_of(step, given), timeout=left(), stdout=output, text=True)
-            tests = done.stdout or tests
+            if step == "tests":
+                tests, failed = done.stdout, done.returncode != 0
             said(step, "ended with", done.returncode)
         except subprocess.TimeoutExpired as cut:
             tests = (cut.stdout or b"").decode() if step == "tests" else tests
             said(step, "was cut")
+        ended.append(step)
+        paths = {one: given.out / f"{FILES.get(one, one)}.json" for one in ended}
+        files = {one: json.loads(path.read_text()) for one, path in paths.items() if path.is_file()}
+        text = page(files, goals(), tests[-3000:], failed)
+        (given.out / "page.txt").write_text(text)
     pool.terminate()
-    files = {path.stem: json.loads(path.read_text()) for path in given.out.glob("*.json")}
-    text = page({name: file for name, file in files.items() if name in STEPS}, goals(), tests[-3000:])
-    (given.out / "page.txt").write_text(text)
     print(text)
 
 

@@ -9,6 +9,7 @@ date, commit      of the run, and of the tree that was measured, "+" where it ha
 command           what was run
 ceilings          matrix_tflops and copy_tbs, reached in the same run; none on a CPU
 state             clock, temperature and power before and after, where the driver says them
+blocks, tiles     of benchmarks/sweep.py: launches of blocks as they are, and a table of the tiles that won
 results           a list of objects, each one case; times are microseconds, samples or the 20, 50 and 80 % quantiles
 """
 
@@ -26,11 +27,19 @@ from vit_fast.kernels import tile_table
 
 from benchmarks import timing
 
-TAKES = {"device": str, "versions": dict, "date": str, "commit": (str, list), "results": list}
-MAY_HAVE = {
-    **{"driver": str, "architecture": str, "command": str, "ceilings": dict, "ceilings_of": str},
-    **{"state": list, "note": str},
+TAKES = {
+    **{"device": str, "driver": str, "architecture": str, "versions": dict, "date": str, "commit": (str, list)},
+    **{"command": str, "results": list},
 }
+MAY_HAVE = {
+    **{"ceilings": dict, "ceilings_of": str},
+    **{"state": list, "note": str, "blocks": list, "tiles": dict},
+}
+# Ours, and whose code is timed beside it; those that are not installed are not named.
+PACKAGES = (
+    *("torch", "triton", "vit-fast", "timm", "transformers", "torchvision", "flash-attn", "xformers"),
+    *("transformer-engine", "liger-kernel"),
+)
 
 
 def cpu_name() -> str:
@@ -65,7 +74,7 @@ def record(results: list, rehearsal: bool = False, **more) -> dict:
         "device": "rehearsal" if rehearsal else device,
         "driver": "".join(timing.ask_the_driver("driver_version")),
         "architecture": tile_table.architecture(torch.device("cuda")) if gpu else "",
-        "versions": {name: _version(name) for name in ("torch", "triton", "vit-fast", "timm", "transformers")},
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": commit(),
         "command": " ".join(["python", *sys.argv]),

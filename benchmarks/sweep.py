@@ -1,11 +1,12 @@
 """Tiles side by side, in the block that launches them: what each costs where it is used.
 
 python -m benchmarks.sweep OUT [--workers N] [--minutes 4]
+python -m benchmarks.sweep OUT --split
 
 Every candidate takes the place of its entry in turn, and a block runs forward and backward at the shapes that come to
-it; each launch of that kernel is timed by the device. OUT/sweep.json has all of it, OUT/blocks.json each launch of
-those blocks as they are, OUT/tiles.json the winners, for VIT_FAST_TILES: what gives other numbers than the entry in
-force does not win.
+it; each launch of that kernel is timed by the device. OUT/sweep.json has all of it, under "blocks" each launch of
+those blocks as they are, and under "tiles" the winners: what gives other numbers than the entry in force does not win.
+--split, on any machine, makes OUT/blocks.json of the ones and OUT/tiles.json, for VIT_FAST_TILES, of the others.
 """
 
 import argparse
@@ -212,12 +213,24 @@ def winners(lines: list[dict]) -> dict:
     return found
 
 
+def split(out: pathlib.Path) -> None:
+    """Of OUT/sweep.json the files that others read: blocks.json and tiles.json."""
+    found = json.loads((out / "sweep.json").read_text())
+    tiles, blocks = found.pop("tiles"), found.pop("blocks")
+    (out / "tiles.json").write_text(tile_table.text(tiles))
+    (out / "blocks.json").write_text(json.dumps(found | {"results": blocks}) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--minutes", type=float, default=4)
+    parser.add_argument("--split", action="store_true", help="measure nothing: take OUT/sweep.json apart")
     given = parser.parse_args()
+    if given.split:
+        split(given.out)
+        return
     if REHEARSAL:
         parser.error("tiles are chosen by timing them on a GPU, and torch sees none")
     start = time.monotonic()
@@ -250,9 +263,7 @@ def main() -> None:
     for task, reason in zip(tasks, reasons):
         if reason:
             print("refused:", *task[:3], reason[:120])
-    (given.out / "tiles.json").write_text(tile_table.text(winners(lines)))
-    for name, found in (("sweep", lines), ("blocks", blocks)):
-        (given.out / f"{name}.json").write_text(json.dumps(record(found)))
+    (given.out / "sweep.json").write_text(json.dumps(record(lines, blocks=blocks, tiles=winners(lines))))
     print(f"[{time.monotonic() - start:.0f} s] done")
 
 

@@ -207,3 +207,17 @@ def test_on_a_gpu_kernels_are_timed_and_not_what_auto_runs_for_them(monkeypatch)
     monkeypatch.setattr(contenders, "DEVICE", "cuda")
     contenders.call_of(SMALL._replace(op="mlp"), "vit_fast")()
     assert seen == ["triton"]
+
+
+def test_channels_last_is_the_layout_before_the_clock_starts(monkeypatch):
+    layouts, call = [], contenders._conv2d
+
+    def noted(images, weight, *others):
+        layouts.append([t.is_contiguous(memory_format=torch.channels_last) for t in (images, weight)])
+        return call(images, weight, *others)
+
+    monkeypatch.setattr(contenders, "_conv2d", noted)
+    found = measure(SMALL._replace(op="patch_embed"), ["channels last"], rounds=1)["channels last"]
+    assert found.us["both"]
+    assert layouts[0] == [False, False], "its error, of the tensors that all have"
+    assert all(layout == [True, True] for layout in layouts[1:])

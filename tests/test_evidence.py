@@ -180,7 +180,11 @@ def test_explain_says_when(monkeypatch):
     )
     says(monkeypatch, *known)
     monkeypatch.setitem(vit_fast.explain.__globals__, "findings", backend.findings)
-    model = vit_fast.create_model("vit_tiny_patch16_224", embed_dim=128, num_heads=2, depth=1)
+    sizes = {"embed_dim": 128, "num_heads": 2, "depth": 1}
+    fixed = vit_fast.create_model("vit_tiny_patch16_224", **sizes)
+    assert not [line for line in vit_fast.explain(fixed) if reason in line.reason], "it has 197 tokens in every call"
+    assert [one for one in vit_fast.explain(fixed.blocks) if reason in one.reason], "nobody knows of blocks alone"
+    model = vit_fast.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **sizes)
     lines = {(line.name, line.op): line for line in vit_fast.explain(model)}
     assert all(line.backend == "triton" for line in lines.values())
     attn = lines["blocks.0.attn", "attention_qkv"].reason

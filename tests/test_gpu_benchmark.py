@@ -15,7 +15,7 @@ pytest.importorskip("timm", reason="what models are compared with")
 from benchmarks import gpu, records
 
 ROOT = Path(__file__).parent.parent
-STEPS = ("entries", "ops", "models", "kernels")
+STEPS = ("entries", "ops", "models", "rest", "kernels")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: make gpu")
@@ -28,7 +28,7 @@ def test_the_steps_run_to_the_end(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for step in STEPS:
         assert f"{step} ended with 0" in done.stdout, done.stdout + done.stderr
-        written = json.loads((tmp_path / f"{step}.json").read_text())
+        written = json.loads((tmp_path / f"{gpu.FILES.get(step, step)}.json").read_text())
         records.validate(written)
         assert written["device"] == "rehearsal", "no figure of a rehearsal counts"
         assert written["results"]
@@ -75,7 +75,7 @@ def test_the_page_says_what_is_wrong_and_slow_and_comes_first():
         "ops": {"results": ops, "ceilings": {"matrix_tflops": 5000.0}},
         "models": {"results": [model]},
     }
-    text = gpu.page(found, {"vit_base_patch16_224 inference": 75}, "1 failed").splitlines()
+    text = gpu.page(found, {"vit_base_patch16_224 inference": 75}, "1 failed", True).splitlines()
     assert text[0] == "WRONG (3)"
     assert text[1] == "mlp_fc1 many float16: 0.5"
     assert text[2] == "mlp_fc2 many float16: no case came"
@@ -87,7 +87,9 @@ def test_the_page_says_what_is_wrong_and_slow_and_comes_first():
     assert "FIRST: mend what is wrong" in text
     found["entries"] = {"results": entries[:1]}
     model["wrong"] = []
-    assert "FIRST: attention B 2 bf16 both: 500.0 us, eager 300.0" in gpu.page(found, {}, "")
+    assert "FIRST: attention B 2 bf16 both: 500.0 us, eager 300.0" in gpu.page(
+        found, {}, "an error that a test expects", False
+    )
 
 
 def test_a_full_set_goes_on_where_it_was_cut(monkeypatch):
@@ -110,6 +112,22 @@ def test_a_full_set_goes_on_where_it_was_cut(monkeypatch):
     assert measured == [1, 2, 2]
 
 
+def test_one_file_is_one_run(tmp_path, monkeypatch):
+    """What another tree or device left is not gone on with."""
+    path = tmp_path / "ops.json"
+    assert gpu.known_of(path) == []
+    path.write_text(json.dumps(records.record([{"op": "mlp"}], rehearsal=gpu.REHEARSAL)))
+    assert gpu.known_of(path) == [{"op": "mlp"}]
+    monkeypatch.setenv("VIT_FAST_COMMIT", "another")
+    with pytest.raises(SystemExit, match=r"its commit is .*, here it is another; choose another OUT"):
+        gpu.known_of(path)
+
+
+def test_a_whole_day_leaves_six_files():
+    names = {gpu.FILES.get(step, step) for step in gpu.STEPS if step != "tests"}
+    assert len(names) + len(["page.txt"]) <= 6
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").rglob("*.json")), ids=lambda path: path.stem)
 def test_every_file_of_results_says_what_it_must(path):
     records.validate(json.loads(path.read_text()))
@@ -124,7 +142,8 @@ def test_every_file_of_results_says_what_it_must(path):
     ],
 )
 def test_what_is_no_file_of_results_is_refused(change, says):
-    right = {"device": "d", "versions": {}, "date": "2026-01-31", "commit": "", "results": []}
+    right = {"device": "d", "driver": "", "architecture": "", "versions": {}, "date": "2026-01-31"}
+    right |= {"commit": "", "command": "c", "results": []}
     records.validate(right)
     with pytest.raises(ValueError, match=says):
         records.validate(right | change)

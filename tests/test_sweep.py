@@ -1,12 +1,14 @@
 """What the sweep makes candidates of, and what it keeps: it runs on a GPU, where an error costs the device's time."""
 
+import json
+
 import pytest
 
 pytest.importorskip("triton", reason="tiles are a kernel's")
 
 from vit_fast.kernels import tile_table
 
-from benchmarks import sweep
+from benchmarks import records, sweep
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +59,16 @@ def test_what_was_not_timed_at_every_shape_does_not_win():
         line | {"model": "H"} | {"entry": {}},
     ]
     assert tile_table.numbers(sweep.winners(lines)[kernel]["16"][shape]) == now
+
+
+def test_its_one_file_comes_apart(tmp_path):
+    tiles = {"mlp_fc1": {"16": {"many": {**in_force("mlp_fc1", "many"), "origin": "predicted"}}}}
+    blocks = [{"model": "B", "us": [["mlp.fc1", 1.0]]}]
+    found = records.record([{"kernel": "mlp_fc1"}], blocks=blocks, tiles=tiles)
+    (tmp_path / "sweep.json").write_text(json.dumps(found))
+    sweep.split(tmp_path)
+    assert json.loads((tmp_path / "tiles.json").read_text()) == tiles
+    written = json.loads((tmp_path / "blocks.json").read_text())
+    records.validate(written)
+    assert written["results"] == blocks
+    assert written["commit"] == found["commit"]

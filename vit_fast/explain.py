@@ -48,14 +48,15 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         ValueError: where nothing of vit_fast is found in `model`.
     """
-    lines = Explanation(
-        Line(f"{name}.{part.name}".strip("."), part.op, *_choice(part))
-        for name, module in model.named_modules()
-        for part in _parts(module)
-    )
+    lines, tokens = [], None
+    for name, module in model.named_modules():
+        if isinstance(module, VisionTransformer):
+            grid = None if module.dynamic_img_size else module.patch_embed.num_patches
+            tokens = grid and grid + module.num_prefix_tokens
+        lines += [Line(f"{name}.{part.name}".strip("."), part.op, *_choice(part)) for part in _parts(module, tokens)]
     if not lines:
         raise ValueError(f"model: got {type(model).__name__} without any module of vit_fast, takes a VisionTransformer")
-    return lines
+    return Explanation(lines)
 
 
 class _Part(NamedTuple):
@@ -84,19 +85,20 @@ class _Part(NamedTuple):
         ]
 
 
-def _parts(module: nn.Module) -> Iterator[_Part]:
+def _parts(module: nn.Module, tokens: int | None) -> Iterator[_Part]:
+    """The ops of one module; `tokens` where they are the same in every call."""
     if isinstance(module, VisionTransformer):
         weight = module.patch_embed.proj.weight
         yield _Part("patch_embed", "patch_embed", weight, module.embed_aside(), "", (len(weight), weight[0].numel()))
     elif isinstance(module, Block):
-        yield from _parts_of_block(module)
+        yield from _parts_of_block(module, tokens)
     elif isinstance(module, AttentionPoolLatent):
         width = module.head_dim
         yield _Part("", "attention", module.latent, "", _head_width(width), (None, None, width))
         yield _Part("mlp", "mlp", module.latent, module.mlp_aside(), "", tuple(module.mlp.fc2.weight.shape))
 
 
-def _parts_of_block(block: Block) -> Iterator[_Part]:
+def _parts_of_block(block: Block, tokens: int | None) -> Iterator[_Part]:
     attn, mlp = block.attn, block.mlp
     tensor, aside, mlp_aside = next(block.parameters()), block.attention_aside(), block.mlp_aside()
     plain = not aside and type(attn.q_norm) is nn.Identity and type(attn.k_norm) is nn.Identity
@@ -112,7 +114,7 @@ def _parts_of_block(block: Block) -> Iterator[_Part]:
     if op_aside:
         yield _Part("attn", op, tensor, op_aside)
     else:
-        yield _Part("attn", op, tensor, "", _head_width(attn.head_dim), (None, None, attn.head_dim), whole)
+        yield _Part("attn", op, tensor, "", _head_width(attn.head_dim), (tokens, tokens, attn.head_dim), whole)
     yield linear("attn", "linear_residual", aside, attn, "proj.weight")
     if mlp_aside or type(mlp.norm) is nn.Identity:
         yield linear("mlp", "mlp", mlp_aside, mlp, "fc2.weight")

@@ -203,8 +203,8 @@ def _(q, k, lse, scale):
 def _unfused_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether two products and a softmax beat SDPA: eagerly on a CPU in bf16.
 
-    Measured: benchmarks/results/AMD_EPYC/attention.json. Not while a graph is traced, which may run elsewhere, nor where
-    the probabilities would take much memory.
+    Measured: benchmarks/results/AMD_EPYC/attention.json. Not while a graph is traced, which may run elsewhere, and not
+    where the probabilities would take much memory.
     """
     return (
         not torch.compiler.is_compiling()
