@@ -3,10 +3,10 @@
 python -m benchmarks.gpu OUT [STEP …] [--minutes 9] [--set main|full] [--workers N] [--batch-size 256]
 
 entries    every entry of the tile table in force, held to fp64
-ops        ceilings; each op at ViT-B, L and H against SDPA, cuBLAS and PyTorch
+ops        ceilings; each op at ViT-B, L and H against SDPA, cuBLAS and PyTorch, at ViT-B compiled PyTorch too
 models     ViT-B and L, inference and training step, against timm eager, in a graph and compiled
 tiles      tiles side by side in the block that launches them, to OUT/sweep.json (benchmarks/sweep.py)
-rest       models again: S and H, small batches; more lines of OUT/models.json
+rest       models again: S, H and so400m, small batches, fp16, more training steps; more lines of OUT/models.json
 kernels    each launch of a ViT-B, L and H's block, inference and training step
 tests      tests/gpu
 
@@ -50,7 +50,7 @@ STEPS = ("entries", "ops", "models", "tiles", "rest", "kernels", "tests")
 FILES = {"tiles": "sweep", "rest": "models"}  # of the steps whose file has another name
 MODELS = ("tiny",) if REHEARSAL else ("B", "L", "H")
 OURS_AND_TIMMS = ("vit_fast", "vit_fast graph", "timm", "timm graph")
-COMPILED = "timm compiled"
+COMPILED = ("vit_fast compiled", "timm compiled")
 
 
 # ---- steps ---------------------------------------------------------------------------------------------------------
@@ -77,7 +77,10 @@ def measure_ops(write: Write, batch: int, compiled: bool, which: str = "main", d
         place = case.op, label(case), case.tokens, case.batch, case.dtype
         if place in known:
             continue
-        names = [name for name in contenders.names(case.op) if compiled or "compiled" not in name]
+        names = contenders.names(case.op)
+        if which != "full":  # compiling takes most of the time there is
+            shown = ("compiled",) if compiled and case.model == "B" else ()
+            names = [name for name in names if not name.startswith("compiled") or name in shown]
         found = contenders.measure(case, names)
         for direction in ("forward", "both"):
             us = {name: quantiles(one.us[direction]) for name, one in found.items() if one.us}
@@ -102,7 +105,10 @@ def model_cases(batch: int, which: str) -> list[whole_models.ModelCase]:
         return found
     found += [make("H", 224, batch, "bf16", "inference"), make("S", 224, batch, "bf16", "inference")]
     found += [make(name, 224, size, "bf16", "inference") for size in (1, 8, 64) for name in "BSLH"]
-    return [*found, make("H", 224, batch // 4, "bf16", "training")]
+    found += [make(name, 224, batch // 4, "bf16", "training") for name in "HBL"]
+    found += [make("so400m", 224, batch, "bf16", "inference"), make("B", 224, batch, "fp16", "inference")]
+    found += [make("S", 224, batch, "bf16", "training"), make("B", 384, batch // 4, "bf16", "inference")]
+    return [*found, make("B", 224, batch, "fp16", "training"), make("L", 224, batch, "fp16", "inference")]
 
 
 def measure_models(write: Write, batch: int, compiled: bool, which: str = "main", done: Iterable[dict] = ()) -> None:
@@ -116,8 +122,8 @@ def measure_models(write: Write, batch: int, compiled: bool, which: str = "main"
             if which == "full"
             else [n for n in whole_models.names(case) if n in OURS_AND_TIMMS]
         )
-        if compiled and which != "full" and case.batch == batch and case.model in "BLH":
-            names.append(COMPILED)
+        if compiled and which != "full" and case.batch == batch and case.dtype == "bf16" and case.model in MODELS:
+            names += COMPILED
         found = whole_models.measure(case, names)
         line = {"case": list(case), "model": whole_models.NAMES[case.model], "batch": case.batch}
         line |= {"training": case.direction == "training"}

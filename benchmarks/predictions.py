@@ -70,16 +70,18 @@ def predict_all(arch: str, dtype: str, found: list[Launch]) -> list[roofline.Pre
 # ---- whole models --------------------------------------------------------------------------------------------------
 
 
-def forward_flops(name: str) -> int:
+def forward_flops(name: str, pixels: int = 224) -> int:
     """Operations of one image's forward pass, two a multiply-add: every product of the model as it is published."""
     import vit_fast
 
     with torch.device("meta"):
-        model = vit_fast.create_model(name, num_classes=1000)
-    tokens, width = model.pos_embed.shape[1:]
-    hidden = model.blocks[0].mlp.fc1.out_features
+        model = vit_fast.create_model(name, num_classes=1000, img_size=pixels)
+    patches, width = model.patch_embed.num_patches, model.embed_dim
+    tokens, hidden = patches + model.num_prefix_tokens, model.blocks[0].mlp.fc1.out_features
     macs = len(model.blocks) * tokens * (4 * width * width + 2 * width * hidden + 2 * tokens * width)
-    macs += (tokens - 1) * model.patch_embed.proj.weight.numel() + model.head.weight.numel()
+    macs += patches * model.patch_embed.proj.weight.numel() + model.head.weight.numel()
+    if model.attn_pool is not None:  # one query that looks at every patch, and an MLP for it
+        macs += (2 * patches + 2) * width * width + 2 * patches * width + 2 * width * hidden
     return 2 * macs
 
 

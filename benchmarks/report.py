@@ -16,6 +16,7 @@ NAMES = {
     "vit_base_patch16_224": "ViT-B/16",
     "vit_large_patch16_224": "ViT-L/16",
     "vit_huge_patch14_224": "ViT-H/14",
+    "vit_so400m_patch14_siglip_224": "so400m/14",
 }
 SHAPES = {"B": "ViT-B/16", "L": "ViT-L/16", "H": "ViT-H/14", "B at 384": "ViT-B/16 at 384"}
 
@@ -35,53 +36,57 @@ def against(ratio: float) -> str:
     return f"{ratio:.2f}" + ", slower" * (ratio < 1)
 
 
-def merged(rows: list[dict]) -> list[dict]:
-    """Rows of one model, batch and pass made one: contenders of a training step are timed each alone."""
-    found = {}
-    for row in rows:
-        one = found.setdefault((row["model"], row["batch"], row["training"]), {**row, "us": {}, "gb": {}})
-        one["us"] |= row["us"]
-        if "peak_gb" in row:
-            one["gb"][next(iter(row["us"]))] = row["peak_gb"]
-        one["gb"] |= {name: facts["peak_gb"] for name, facts in row.get("facts", {}).items() if "peak_gb" in facts}
-    return list(found.values())
+def measured_models(training: bool, **wanted) -> list[dict]:
+    """Lines of whole models, with the peak memory of each contender as "gb"; `wanted` are values of their cases."""
+    names = ("model", "pixels", "batch", "dtype", "direction")
+    wanted["direction"] = "training" if training else "inference"
+    found = []
+    for row in results("models")["results"]:
+        case = dict(zip(names, row["case"]))
+        if all(case[name] == value for name, value in wanted.items()) and "vit_fast" in row["us"]:
+            gb = {name: facts["peak_gb"] for name, facts in row["facts"].items() if "peak_gb" in facts}
+            found.append({**row, **case, "model": row["model"], "gb": gb})
+    return found
+
+
+PLAIN = {"pixels": 224, "dtype": "bf16"}  # what pictures show
 
 
 def models_table(training: bool, batches: tuple[int, ...]) -> str:
     """Images a second of whole models, ours and timm's, each in its fastest form."""
-    file = results("models")
-    ceiling = file["ceilings"]["matrix_tflops"]
-    head = ["model", "batch", "vit_fast", "timm", "ratio", "% of the matrix ceiling"] + ["memory, GB"] * training
+    ceiling = results("models")["ceilings"]["matrix_tflops"]
+    head = ["model", "batch", "vit_fast", "timm", "ratio", "% of the matrix ceiling", "memory, GB"]
+    order = list(NAMES)
     rows = []
-    for row in merged(file["results"]):
-        if row["training"] != training or row["batch"] not in batches:
+    for row in sorted(measured_models(training), key=lambda row: (order.index(row["model"]), row["batch"])):
+        if row["batch"] not in batches:
             continue
-        (_, ours), (form, theirs) = best(row["us"], True), best(row["us"], False)
-        flops = forward_flops(row["model"]) * row["batch"] * (3 if training else 1)
+        (way, ours), (form, theirs) = best(row["us"], True), best(row["us"], False)
+        flops = forward_flops(row["model"], row["pixels"]) * row["batch"] * (3 if training else 1)
         ratio = theirs / ours
+        size = f" at {row['pixels']}" * (row["pixels"] != 224)
         cells = [
-            NAMES[row["model"]],
+            NAMES[row["model"]] + size + f", {row['dtype']}" * (row["dtype"] != "bf16"),
             f"{row['batch']}",
-            f"{row['batch'] / ours * 1e6:,.0f}",
+            f"{row['batch'] / ours * 1e6:,.0f} {way.removeprefix('vit_fast').strip() or 'eager'}",
             f"{row['batch'] / theirs * 1e6:,.0f} {form.removeprefix('timm').strip() or 'eager'}",
             f"**{against(ratio)}**" if ratio > 1 else against(ratio),
             f"{100 * flops / ours / 1e6 / ceiling:.0f}",
         ]
-        if training:
-            memory = row["gb"]
-            cells.append(f"{memory['vit_fast']:.1f}, timm eager {memory['timm']:.1f}")
-        rows.append(cells)
+        memory = [f"{row['gb'][name]:.1f}" if name in row["gb"] else "not known" for name in ("vit_fast", "timm")]
+        rows.append([*cells, "{}, timm eager {}".format(*memory)])
     return markdown_table(head, rows)
 
 
 def eager_table() -> str:
     """Milliseconds of small batches launched one by one, where the host is what takes the time."""
     rows = []
-    for row in results("models")["results"]:
-        if not row["training"] and row["batch"] in (1, 8):
-            times = [row["us"][run][1] / 1e3 for run in ("vit_fast", "timm", "vit_fast graph")]
-            rows.append([NAMES[row["model"]], row["batch"], *(f"{ms:.2f}" for ms in times)])
-    return markdown_table(["model", "batch", "vit_fast eager, ms", "timm eager, ms", "vit_fast in a graph, ms"], rows)
+    for batch in (1, 8):
+        for row in measured_models(False, batch=batch, **PLAIN):
+            times = [row["us"][run][1] / 1e3 for run in ("vit_fast", "timm", "vit_fast graph", "timm graph")]
+            rows.append([NAMES[row["model"]], batch, *(f"{ms:.2f}" for ms in times)])
+    forms = ["vit_fast eager, ms", "timm eager, ms", "vit_fast in a graph, ms", "timm in a graph, ms"]
+    return markdown_table(["model", "batch", *forms], rows)
 
 
 def host_table() -> str:
@@ -165,7 +170,7 @@ def plot_speed(path: pathlib.Path) -> None:
     """The speed of each contender over that of timm's eager form, by model: inference and training step."""
     figure, axes = _figure(1, 2, figsize=(9, 3.2), width_ratios=(3, 1))
     for axis, training, title in zip(axes, (False, True), ("inference", "training step")):
-        rows = [r for r in merged(results("models")["results"]) if r["training"] == training and r["batch"] == 256]
+        rows = [row for row in measured_models(training, batch=256, **PLAIN) if "timm" in row["us"]]
         forms = {
             "timm eager": lambda us: us["timm"][1],
             "timm compiled": lambda us: us.get("timm compiled", [0, float("nan")])[1],
@@ -191,23 +196,24 @@ def plot_speed(path: pathlib.Path) -> None:
 
 def plot_latency(path: pathlib.Path) -> None:
     """Milliseconds of inference against batch, ours and timm's, each in its fastest form and launched one by one."""
-    rows = [row for row in merged(results("models")["results"]) if not row["training"]]
-    figure, axes = _figure(1, len(NAMES), figsize=(11, 3), sharey=True)
+    rows = measured_models(False, **PLAIN)
+    shown = [name for name in NAMES if sum(row["model"] == name for row in rows) > 1]
+    figure, axes = _figure(1, len(shown), figsize=(11, 3), sharey=True)
     lines = {
         "vit_fast": ("tab:blue", "-", lambda us: best(us, True)[1]),
         "timm": ("0.4", "-", lambda us: best(us, False)[1]),
         "vit_fast, eager": ("tab:blue", ":", lambda us: us["vit_fast"][1]),
         "timm, eager": ("0.4", ":", lambda us: us["timm"][1]),
     }
-    for axis, (name, title) in zip(axes, NAMES.items()):
-        mine = [row for row in rows if row["model"] == name]
+    for axis, name in zip(axes, shown):
+        mine = sorted((row for row in rows if row["model"] == name), key=lambda row: row["batch"])
         for label, (colour, style, of) in lines.items():
             times = [of(row["us"]) / 1e3 for row in mine]
             axis.plot([row["batch"] for row in mine], times, style, color=colour, label=label, marker=".")
         axis.set(xscale="log", yscale="log")
         axis.set_xticks([row["batch"] for row in mine], [row["batch"] for row in mine], fontsize=7)
         axis.minorticks_off()
-        axis.set_title(title, fontsize=9)
+        axis.set_title(NAMES[name], fontsize=9)
         axis.set_xlabel("batch", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("ms", fontsize=8)
@@ -239,7 +245,7 @@ def plot_roofline(path: pathlib.Path) -> None:
 
 def plot_memory(path: pathlib.Path) -> None:
     """Peak memory of a training step by model, ours and timm's forms."""
-    rows = [row for row in merged(results("models")["results"]) if row["gb"] and row["batch"] == 256]
+    rows = measured_models(True, batch=256, **PLAIN)
     figure, axis = _figure(figsize=(5, 3))
     forms = {"timm eager": "timm", "timm compiled": "timm compiled", "vit_fast": "vit_fast"}
     for number, (label, form) in enumerate(forms.items()):

@@ -52,9 +52,14 @@ def empty_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak_gb() -> float | None:
-    """The most memory that was taken since `empty_memory`; None without a GPU."""
-    return torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else None
+def held_gb() -> float:
+    """The memory that is taken now; 0 without a GPU."""
+    return torch.cuda.memory_allocated() / 1e9 if DEVICE == "cuda" else 0.0
+
+
+def peak_gb() -> float:
+    """The most memory that was taken since `empty_memory`; 0 without a GPU."""
+    return torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else 0.0
 
 
 def quantiles(samples: Sequence[float]) -> list[float]:

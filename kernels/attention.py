@@ -33,7 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .product import add_dot
+from .product import add_dot, early, wait_for_launch_before
 from .tile_table import lookup, multiprocessors
 
 LN2 = tl.constexpr(math.log(2))
@@ -207,6 +207,7 @@ def _forward_kernel(
     HEAD: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """A span of a head's queries, a tile after the other: its keys and values are loaded once."""
+    wait_for_launch_before()
     spans = tl.cdiv(Tq, span)
     program = tl.program_id(0) // spans
     head, b, h = program.to(tl.int64), program // H, program % H
@@ -246,6 +247,7 @@ def _forward_streaming_kernel(
     H, Tq, Tk, scale_log2,
     HEAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    wait_for_launch_before()
     head, b, h, rows = tile_of_head(Tq, H, BLOCK_M)
     q_tile = load_head(head_view(q, b, h, HEAD), rows, Tq, HEAD)  # [BLOCK_M, d]
     k_view, v_view = head_view(k, b, h, HEAD), head_view(v, b, h, HEAD)
@@ -278,6 +280,7 @@ def _grad_kernel(
     H, Tq, Tk, scale, scale_log2,
     HEAD: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    wait_for_launch_before()
     program = tl.program_id(0)
     head, b, h = program.to(tl.int64), program // H, program % H
     q_tiles = load_pieces(head_view(q, b, h, HEAD), Tq, PIECES, HEAD)
@@ -324,6 +327,7 @@ def _query_grad_kernel(
     H, Tq, Tk, scale, scale_log2,
     HEAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    wait_for_launch_before()
     head, b, h, rows = tile_of_head(Tq, H, BLOCK_M)
     q_tile = load_head(head_view(q, b, h, HEAD), rows, Tq, HEAD)  # [BLOCK_M, d]
     do_tile = load_head(head_view(do, b, h, HEAD), rows, Tq, HEAD)
@@ -352,6 +356,7 @@ def _key_grad_kernel(
     H, Tq, Tk, scale, scale_log2,
     HEAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    wait_for_launch_before()
     head, b, h, keys = tile_of_head(Tk, H, BLOCK_N)
     k_tile = load_head(head_view(k, b, h, HEAD), keys, Tk, HEAD)  # [BLOCK_N, d]
     v_tile = load_head(head_view(v, b, h, HEAD), keys, Tk, HEAD)
@@ -381,6 +386,7 @@ def _maps_kernel(
     H, Tq, Tk, scale_log2,
     HEAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    wait_for_launch_before()
     head, b, h, rows = tile_of_head(Tq, H, BLOCK_M)
     q_tile = load_head(head_view(q, b, h, HEAD), rows, Tq, HEAD)  # [BLOCK_M, d]
     k_view = head_view(k, b, h, HEAD)
@@ -436,7 +442,8 @@ def _arguments(precision: str, *views: torch.Tensor) -> dict:
     H, width = views[0].shape[2:]
     # What divides each stride: triton sees a divisor of 16 by itself, but heads of 72 elements begin at multiples of 8.
     align = math.gcd(8, *(stride for view in views for stride in view.stride()[:-1]))
-    return {"H": H, "HEAD": (width, *head_pieces(width), align), "PRECISION": precision}
+    head = {"H": H, "HEAD": (width, *head_pieces(width), align), "PRECISION": precision}
+    return head | early(views[0].device)
 
 
 def _view(x: torch.Tensor) -> tuple:

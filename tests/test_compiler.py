@@ -52,6 +52,19 @@ def test_a_launch_knows_its_entry():
             assert launch.entry_name == ""
 
 
+@pytest.mark.parametrize("arch, early", [("sm_90", True), ("sm_100", True), ("sm_89", False), ("gfx942", False)])
+def test_where_a_launch_may_begin_early(arch, early):
+    assert {launch.kwargs.get("launch_pdl", False) for launch in launches(OPS, arch, "bf16")} == {early}
+
+
+def test_who_may_begin_early_waits_first():
+    """And the compiler moves nothing before the wait: what it makes of each kernel is looked at in `resources`."""
+    entry = ".entry kernel(.param .u64 .ptr .global .align 16 x_ptr)\n{\n"
+    assert not compiled.is_early(f"{entry}griddepcontrol.wait;\nld.global.b32 %r1, [%rd1];")
+    assert compiled.is_early(f"{entry}ld.global.b32 %r1, [%rd1];\ngriddepcontrol.wait;")
+    assert compiled.is_early(f"{entry}ld.global.b32 %r1, [%rd1];")
+
+
 def test_a_fault_is_found():
     """The check has teeth: the widest tile on one warp spills, and is said to."""
     launch = next(x for x in launches(["linear_residual"], "sm_90", "bf16") if x.kernel.__name__ == "_forward_kernel")

@@ -34,7 +34,8 @@ def test_a_contender_counts_by_its_fastest_form():
 
 
 def test_what_is_slower_is_said_to_be(monkeypatch):
-    row = {"model": "vit_base_patch16_224", "batch": 64, "training": False}
-    file = {"ceilings": {"matrix_tflops": 800}, "results": [row | {"us": {"vit_fast": [9, 9, 9], "timm": [6, 6, 6]}}]}
+    row = {"model": "vit_base_patch16_224", "batch": 64, "training": False, "facts": {}}
+    row |= {"case": ["B", 224, 64, "bf16", "inference"], "us": {"vit_fast": [9, 9, 9], "timm": [6, 6, 6]}}
+    file = {"ceilings": {"matrix_tflops": 800}, "results": [row]}
     monkeypatch.setattr(report, "results", lambda name: file)
     assert "0.67, slower" in report.models_table(False, (64,))
