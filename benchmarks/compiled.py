@@ -81,7 +81,7 @@ def read_loops(lines: list[tuple[str, str]]) -> dict:
 def is_early(ptx: str) -> bool:
     """Whether a kernel reads or writes the device's memory before it waits for the launch before, or never waits."""
     before, waits, _ = ptx.partition("\n{\n")[2].partition("griddepcontrol.wait")  # behind the parameters
-    return not waits or ".global" in before
+    return not waits or ".global" in before.replace("prefetch.L2.global", "")
 
 
 def resources(arch: str, compiled) -> dict:

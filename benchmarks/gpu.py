@@ -50,7 +50,8 @@ STEPS = ("entries", "ops", "models", "tiles", "rest", "kernels", "tests")
 FILES = {"tiles": "sweep", "rest": "models"}  # of the steps whose file has another name
 MODELS = ("tiny",) if REHEARSAL else ("B", "L", "H")
 OURS_AND_TIMMS = ("vit_fast", "vit_fast graph", "timm", "timm graph")
-COMPILED = ("vit_fast compiled", "timm compiled")
+# By model, at the largest batch: to compile takes longer than to measure.
+COMPILED = {"B": ("timm compiled", "vit_fast compiled"), "L": ("timm compiled",)}
 
 
 # ---- steps ---------------------------------------------------------------------------------------------------------
@@ -122,8 +123,8 @@ def measure_models(write: Write, batch: int, compiled: bool, which: str = "main"
             if which == "full"
             else [n for n in whole_models.names(case) if n in OURS_AND_TIMMS]
         )
-        if compiled and which != "full" and case.batch == batch and case.dtype == "bf16" and case.model in MODELS:
-            names += COMPILED
+        if compiled and which != "full" and case[1:4] == (224, batch, "bf16"):
+            names += COMPILED.get(case.model, ())
         found = whole_models.measure(case, names)
         line = {"case": list(case), "model": whole_models.NAMES[case.model], "batch": case.batch}
         line |= {"training": case.direction == "training"}
@@ -245,11 +246,12 @@ def goals() -> dict[str, float]:
 
 def prepare(task: tuple) -> None:
     """Compile what a step will launch: it is run once, small."""
-    kind, name, training, batch = task
-    if kind == "timm":
+    contender, name, training, batch = task
+    if contender.endswith("compiled"):
+        case = whole_models.ModelCase(name, 224, batch, "bf16", "")
         with torch.device(DEVICE):
-            case = whole_models.ModelCase(name, 224, batch, "bf16", "")
-            model = contenders.compiled(whole_models._timm(case).to(torch.bfloat16).train(training))
+            model = whole_models.PEERS[contender.split()[0]](case)
+        model = contenders.compiled(model.to(torch.bfloat16).train(training))
     else:
         model = shallow_model(name, training, depth=1)
     step_of(model, batch, training)()
@@ -258,9 +260,9 @@ def prepare(task: tuple) -> None:
 def tasks(batch: int, compiled: bool) -> list[tuple]:
     """What `prepare` is to do."""
     small = min(batch, 16)
-    ours = [("ours", name, training, size) for name in MODELS for training in (False, True) for size in {small, 1}]
-    theirs = [("timm", name, training, batch) for name in MODELS[:2] for training in (False, True)]
-    return theirs * compiled + ours
+    ours = [("vit_fast", name, training, size) for name in MODELS for training in (False, True) for size in {small, 1}]
+    pairs = [(contender, name) for name in MODELS for contender in COMPILED.get(name, ())]
+    return [(*pair, training, batch) for pair in pairs for training in (False, True)] * compiled + ours
 
 
 def known_of(path: pathlib.Path) -> list[dict]:

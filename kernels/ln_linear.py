@@ -19,6 +19,7 @@ from .linear import finish, input_grad, weight_grad
 from .product import (
     column_pieces,
     count_tiles,
+    fetch_weight,
     launch_tiles,
     load_vector,
     matrix,
@@ -37,6 +38,7 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    fetch_weight(weight_ptr, M, N, K, stride_weight, BLOCK_M, BLOCK_N, TMA)
     wait_for_launch_before()
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES

@@ -17,6 +17,7 @@ from .linear import branch_gradient, finish, weight_grad
 from .product import (
     column_pieces,
     count_tiles,
+    fetch_weight,
     launch_tiles,
     load_tile,
     load_vector,
@@ -39,6 +40,7 @@ def _fc1_kernel(
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """act(h) of z = LN(x), and h for backward where it is wanted."""
+    fetch_weight(weight_ptr, M, N, K, stride_weight, BLOCK_M, BLOCK_N, TMA)
     wait_for_launch_before()
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES

@@ -41,6 +41,22 @@ def wait_for_launch_before():
         gdc_launch_dependents()  # not before the wait: a launch may overlap its neighbour, and no other
 
 
+@triton.jit
+def fetch_weight(weight_ptr, M, N, K, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
+    """Before that wait: ask for the rows of a weight [N, K] that this program begins with, so that they come to L2 while
+    the launch before still runs. One program of those that begin with the same rows does."""
+    if cuda_capability_geq(9, 0) and TMA:  # whose rows begin at multiples of 16 bytes
+        row, first = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+        if row == 0:
+            rows = tl.minimum(first + tl.arange(0, BLOCK_N), N - 1)
+            nbytes = K * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            tl.inline_asm_elementwise(
+                "cp.async.bulk.prefetch.L2.global [$1], $2; // $0", "=r,l,r",
+                [(weight_ptr + rows.to(tl.int64) * stride).to(tl.int64), tl.full([BLOCK_N], nbytes, tl.int32)],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+
+
 def early(device: torch.device) -> dict:
     """The launch option by which a kernel that waits for the launch before may begin before that has ended
     (programmatic dependent launch, Hopper and later)."""
