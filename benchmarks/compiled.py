@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.launches import Launch, hardware
@@ -36,7 +37,8 @@ def source_for(arch: str, launch: Launch) -> tuple[ASTSource, GPUTarget, dict]:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*launch.args, **launch.kwargs)
     options, signature, constexprs, attrs = kernel._pack_args(backend, launch.kwargs, bound, specialization, options)
-    return ASTSource(kernel, signature, constexprs, attrs), target, options.__dict__
+    written_in = GluonASTSource if kernel.is_gluon() else ASTSource
+    return written_in(kernel, signature, constexprs, attrs), target, options.__dict__
 
 
 def nvidia_tool(name: str, cubin: bytes, flag: str) -> str:

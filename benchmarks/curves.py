@@ -6,9 +6,9 @@ digits     a ViT-Ti on four fifths of scikit-learn's scanned digits, three seeds
 stripes    a ViT-S on pictures that are drawn as they are needed, noise over stripes of one of ten directions; the
            pictures of the last batches, which no step saw before, are held out
 
-bf16 by autocast, parameters in fp32, AdamW, a warm-up of 30 steps and one cosine. A seed draws the parameters and the order of
-the pictures, for both backends the same; what differs is how sums are rounded, which training carries on. Accuracies
-are to differ by no more between the backends than they do between seeds.
+bf16 by autocast, parameters in fp32, AdamW, a warm-up of 30 steps and one cosine. A seed draws the parameters and the
+order of the pictures, for both backends the same; what differs is how sums are rounded, which training carries on.
+Accuracies are to differ by no more between the backends than they do between seeds.
 """
 
 import argparse

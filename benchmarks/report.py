@@ -134,6 +134,20 @@ def ops_table() -> str:
     return markdown_table(head, rows)
 
 
+def curves_table() -> str:
+    """Accuracy on what is held out, by task and seed, trained on the kernels and in PyTorch."""
+    found = {}
+    for row in results("curves")["results"]:
+        found.setdefault((row["task"], row["seed"]), {})[row["backend"]] = row
+    rows = []
+    for (task, seed), by in found.items():
+        cells = [f"{100 * by[backend]['accuracy']:.2f}" for backend in ("triton", "torch")]
+        apart = max(abs(a - b) for a, b in zip(by["triton"]["losses"], by["torch"]["losses"]))
+        rows.append([task, seed, len(by["torch"]["losses"]), *cells, f"{apart:.3f}"])
+    head = ["task", "seed", "steps", "kernels, % right", "PyTorch, % right", "losses at most apart"]
+    return markdown_table(head, rows)
+
+
 def pages() -> dict[pathlib.Path, str]:
     """Every page with its measured parts made anew."""
     readme, performance = ROOT / "README.md", ROOT / "docs/performance.md"
@@ -142,6 +156,7 @@ def pages() -> dict[pathlib.Path, str]:
     notes = replace_part(performance.read_text(), "ops", ops_table())
     notes = replace_part(notes, "all batches", models_table(False, (1, 8, 64, 256)))
     notes = replace_part(notes, "host", host_table())
+    notes = replace_part(notes, "curves", curves_table())
     notes = replace_part(notes, "cpu", cpu_table())
     return {readme: text, performance: replace_part(notes, "eager", eager_table())}
 
@@ -262,7 +277,32 @@ def plot_memory(path: pathlib.Path) -> None:
     _save(figure, path)
 
 
-PICTURES = {"measured": plot_speed, "latency": plot_latency, "roofline": plot_roofline, "memory": plot_memory}
+def plot_curves(path: pathlib.Path) -> None:
+    """The loss of each step of a task's first seed, trained on the kernels and in PyTorch."""
+    rows = [row for row in results("curves")["results"] if row["seed"] == 0]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = _figure(1, len(tasks), figsize=(9, 3))
+    styles = {"torch": ("PyTorch", "0.6", "-", 2.5), "triton": ("kernels", "tab:blue", "-", 0.8)}
+    for axis, task in zip(axes, tasks):
+        losses = {row["backend"]: row["losses"] for row in rows if row["task"] == task}
+        for backend, (label, colour, style, width) in styles.items():
+            axis.plot(losses[backend], style, color=colour, linewidth=width, label=label)
+        axis.set_title({"digits": "ViT-Ti, scanned digits", "stripes": "ViT-S, drawn stripes"}[task], fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("loss", fontsize=8)
+    axes[0].legend(fontsize=7, frameon=False)
+    figure.suptitle(f"{results('curves')['device']}, bf16 by autocast, seed 0, measured", fontsize=10)
+    _save(figure, path)
+
+
+PICTURES = {
+    "measured": plot_speed,
+    "latency": plot_latency,
+    "roofline": plot_roofline,
+    "memory": plot_memory,
+    "curves": plot_curves,
+}
 
 
 def main() -> None:

@@ -292,9 +292,9 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
     """Each contender's time a batch, in turn with the others; training steps one contender after the other on a GPU,
     whose memory may not hold two.
 
-    Logits may be four times as far from fp64 as those of our model in PyTorch in the same dtype. A contender's memory is
-    the most that it takes with the images, without what the others hold; of a graph, whose memory is its own pool, it
-    is not known.
+    Logits may be four times as far from fp64 as those of our model in PyTorch in the same dtype. A contender's memory
+    is the most that it takes with the images, without what the others hold; of a graph, whose memory is its own pool,
+    it is not known.
     """
     torch._dynamo.reset()  # its limits are for one piece of code, and all cases share theirs
     images = torch.randn(case.batch, 3, case.pixels, case.pixels, device=DEVICE).to(DTYPES[case.dtype])

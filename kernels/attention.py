@@ -13,7 +13,7 @@ whole      up to the LONGEST of the tile's entry, 272 tokens at most: a program 
            pieces of a power of two, 197 as 128 + 64 + 16. The pieces are what is compiled; how many tokens there are is
            a mask of the last piece, so that a new size of image compiles nothing new until its pieces are others.
            forward: a program a head, or a query tile where heads are few; all scores of a tile at once, one softmax
-           without rescaling.
+           without rescaling. On Hopper, of packed tensors, by warps that each do one thing (hopper_attention.py).
            backward: a program a head, five products. All queries stay, and dq is summed over key tiles in registers,
            half as many as dk and dv would take; dk and dv of a key tile are whole when the next begins
 streaming  beyond. forward: one pass over key tiles; m is the largest score so far, l = Σ 2^(S − m), both mended when m
@@ -34,7 +34,11 @@ import triton
 import triton.language as tl
 
 from .product import add_dot, early, wait_for_launch_before
-from .tile_table import lookup, multiprocessors
+from .tile_table import architecture, lookup, multiprocessors
+
+GLUON = triton.__version__.startswith("3.6.")  # whose it is that hopper_attention is written in: 3.9 has other names
+if GLUON:
+    from . import hopper_attention
 
 LN2 = tl.constexpr(math.log(2))
 HEADS_TO_FILL = 4  # a multiprocessor
@@ -468,9 +472,13 @@ def forward(q, k, v, scale: float, precision: str, with_lse: bool):
         **{"q": _view(q), "k": _view(k), "v": _view(v), "o": _view(o), "lse_ptr": lse},
         **{"Tq": Tq, "Tk": Tk, "scale_log2": _log2(scale)},
     }
-    if tile := _whole("attention_forward", q, Tk):
+    fills = B * H >= HEADS_TO_FILL * multiprocessors(q.device)
+    if GLUON and fills and architecture(q.device) == "sm_90" and hopper_attention.takes(q, k, v):
+        head = d, *head_pieces(d)
+        hopper_attention.forward(q, o, lse, _log2(scale), multiprocessors(q.device), row_pieces(Tk), head)
+    elif tile := _whole("attention_forward", q, Tk):
         # Where heads alone fill the device each has one program: its keys come once, not once for each tile of queries.
-        span = Tq if B * H >= HEADS_TO_FILL * multiprocessors(q.device) else tile["BLOCK_M"]
+        span = Tq if fills else tile["BLOCK_M"]
         programs = B * H * triton.cdiv(Tq, span)
         _forward_kernel[(programs,)](**arguments, **tile, span=span, PIECES=row_pieces(Tk))
     else:

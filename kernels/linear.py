@@ -100,7 +100,14 @@ def branch_gradient(dy, layer_scale, drop, tokens_per_image, dtype):
     if branch is not None:
         M, N = dy.shape
         _branch_kernel[(-(-M // 16), -(-N // 256))](
-            dy_ptr=dy, branch=branch, M=M, N=N, stride_dy=dy.stride(0), BLOCK_M=16, BLOCK_N=256, num_warps=4,
+            dy_ptr=dy,
+            branch=branch,
+            M=M,
+            N=N,
+            stride_dy=dy.stride(0),
+            BLOCK_M=16,
+            BLOCK_N=256,
+            num_warps=4,
             **early(dy.device),
         )
     return gradients_of(branch, dy)

@@ -52,7 +52,7 @@ def test_a_launch_knows_its_entry():
             assert launch.entry_name == ""
 
 
-@pytest.mark.parametrize("arch, early", [("sm_90", True), ("sm_100", True), ("sm_89", False), ("gfx942", False)])
+@pytest.mark.parametrize(("arch", "early"), [("sm_90", True), ("sm_100", True), ("sm_89", False), ("gfx942", False)])
 def test_where_a_launch_may_begin_early(arch, early):
     assert {launch.kwargs.get("launch_pdl", False) for launch in launches(OPS, arch, "bf16")} == {early}
 

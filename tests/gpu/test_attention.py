@@ -7,6 +7,7 @@ from tests import unfused
 from tests.ops.harness import Case, hold_to_the_rule, named
 from tests.ops.test_attention import DTYPES, HEADS, LONG, PACKED, PIECES, SEPARATE, shaped, shaped_qkv, unpacked
 from vit_fast import reference
+from vit_fast.kernels import hopper_attention
 from vit_fast.ops import attention, attention_maps, attention_qkv, use_backend
 from vit_fast.ops.attention import HEAD_WIDTHS
 
@@ -15,6 +16,10 @@ SIZED = [
     Case("one token past every tile", shaped(2, 129, 3, 64, keys=257)),
     Case("image of 512", shaped(1, 1025, 2, 64)),
 ]
+# As many heads as fill a device: on Hopper those of hopper_attention.py, whose tiles and pieces of keys these
+# lengths cross.
+LENGTHS = (65, 128, 129, 192, 197, 208, 209, 240, 256, 257, 272)
+MANY = [Case(f"{n} tokens, many heads of {d}", shaped_qkv(67, n, 8, d)) for n in LENGTHS for d in (64, 80)]
 SIZED_PACKED = [Case(f"197 tokens, heads of {width}", shaped_qkv(2, 197, 3, width)) for width in HEAD_WIDTHS]
 
 
@@ -29,6 +34,43 @@ def test_output_and_gradients(case, mode):
 def test_packed_output_and_gradients(case, mode):
     ours, truth = attention_qkv, unpacked(reference.attention)
     hold_to_the_rule(ours, truth, unpacked(unfused.attention), case, mode, "triton", "cuda")
+
+
+@pytest.fixture
+def specialised(monkeypatch):
+    """Calls of the kernel for Hopper, noted; skips where another GPU is at hand."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("a kernel for sm_90")
+    calls, forward = [], hopper_attention.forward
+    monkeypatch.setattr(hopper_attention, "forward", lambda *args: (calls.append(args), forward(*args)))
+    return calls
+
+
+@pytest.mark.parametrize("mode", ["fp16", "bf16"])
+@pytest.mark.parametrize("case", named(MANY))
+def test_specialised_output_and_gradients(case, mode, specialised):
+    ours, truth = attention_qkv, unpacked(reference.attention)
+    hold_to_the_rule(ours, truth, unpacked(unfused.attention), case, mode, "triton", "cuda")
+    assert specialised
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(197, 64), (257, 80), (130, 64)])
+def test_specialised_bits(tokens, width, specialised):
+    """Every element is written, the same each time, with a log-sum-exp or without, whatever else is in the batch."""
+    qkv = torch.randn(90, tokens, 3, 8, width, device="cuda", dtype=torch.bfloat16)
+    with use_backend("triton"):
+        first = attention_qkv(qkv)
+        for _ in range(20):
+            poison = torch.full_like(first, float("nan"))
+            del poison  # whose memory the next result takes
+            assert torch.equal(attention_qkv(qkv), first)
+        assert torch.equal(attention_qkv(qkv.clone().requires_grad_()), first)
+        qkv[7, 3] = float("nan")
+        spoilt = attention_qkv(qkv)
+    others = torch.arange(90, device="cuda") != 7
+    assert torch.equal(spoilt[others], first[others])
+    assert spoilt[7].isnan().all()
+    assert len(specialised) == 23
 
 
 @pytest.mark.parametrize("width", HEAD_WIDTHS)
