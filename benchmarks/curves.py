@@ -82,16 +82,17 @@ def trained(
     rate = lambda step: min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
     losses, right, seen = [], 0, 0
-    with vit_fast.use_backend(backend), torch.autocast(DEVICE, torch.bfloat16):
+    with vit_fast.use_backend(backend):
         for images, labels in batches:
-            loss = F.cross_entropy(model(images), labels)
+            with torch.autocast(DEVICE, torch.bfloat16):  # a step's own: it keeps what it cast until it ends
+                loss = F.cross_entropy(model(images), labels)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
             losses.append(loss.detach())
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
             for images, labels in held_out:
                 right += (model(images).argmax(1) == labels).sum().item()
                 seen += len(labels)

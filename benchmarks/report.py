@@ -55,12 +55,12 @@ PLAIN = {"pixels": 224, "dtype": "bf16"}  # what pictures show
 def models_table(training: bool, batches: tuple[int, ...]) -> str:
     """Images a second of whole models, ours and timm's, each in its fastest form."""
     ceiling = results("models")["ceilings"]["matrix_tflops"]
-    head = ["model", "batch", "vit_fast", "timm", "ratio", "% of the matrix ceiling", "memory, GB"]
     order = list(NAMES)
+    lines = [row for row in measured_models(training) if row["batch"] in batches]
+    known = any(row["gb"] for row in lines)
+    head = ["model", "batch", "vit_fast", "timm", "ratio", "% of the matrix ceiling"] + ["memory, GB"] * known
     rows = []
-    for row in sorted(measured_models(training), key=lambda row: (order.index(row["model"]), row["batch"])):
-        if row["batch"] not in batches:
-            continue
+    for row in sorted(lines, key=lambda row: (order.index(row["model"]), row["batch"])):
         (way, ours), (form, theirs) = best(row["us"], True), best(row["us"], False)
         flops = forward_flops(row["model"], row["pixels"]) * row["batch"] * (3 if training else 1)
         ratio = theirs / ours
@@ -74,7 +74,7 @@ def models_table(training: bool, batches: tuple[int, ...]) -> str:
             f"{100 * flops / ours / 1e6 / ceiling:.0f}",
         ]
         memory = [f"{row['gb'][name]:.1f}" if name in row["gb"] else "not known" for name in ("vit_fast", "timm")]
-        rows.append([*cells, "{}, timm eager {}".format(*memory)])
+        rows.append([*cells, *["{}, timm eager {}".format(*memory)] * known])
     return markdown_table(head, rows)
 
 
@@ -134,20 +134,6 @@ def ops_table() -> str:
     return markdown_table(head, rows)
 
 
-def curves_table() -> str:
-    """Accuracy on what is held out, by task and seed, trained on the kernels and in PyTorch."""
-    found = {}
-    for row in results("curves")["results"]:
-        found.setdefault((row["task"], row["seed"]), {})[row["backend"]] = row
-    rows = []
-    for (task, seed), by in found.items():
-        cells = [f"{100 * by[backend]['accuracy']:.2f}" for backend in ("triton", "torch")]
-        apart = max(abs(a - b) for a, b in zip(by["triton"]["losses"], by["torch"]["losses"]))
-        rows.append([task, seed, len(by["torch"]["losses"]), *cells, f"{apart:.3f}"])
-    head = ["task", "seed", "steps", "kernels, % right", "PyTorch, % right", "losses at most apart"]
-    return markdown_table(head, rows)
-
-
 def pages() -> dict[pathlib.Path, str]:
     """Every page with its measured parts made anew."""
     readme, performance = ROOT / "README.md", ROOT / "docs/performance.md"
@@ -156,7 +142,6 @@ def pages() -> dict[pathlib.Path, str]:
     notes = replace_part(performance.read_text(), "ops", ops_table())
     notes = replace_part(notes, "all batches", models_table(False, (1, 8, 64, 256)))
     notes = replace_part(notes, "host", host_table())
-    notes = replace_part(notes, "curves", curves_table())
     notes = replace_part(notes, "cpu", cpu_table())
     return {readme: text, performance: replace_part(notes, "eager", eager_table())}
 
@@ -277,31 +262,11 @@ def plot_memory(path: pathlib.Path) -> None:
     _save(figure, path)
 
 
-def plot_curves(path: pathlib.Path) -> None:
-    """The loss of each step of a task's first seed, trained on the kernels and in PyTorch."""
-    rows = [row for row in results("curves")["results"] if row["seed"] == 0]
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = _figure(1, len(tasks), figsize=(9, 3))
-    styles = {"torch": ("PyTorch", "0.6", "-", 2.5), "triton": ("kernels", "tab:blue", "-", 0.8)}
-    for axis, task in zip(axes, tasks):
-        losses = {row["backend"]: row["losses"] for row in rows if row["task"] == task}
-        for backend, (label, colour, style, width) in styles.items():
-            axis.plot(losses[backend], style, color=colour, linewidth=width, label=label)
-        axis.set_title({"digits": "ViT-Ti, scanned digits", "stripes": "ViT-S, drawn stripes"}[task], fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("loss", fontsize=8)
-    axes[0].legend(fontsize=7, frameon=False)
-    figure.suptitle(f"{results('curves')['device']}, bf16 by autocast, seed 0, measured", fontsize=10)
-    _save(figure, path)
-
-
 PICTURES = {
     "measured": plot_speed,
     "latency": plot_latency,
     "roofline": plot_roofline,
     "memory": plot_memory,
-    "curves": plot_curves,
 }
 
 

@@ -13,7 +13,7 @@ whole      up to the LONGEST of the tile's entry, 272 tokens at most: a program 
            pieces of a power of two, 197 as 128 + 64 + 16. The pieces are what is compiled; how many tokens there are is
            a mask of the last piece, so that a new size of image compiles nothing new until its pieces are others.
            forward: a program a head, or a query tile where heads are few; all scores of a tile at once, one softmax
-           without rescaling. On Hopper, of packed tensors, by warps that each do one thing (hopper_attention.py).
+           without rescaling. hopper_attention.py has another form, for Hopper, which is not in force yet.
            backward: a program a head, five products. All queries stay, and dq is summed over key tiles in registers,
            half as many as dk and dv would take; dk and dv of a key tile are whole when the next begins
 streaming  beyond. forward: one pass over key tiles; m is the largest score so far, l = Σ 2^(S − m), both mended when m
@@ -33,7 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .product import add_dot, early, wait_for_launch_before
+from .product import add_dot
 from .tile_table import architecture, lookup, multiprocessors
 
 GLUON = triton.__version__.startswith("3.6.")  # whose it is that hopper_attention is written in: 3.9 has other names
@@ -211,7 +211,6 @@ def _forward_kernel(
     HEAD: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """A span of a head's queries, a tile after the other: its keys and values are loaded once."""
-    wait_for_launch_before()
     spans = tl.cdiv(Tq, span)
     program = tl.program_id(0) // spans
     head, b, h = program.to(tl.int64), program // H, program % H
@@ -251,7 +250,6 @@ def _forward_streaming_kernel(
     H, Tq, Tk, scale_log2,
     HEAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    wait_for_launch_before()
     head, b, h, rows = tile_of_head(Tq, H, BLOCK_M)
     q_tile = load_head(head_view(q, b, h, HEAD), rows, Tq, HEAD)  # [BLOCK_M, d]
     k_view, v_view = head_view(k, b, h, HEAD), head_view(v, b, h, HEAD)
@@ -284,7 +282,6 @@ def _grad_kernel(
     H, Tq, Tk, scale, scale_log2,
     HEAD: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    wait_for_launch_before()
     program = tl.program_id(0)
     head, b, h = program.to(tl.int64), program // H, program % H
     q_tiles = load_pieces(head_view(q, b, h, HEAD), Tq, PIECES, HEAD)
@@ -331,7 +328,6 @@ def _query_grad_kernel(
     H, Tq, Tk, scale, scale_log2,
     HEAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    wait_for_launch_before()
     head, b, h, rows = tile_of_head(Tq, H, BLOCK_M)
     q_tile = load_head(head_view(q, b, h, HEAD), rows, Tq, HEAD)  # [BLOCK_M, d]
     do_tile = load_head(head_view(do, b, h, HEAD), rows, Tq, HEAD)
@@ -360,7 +356,6 @@ def _key_grad_kernel(
     H, Tq, Tk, scale, scale_log2,
     HEAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    wait_for_launch_before()
     head, b, h, keys = tile_of_head(Tk, H, BLOCK_N)
     k_tile = load_head(head_view(k, b, h, HEAD), keys, Tk, HEAD)  # [BLOCK_N, d]
     v_tile = load_head(head_view(v, b, h, HEAD), keys, Tk, HEAD)
@@ -390,7 +385,6 @@ def _maps_kernel(
     H, Tq, Tk, scale_log2,
     HEAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    wait_for_launch_before()
     head, b, h, rows = tile_of_head(Tq, H, BLOCK_M)
     q_tile = load_head(head_view(q, b, h, HEAD), rows, Tq, HEAD)  # [BLOCK_M, d]
     k_view = head_view(k, b, h, HEAD)
@@ -446,8 +440,7 @@ def _arguments(precision: str, *views: torch.Tensor) -> dict:
     H, width = views[0].shape[2:]
     # What divides each stride: triton sees a divisor of 16 by itself, but heads of 72 elements begin at multiples of 8.
     align = math.gcd(8, *(stride for view in views for stride in view.stride()[:-1]))
-    head = {"H": H, "HEAD": (width, *head_pieces(width), align), "PRECISION": precision}
-    return head | early(views[0].device)
+    return {"H": H, "HEAD": (width, *head_pieces(width), align), "PRECISION": precision}
 
 
 def _view(x: torch.Tensor) -> tuple:

@@ -8,10 +8,13 @@ the softmax of one runs under the products of the other. Each has tiles of every
 arithmetic that of attention._forward_kernel
 limit      4·B·H·T²·d operations, B·H·T² exponentials, 4·B·T·H·d elements moved, at 197 tokens the longest of the three
 takes      q, k and v as views of one packed tensor; heads of 64 and 80; 65 to 272 tokens; half precision
+in force   up to LONGEST tokens: none, until all of its tests have passed on a device. With descriptors made on the host
+           it was right in every check on an H200 and took 116 µs beside attention.forward's 159 (docs/performance.md,
+           "What was tried"); with those made here 17 tests passed before that machine's time was over
 
-Barriers: places are full or empty by the parity of their round, i // STAGES of a head and t // SLOTS of a tile; SLOTS is
-even, so that each warpgroup has places of its own, and has seen the round before of all that it waits for. `order` is
-arrived at by a warpgroup once its products with the keys are done, and waited for by the other.
+Barriers: places are full or empty by the parity of their round, i // STAGES of a head and t // SLOTS of a tile. SLOTS
+is even, so that each warpgroup has places of its own, and has seen the round before of all that it waits for. `order`
+is arrived at by a warpgroup once its products with the keys are done, and waited for by the other.
 
 The interpreter has no Gluon: what this computes is tested on a GPU alone, tests/gpu/test_attention.py.
 """
@@ -26,12 +29,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .product import early, scratch_memory
+from .product import scratch_memory
 
 ROWS = gl.constexpr(64)  # of a tile of queries: as many as a warpgroup multiplies
 STAGES = 2
+LONGEST = 0  # tokens
 SHARED = 232_448 - 1_536  # bytes that a block may have but for its barriers
 
 
@@ -47,7 +50,7 @@ def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     packed = apart == [H * d, 2 * H * d] and q.stride() == k.stride() == v.stride() and q.stride()[2:] == (d, 1)
     one = q.untyped_storage()._cdata == k.untyped_storage()._cdata == v.untyped_storage()._cdata
     aligned = q.data_ptr() % 16 == 0 and q.stride(0) % 8 == 0 and q.stride(1) % 8 == 0
-    sizes = q.shape == k.shape == v.shape and d in (64, 80) and ROWS.value < T <= 272
+    sizes = q.shape == k.shape == v.shape and d in (64, 80) and ROWS.value < T <= LONGEST
     return q.element_size() == 2 and sizes and packed and one and aligned
 
 
@@ -90,12 +93,11 @@ def load_rows(sources, bufs, bar, b, col, stage, PIECES: gl.constexpr, TAIL: gl.
 
 @gluon.jit
 def _load_keys(
-    sources, targets, bufs, bars, sizes, PIECES: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr,
-    SLOTS: gl.constexpr,
+    sources, bufs, bars, sizes, PIECES: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    keys, values, queries = bufs
-    k_full, v_full, k_empty, v_empty, q_full, q_empty, order = bars
-    heads, H, tiles = sizes
+    keys, values = bufs
+    k_full, v_full, k_empty, v_empty = bars
+    heads, H = sizes
     BYTES: gl.constexpr = first_row(len(PIECES), PIECES) * HEAD[0] * 2
     for i in range(gl.cdiv(heads - gl.program_id(0), gl.num_programs(0))):
         head = gl.program_id(0) + i * gl.num_programs(0)
@@ -103,19 +105,15 @@ def _load_keys(
         stage, parity = i % STAGES, (i // STAGES) & 1
         mbarrier.wait(k_empty.index(stage), parity ^ 1)
         mbarrier.expect(k_full.index(stage), BYTES)
-        load_rows(sources[0], keys, k_full.index(stage), head // H, col, stage, PIECES, HEAD[2])
+        load_rows(sources, keys, k_full.index(stage), head // H, col, stage, PIECES, HEAD[2])
         mbarrier.wait(v_empty.index(stage), parity ^ 1)
         mbarrier.expect(v_full.index(stage), BYTES)
-        load_rows(sources[0], values, v_full.index(stage), head // H, col + H * HEAD[0], stage, PIECES, HEAD[2])
+        load_rows(sources, values, v_full.index(stage), head // H, col + H * HEAD[0], stage, PIECES, HEAD[2])
 
 
 @gluon.jit
-def _load_queries(
-    sources, targets, bufs, bars, sizes, PIECES: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr,
-    SLOTS: gl.constexpr,
-):  # fmt: skip
-    keys, values, queries = bufs
-    k_full, v_full, k_empty, v_empty, q_full, q_empty, order = bars
+def _load_queries(sources, bufs, bars, sizes, HEAD: gl.constexpr, SLOTS: gl.constexpr):
+    q_full, q_empty = bars
     heads, H, tiles = sizes
     for t in range(gl.cdiv(heads - gl.program_id(0), gl.num_programs(0)) * tiles):
         i = t // tiles
@@ -126,9 +124,9 @@ def _load_queries(
         mbarrier.wait(q_empty.index(slot), ((t // SLOTS) & 1) ^ 1)
         bar = q_full.index(slot)
         mbarrier.expect(bar, ROWS * HEAD[0] * 2)
-        tma.async_copy_global_to_shared(sources[1][0], [head // H, row, col], bar, queries[0].index(slot))
+        tma.async_copy_global_to_shared(sources[0], [head // H, row, col], bar, bufs[0].index(slot))
         if HEAD[2]:
-            tma.async_copy_global_to_shared(sources[1][1], [head // H, row, col + 64], bar, queries[1].index(slot))
+            tma.async_copy_global_to_shared(sources[1], [head // H, row, col + 64], bar, bufs[1].index(slot))
 
 
 # ---- products ------------------------------------------------------------------------------------------------------
@@ -283,8 +281,6 @@ def _forward_kernel(
     PIECES: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """o [B, Tq, H·d] of the packed [B, Tk, 3·H·d], each (pointer, strides of B, T and H). HEAD is (d, main, tail)."""
-    gdc_wait()  # as product.wait_for_launch_before
-    gdc_launch_dependents()
     TAIL: gl.constexpr = HEAD[2]
     TILE: gl.constexpr = (64,)
     DTYPE: gl.constexpr = o[0].dtype.element_ty
@@ -307,20 +303,24 @@ def _forward_kernel(
         )
     else:
         sources, targets, bufs = ((rows,), (tile[0],)), (target[0],), ((keys,), (values,), (queries[0],))
-    bars = (
-        barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2), barriers(STAGES, 2),
-        barriers(SLOTS, 1), barriers(SLOTS, 1), barriers(2, 1),
-    )  # fmt: skip
+    k_full, v_full = barriers(STAGES, 1), barriers(STAGES, 1)
+    k_empty, v_empty = barriers(STAGES, 2), barriers(STAGES, 2)
+    q_full, q_empty, order = barriers(SLOTS, 1), barriers(SLOTS, 1), barriers(2, 1)
     fence_async_shared()
-    sizes = (B * H, H, gl.cdiv(Tq, ROWS))
+    bars = (k_full, v_full, k_empty, v_empty, q_full, q_empty, order)
+    heads = B * H
+    sizes = (heads, H, gl.cdiv(Tq, ROWS))
     first: gl.constexpr = 0
     second: gl.constexpr = 1
     gl.warp_specialize(
         [
             (_attend, (targets, bufs, bars, sizes, lse_ptr, Tq, Tk, scale_log2, first, PIECES, HEAD, STAGES, SLOTS)),
             (_attend, (targets, bufs, bars, sizes, lse_ptr, Tq, Tk, scale_log2, second, PIECES, HEAD, STAGES, SLOTS)),
-            (_load_keys, (sources, targets, bufs, bars, sizes, PIECES, HEAD, STAGES, SLOTS)),
-            (_load_queries, (sources, targets, bufs, bars, sizes, PIECES, HEAD, STAGES, SLOTS)),
+            (
+                _load_keys,
+                (sources[0], bufs[:2], (k_full, v_full, k_empty, v_empty), (heads, H), PIECES, HEAD, STAGES),
+            ),
+            (_load_queries, (sources[1], bufs[2], (q_full, q_empty), sizes, HEAD, SLOTS)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -341,5 +341,4 @@ def forward(q, o, lse, scale_log2: float, programs: int, pieces: tuple[int, ...]
         _forward_kernel[(min(B * H, programs),)](
             o=(o, *o.stride()[:-1]), qkv=(packed, *packed.stride()[:-1]), lse_ptr=lse, B=B, H=H, Tq=T, Tk=T,
             scale_log2=scale_log2, PIECES=pieces, HEAD=head, STAGES=STAGES, SLOTS=slots(pieces, d), num_warps=4,
-            **early(q.device),
         )  # fmt: skip

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .linear import NO_BRANCH, store_branch
-from .product import early, load_tile, load_vector, matrix, store_tile, wait_for_launch_before
+from .product import load_tile, load_vector, matrix, store_tile
 from .tile_table import multiprocessors
 
 PROGRAMS = 4  # of backward, a multiprocessor: each has a share of dγ and dβ to itself
@@ -34,7 +34,6 @@ def _forward_kernel(
     M, K, stride_x, eps,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    wait_for_launch_before()
     row = tl.program_id(0) * BLOCK_M
     rows, cols = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     x = load_tile(matrix(x_ptr, M, K, stride_x, BLOCK_M, BLOCK_K, False), row, 0, BLOCK_M, BLOCK_K).to(tl.float32)
@@ -67,7 +66,7 @@ def forward(x, weight, bias, eps, dtype, training):
     tile = whole_rows(K, 4096)
     _forward_kernel[(-(-M // tile["BLOCK_M"]),)](
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, z_ptr=z, mean_ptr=mean, rstd_ptr=rstd, M=M, K=K,
-        stride_x=x.stride(0), eps=eps, **tile, **early(x.device),
+        stride_x=x.stride(0), eps=eps, **tile,
     )  # fmt: skip
     return z, mean, rstd
 
@@ -80,7 +79,6 @@ def _backward_kernel(
 ):  # fmt: skip
     """Of this program's span of rows dx, what reached x past the branch added where that is given, z, what dx is to the
     branch before where there is one to know, and its share of dγ and dβ, [2, programs, K]."""
-    wait_for_launch_before()
     first = tl.program_id(0) * span
     cols = tl.arange(0, BLOCK_K)
     weight, bias = load_vector(weight_ptr, cols, K)[None, :], load_vector(bias_ptr, cols, K)[None, :]
@@ -125,7 +123,7 @@ def backward(dz, x, mean, rstd, weight, bias, residual_grad=None, branch=None):
         dz_ptr=dz, x_ptr=x, mean_ptr=mean, rstd_ptr=rstd, weight_ptr=weight, bias_ptr=bias,
         residual_grad_ptr=residual_grad, dx_ptr=dx, z_ptr=z, shares_ptr=shares, branch=branch or NO_BRANCH, M=M, K=K,
         stride_x=x.stride(0), stride_residual_grad=0 if residual_grad is None else residual_grad.stride(0), span=span,
-        **tile, **early(x.device),
+        **tile,
     )  # fmt: skip
     return dx, z, shares
 
@@ -151,7 +149,6 @@ def _sum_shares(norm, cols, K, BLOCK_M: tl.constexpr):
 @triton.jit
 def _finish_kernel(first, second, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dγ and dβ of one LayerNorm or two, each (shares [2, programs, K], programs, dγ, dβ)."""
-    wait_for_launch_before()
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if tl.program_id(2) == 0:
         _sum_shares(first, cols, K, BLOCK_M)
@@ -169,6 +166,6 @@ def finish(*norms: tuple):
         found += [dweight, dbias]
         groups[index] = (shares, float(shares.shape[1]), dweight, dbias)  # a float as in `linear.finish`
     _finish_kernel[(-(-K // 32), 2, len(norms))](
-        first=groups[0], second=groups[1], K=K, BLOCK_M=32, BLOCK_N=32, num_warps=4, **early(norms[0][0].device)
+        first=groups[0], second=groups[1], K=K, BLOCK_M=32, BLOCK_N=32, num_warps=4
     )
     return found

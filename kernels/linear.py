@@ -21,7 +21,6 @@ from .product import (
     column_pieces,
     count_tiles,
     described,
-    early,
     launch_tiles,
     load_drop,
     load_tile,
@@ -35,7 +34,6 @@ from .product import (
     store_tile,
     tile_of,
     tiles,
-    wait_for_launch_before,
 )
 from .tile_table import lookup, residents
 
@@ -67,7 +65,6 @@ def store_branch(dy, branch, row, col, M, N):
 
 @triton.jit(do_not_specialize=["M"])
 def _branch_kernel(dy_ptr, branch, M, N, stride_dy, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    wait_for_launch_before()
     row, col = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     dy = load_tile(matrix(dy_ptr, M, N, stride_dy, BLOCK_M, BLOCK_N, False), row, col, BLOCK_M, BLOCK_N)
     store_branch(dy.to(tl.float32), branch, row, col, M, N)
@@ -100,15 +97,7 @@ def branch_gradient(dy, layer_scale, drop, tokens_per_image, dtype):
     if branch is not None:
         M, N = dy.shape
         _branch_kernel[(-(-M // 16), -(-N // 256))](
-            dy_ptr=dy,
-            branch=branch,
-            M=M,
-            N=N,
-            stride_dy=dy.stride(0),
-            BLOCK_M=16,
-            BLOCK_N=256,
-            num_warps=4,
-            **early(dy.device),
+            dy_ptr=dy, branch=branch, M=M, N=N, stride_dy=dy.stride(0), BLOCK_M=16, BLOCK_N=256, num_warps=4
         )
     return gradients_of(branch, dy)
 
@@ -124,7 +113,6 @@ def _input_grad_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx [M, N] = dy·W, dy [M, K], W [K, N]: K is what the map gives, and what this product sums over."""
-    wait_for_launch_before()
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     dy = matrix(dy_ptr, M, K, stride_dy, BLOCK_M, BLOCK_K, TMA)
@@ -178,7 +166,6 @@ def _weight_grad_kernel(
     sums_ptr is None where nobody needs them. Not persistent: the spans make as many programs as the device holds, and
     each has a long sum to itself.
     """
-    wait_for_launch_before()
     row, col = tile_of(tl.program_id(0), N, K, BLOCK_M, BLOCK_N)
     split = tl.program_id(1)
     start = split * span
@@ -275,7 +262,6 @@ def _finish_rows(gradient, mine, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def _finish_kernel(first, second, third, fourth, COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The second stage of COUNT gradients, the second axis of the grid."""
-    wait_for_launch_before()
     which = tl.program_id(1)
     _finish_rows(first, which == 0, BLOCK_M, BLOCK_N)
     if COUNT > 1:
@@ -303,6 +289,6 @@ def finish(*gradients: Partials) -> list:
     rows = max(len(gradient.weight) for gradient in gradients)
     _finish_kernel[(-(-rows // 2), len(gradients))](
         first=groups[0], second=groups[1], third=groups[2], fourth=groups[3], COUNT=len(gradients), BLOCK_M=2,
-        BLOCK_N=1024, num_warps=4, **early(partial.device),
+        BLOCK_N=1024, num_warps=4,
     )  # fmt: skip
     return found

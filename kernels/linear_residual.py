@@ -15,7 +15,6 @@ from .linear import branch_gradient, finish, input_grad, weight_grad
 from .product import (
     column_pieces,
     count_tiles,
-    fetch_weight,
     launch_tiles,
     load_drop,
     load_tile,
@@ -25,7 +24,6 @@ from .product import (
     rows_outer,
     store_tile,
     tile_of,
-    wait_for_launch_before,
 )
 
 
@@ -36,8 +34,6 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    fetch_weight(weight_ptr, M, N, K, stride_weight, BLOCK_M, BLOCK_N, TMA)
-    wait_for_launch_before()
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     Y_DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     # A residual stream in fp32 takes twice the shared memory.

@@ -19,7 +19,6 @@ from .linear import finish, input_grad, weight_grad
 from .product import (
     column_pieces,
     count_tiles,
-    fetch_weight,
     launch_tiles,
     load_vector,
     matrix,
@@ -27,7 +26,6 @@ from .product import (
     rows_outer,
     store_tile,
     tile_of,
-    wait_for_launch_before,
 )
 
 
@@ -38,8 +36,6 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    fetch_weight(weight_ptr, M, N, K, stride_weight, BLOCK_M, BLOCK_N, TMA)
-    wait_for_launch_before()
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     z = matrix(z_ptr, M, K, K, BLOCK_M, BLOCK_K, TMA)

@@ -17,7 +17,6 @@ from .linear import branch_gradient, finish, weight_grad
 from .product import (
     column_pieces,
     count_tiles,
-    fetch_weight,
     launch_tiles,
     load_tile,
     load_vector,
@@ -28,7 +27,6 @@ from .product import (
     rows_outer,
     store_tile,
     tile_of,
-    wait_for_launch_before,
 )
 
 
@@ -40,8 +38,6 @@ def _fc1_kernel(
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """act(h) of z = LN(x), and h for backward where it is wanted."""
-    fetch_weight(weight_ptr, M, N, K, stride_weight, BLOCK_M, BLOCK_N, TMA)
-    wait_for_launch_before()
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     z = matrix(z_ptr, M, K, K, BLOCK_M, BLOCK_K, TMA)
@@ -75,7 +71,6 @@ def _hidden_grad_kernel(
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dh [M, N], and act(h) once for the gradient of fc2's weight."""
-    wait_for_launch_before()
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     dy = matrix(dy_ptr, M, K, stride_dy, BLOCK_M, BLOCK_K, TMA)

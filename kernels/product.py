@@ -18,50 +18,12 @@ needs. No kernel is specialised on the number of its rows: another batch of its 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.language.target_info import cuda_capability_geq, is_cuda
+from triton.language.target_info import is_cuda
 from triton.runtime import _allocation
 
-from .tile_table import architecture, lookup, residents, rows_class
+from .tile_table import lookup, residents, rows_class
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-# ---- one launch after the other ------------------------------------------------------------------------------------
-
-
-@triton.jit
-def wait_for_launch_before():
-    """The first statement of every kernel: from here on all is written that launches before this one write.
-
-    With `early` a kernel's programs take their places while the last of the launch before still run.
-    """
-    if cuda_capability_geq(9, 0):
-        gdc_wait()
-        gdc_launch_dependents()  # not before the wait: a launch may overlap its neighbour, and no other
-
-
-@triton.jit
-def fetch_weight(weight_ptr, M, N, K, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
-    """Before that wait: ask for the rows of a weight [N, K] that this program begins with, so that they come to L2 while
-    the launch before still runs. One program of those that begin with the same rows does."""
-    if cuda_capability_geq(9, 0) and TMA:  # whose rows begin at multiples of 16 bytes
-        row, first = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
-        if row == 0:
-            rows = tl.minimum(first + tl.arange(0, BLOCK_N), N - 1)
-            nbytes = K * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-            tl.inline_asm_elementwise(
-                "cp.async.bulk.prefetch.L2.global [$1], $2; // $0", "=r,l,r",
-                [(weight_ptr + rows.to(tl.int64) * stride).to(tl.int64), tl.full([BLOCK_N], nbytes, tl.int32)],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
-
-
-def early(device: torch.device) -> dict:
-    """The launch option by which a kernel that waits for the launch before may begin before that has ended
-    (programmatic dependent launch, Hopper and later)."""
-    name = architecture(device)
-    return {"launch_pdl": True} if name.startswith("sm_") and int(name[3:]) >= 90 else {}
 
 
 # ---- tiles in memory -----------------------------------------------------------------------------------------------
@@ -299,6 +261,5 @@ def launch_tiles(kernel, entry: str, M: int, N: int, dtype: torch.dtype, matrice
 
 
 def described(tile: dict, matrices: tuple) -> dict:
-    """The launch's options: the tile, its descriptors turned off where a matrix does not allow them."""
-    pointers = {"TMA": 0} if tile["TMA"] and not aligned(*matrices) else {}
-    return {**tile, **pointers, **early(matrices[0].device)}
+    """The tile with its descriptors turned off where a matrix does not allow them."""
+    return tile if not tile["TMA"] or aligned(*matrices) else {**tile, "TMA": 0}

@@ -11,6 +11,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter and the compiler cannot share a process", allow_module_level=True)
 
+from vit_fast.kernels import hopper_attention
+
 from benchmarks import compiled, static
 from benchmarks.launches import OPS, Catch, Launch, TorchOp, launches, model_launches, nbytes, parameter, table_in_force
 from benchmarks.predictions import main_rows
@@ -52,17 +54,40 @@ def test_a_launch_knows_its_entry():
             assert launch.entry_name == ""
 
 
-@pytest.mark.parametrize(("arch", "early"), [("sm_90", True), ("sm_100", True), ("sm_89", False), ("gfx942", False)])
-def test_where_a_launch_may_begin_early(arch, early):
-    assert {launch.kwargs.get("launch_pdl", False) for launch in launches(OPS, arch, "bf16")} == {early}
+@pytest.mark.parametrize("tokens", [65, 197, 240, 272])
+@pytest.mark.parametrize("width", [64, 80])
+def test_attention_for_hopper_compiles_without_a_fault(tokens, width, monkeypatch):
+    """Forward and, with a log-sum-exp, for training; not in force, so that no other test comes to it."""
+    monkeypatch.setattr(hopper_attention, "LONGEST", 272)
+    with Catch("sm_90") as catch:
+        catch.run("attention", "", ops.attention_qkv, parameter(256, tokens, 3, 12, width, dtype=torch.bfloat16))
+    mine = [x for x in catch.seen if isinstance(x, Launch) and x.kernel is hopper_attention._forward_kernel]
+    assert [launch.kwargs["lse_ptr"] is None for launch in mine] == [True, False]
+    for launch, found in zip(mine, compiled.compile_launches([("sm_90", launch) for launch in mine])):
+        assert static.faults(static.row("sm_90", "bf16", launch, found)) == []
+        assert found["matrix_instruction"] == "HGMMA"
+        assert found["spill_bytes"] == 0
 
 
-def test_who_may_begin_early_waits_first():
-    """And the compiler moves nothing before the wait: what it makes of each kernel is looked at in `resources`."""
-    entry = ".entry kernel(.param .u64 .ptr .global .align 16 x_ptr)\n{\n"
-    assert not compiled.is_early(f"{entry}griddepcontrol.wait;\nld.global.b32 %r1, [%rd1];")
-    assert compiled.is_early(f"{entry}ld.global.b32 %r1, [%rd1];\ngriddepcontrol.wait;")
-    assert compiled.is_early(f"{entry}ld.global.b32 %r1, [%rd1];")
+@pytest.mark.parametrize(
+    ("shape", "dtype", "arch"),
+    [
+        ((256, 64, 3, 12, 64), torch.bfloat16, "sm_90"),  # one tile of queries
+        ((256, 273, 3, 12, 64), torch.bfloat16, "sm_90"),  # too long
+        ((256, 197, 3, 12, 72), torch.bfloat16, "sm_90"),
+        ((256, 197, 3, 12, 64), torch.float32, "sm_90"),
+        ((8, 197, 3, 12, 64), torch.bfloat16, "sm_90"),  # few heads
+        ((256, 197, 3, 12, 64), torch.bfloat16, "sm_80"),
+        ((256, 197, 3, 12, 64), torch.bfloat16, "sm_100"),
+    ],
+)
+def test_attention_for_hopper_leaves_the_rest_alone(shape, dtype, arch, monkeypatch):
+    monkeypatch.setattr(hopper_attention, "LONGEST", 272)
+    with Catch(arch) as catch:
+        catch.run("attention", "", ops.attention_qkv, parameter(*shape, dtype=dtype))
+    launched = [x.kernel for x in catch.seen if isinstance(x, Launch)]
+    assert launched
+    assert hopper_attention._forward_kernel not in launched
 
 
 def test_a_fault_is_found():

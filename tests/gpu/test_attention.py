@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from vit_fast.kernels import hopper_attention
 
 from tests import unfused
 from tests.ops.harness import Case, hold_to_the_rule, named
 from tests.ops.test_attention import DTYPES, HEADS, LONG, PACKED, PIECES, SEPARATE, shaped, shaped_qkv, unpacked
 from vit_fast import reference
-from vit_fast.kernels import hopper_attention
 from vit_fast.ops import attention, attention_maps, attention_qkv, use_backend
 from vit_fast.ops.attention import HEAD_WIDTHS
 
@@ -38,9 +38,10 @@ def test_packed_output_and_gradients(case, mode):
 
 @pytest.fixture
 def specialised(monkeypatch):
-    """Calls of the kernel for Hopper, noted; skips where another GPU is at hand."""
+    """Puts the kernel for Hopper in force, and notes its calls; skips where another GPU is at hand."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("a kernel for sm_90")
+    monkeypatch.setattr(hopper_attention, "LONGEST", 272)
     calls, forward = [], hopper_attention.forward
     monkeypatch.setattr(hopper_attention, "forward", lambda *args: (calls.append(args), forward(*args)))
     return calls
