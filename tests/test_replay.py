@@ -253,7 +253,10 @@ def test_a_block_hands_the_same_numbers_to_its_launchers(mode, monkeypatch):
     assert count == {"inference": 7, "with grad": 21}[mode]
     first, second = seen[:count], seen[count:]
     inputs, moved = {t.data_ptr() for t in operands}, {}
-    for numbers, again in zip(first, second, strict=True):
+    for index, (numbers, again) in enumerate(zip(first, second, strict=True)):
+        if index == 7:  # backward is a call of its own, which may take the memory that forward's gave back
+            assert len(moved) == len(set(moved.values())), "no two of them share a place"
+            moved = {}
         for value, other in zip(flat(numbers), flat(again), strict=True):
             if isinstance(value, torch.Tensor):
                 assert isinstance(other, int)
