@@ -74,6 +74,18 @@ def test_specialised_bits(tokens, width, specialised):
     assert len(specialised) == 23
 
 
+def test_specialised_takes_no_descriptor_for_another(specialised):
+    """Launches of one kernel in turn on tensors of other lengths, whose descriptors lie in the same memory."""
+    packed = [torch.randn(90, tokens, 3, 8, 64, device="cuda", dtype=torch.bfloat16) for tokens in (193, 208, 200)]
+    with use_backend("triton"):
+        alone = [attention_qkv(qkv) for qkv in packed]
+        torch.cuda.synchronize()
+        in_turn = [attention_qkv(qkv) for _ in range(30) for qkv in packed]
+    for index, o in enumerate(in_turn):
+        assert torch.equal(o, alone[index % 3])
+    assert len(specialised) == 93
+
+
 @pytest.mark.parametrize("width", HEAD_WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_same_bits_again(dtype, width):
