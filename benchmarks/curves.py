@@ -26,6 +26,7 @@ from benchmarks.records import record
 from benchmarks.timing import DEVICE
 from vit_fast import data
 from vit_fast.checkpoint import replacing
+from vit_fast.training import evaluate
 
 WARM_UP = 30  # steps
 SEEDS = {"digits": 3, "stripes": 1}
@@ -49,9 +50,8 @@ def digits(seed: int, epochs: int) -> tuple[list[tuple[Tensor, Tensor]], list[tu
     pixels = (pixels[:, None].float() / pixels.max() - 0.5) / 0.5
     held_out = torch.arange(len(pixels), device=DEVICE) % 5 == 0
     images, answers = pixels[~held_out], labels[~held_out]
-    generator = torch.Generator().manual_seed(seed)
-    orders = (torch.randperm(len(images), generator=generator).to(DEVICE) for _ in range(epochs))
-    batches = [index for order in orders for index in order.split(BATCH["digits"]) if len(index) == BATCH["digits"]]
+    order = data.ShuffledBatches(len(images), BATCH["digits"], seed)
+    batches = [i for epoch in range(epochs) for i in order.epoch(epoch) if len(i) == BATCH["digits"]]
     return [(images[i], answers[i]) for i in batches], [(pixels[held_out], labels[held_out])]
 
 
@@ -81,7 +81,7 @@ def trained(
     optimiser = torch.optim.AdamW(model.parameters(), 5e-4, weight_decay=0.05)
     rate = lambda step: min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
-    losses, right, seen = [], 0, 0
+    losses = []
     with vit_fast.use_backend(backend):
         for images, labels in batches:
             with torch.autocast(DEVICE, torch.bfloat16):  # a step's own: it keeps what it cast until it ends
@@ -91,12 +91,8 @@ def trained(
             optimiser.step()
             schedule.step()
             losses.append(loss.detach())
-        model.eval()
-        with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
-            for images, labels in held_out:
-                right += (model(images).argmax(1) == labels).sum().item()
-                seen += len(labels)
-    return torch.stack(losses).tolist(), right / seen
+        _, accuracy = evaluate(model, held_out, torch.device(DEVICE), amp=True)
+    return torch.stack(losses).tolist(), accuracy
 
 
 def main() -> None:

@@ -46,12 +46,13 @@ def slots(pieces: tuple[int, ...], width: int) -> int:
 def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether these [B, T, H, d] views are what the kernel takes."""
     T, H, d = q.shape[1:]
+    if not (ROWS.value < T <= LONGEST and d in (64, 80) and q.element_size() == 2 and q.shape == k.shape == v.shape):
+        return False
     apart = [x.storage_offset() - q.storage_offset() for x in (k, v)]
     packed = apart == [H * d, 2 * H * d] and q.stride() == k.stride() == v.stride() and q.stride()[2:] == (d, 1)
     one = q.untyped_storage()._cdata == k.untyped_storage()._cdata == v.untyped_storage()._cdata
     aligned = q.data_ptr() % 16 == 0 and q.stride(0) % 8 == 0 and q.stride(1) % 8 == 0
-    sizes = q.shape == k.shape == v.shape and d in (64, 80) and ROWS.value < T <= LONGEST
-    return q.element_size() == 2 and sizes and packed and one and aligned
+    return packed and one and aligned
 
 
 # ---- loads ---------------------------------------------------------------------------------------------------------
