@@ -569,6 +569,13 @@ _FORWARD = {
 _PLAIN_TENSORS = (nn.Parameter, Tensor, type(None))
 
 
+def readable(*kinds: type) -> tuple[type, ...]:
+    """These kinds of modules, noted as such that an op may stand for while their forward is the one of now."""
+    for kind in kinds:
+        _FORWARD.setdefault(kind, kind.forward)
+    return kinds
+
+
 def _why_other(name: str, module: nn.Module, kinds: tuple[type, ...]) -> str:
     """Why `module` does not compute what a module of these kinds does, or ""."""
     kind = type(module)
@@ -593,7 +600,7 @@ def why_aside(*submodules: tuple[str, nn.Module, tuple[type, ...]]) -> str:
         for parameter in module._parameters.values():
             if type(parameter) not in _PLAIN_TENSORS:
                 return f"{name} holds a {type(parameter).__name__}"
-            if parameter is None and kind is nn.LayerNorm:
+            if parameter is None and issubclass(kind, nn.LayerNorm):
                 return f"{name} has no weight or no bias"
         if kind is nn.Dropout and module.p and module.training:
             return f"{name} is active"

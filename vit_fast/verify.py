@@ -61,6 +61,12 @@ def cases(batch: int, grid: int, patch: int, heads: int, head_width: int, hidden
         Case("linear_residual", ops.linear_residual, [(batch, tokens, hidden), *fc2, x, vector], weights=(1,)),
         Case("mlp", ops.mlp, [x, vector, vector, *fc1, *fc2, vector], weights=(3, 5)),
         Case(
+            "swiglu",
+            ops.swiglu,
+            [x, vector, vector, (2 * hidden, width), (2 * hidden,), *fc2, vector],
+            weights=(3, 5),
+        ),
+        Case(
             "block", functools.partial(_block, heads), [x, *halves[0], *halves[1], *fc2, vector], weights=(3, 5, 10, 12)
         ),
     ]
@@ -125,13 +131,11 @@ class Trial:
             self.upstream = torch.randn(output.shape, generator=generator).to(device, output.dtype)
             peers = [output.detach(), *self.backward(output)]
             self.truth = self._in_double()
-        self.limits = []
-        for peer, true in zip(peers, self.truth):
-            (whole, worst), rounding = _errors(peer, true), torch.finfo(peer.dtype).eps / 8
-            if peer.dtype.itemsize > dtype.itemsize:
-                # Tensor cores add products of halves in fewer bits than fp32 has; PyTorch casts first, and does not.
-                rounding *= 32
-            self.limits.append((2 * whole + rounding, 4 * worst + rounding))
+        # Tensor cores add products of halves in fewer bits than fp32 has; PyTorch casts first, and does not.
+        self.limits = [
+            limits(peer, true, 32 if peer.dtype.itemsize > dtype.itemsize else 1)
+            for peer, true in zip(peers, self.truth)
+        ]
         assert all(map(math.isfinite, sum(self.limits, ()))), f"{case.op}: PyTorch itself overflows in {dtype}"
 
     def _in_double(self) -> list[Tensor]:
@@ -153,13 +157,13 @@ class Trial:
         """The largest ‖ours − fp64‖/‖fp64‖ of results `first` and on (0 is the output), and whether each may be."""
         largest, agrees = 0.0, True
         for ours, true, (limit, row_limit) in zip(results, self.truth[first:], self.limits[first:]):
-            whole, worst = _errors(ours, true)
+            whole, worst = errors(ours, true)
             largest = whole if not whole <= largest else largest  # NaN is larger than all
             agrees &= whole <= limit and worst <= row_limit
         return largest, agrees
 
 
-def _errors(ours: Tensor, true: Tensor) -> tuple[float, float]:
+def errors(ours: Tensor, true: Tensor) -> tuple[float, float]:
     """‖ours − true‖/‖true‖, and the worst row's in max norm; of a few rows the latter is luck, and is left out."""
     difference = ours.detach().double() - true
     whole = (difference.norm() / true.norm()).item()
@@ -167,6 +171,12 @@ def _errors(ours: Tensor, true: Tensor) -> tuple[float, float]:
         return whole, 0.0
     rows, worst = true.flatten(0, -2).abs().amax(1), difference.flatten(0, -2).abs().amax(1)
     return whole, (worst / rows).max().item()
+
+
+def limits(peer: Tensor, true: Tensor, factor: float = 1) -> tuple[float, float]:
+    """How large the `errors` of ours may be beside those of PyTorch in the same dtype; `factor` of a rounding more."""
+    (whole, worst), rounding = errors(peer, true), factor * torch.finfo(peer.dtype).eps / 8
+    return 2 * whole + rounding, 4 * worst + rounding
 
 
 def verify(device: str | torch.device, cases: list[Case] = SMALL) -> list[dict]:

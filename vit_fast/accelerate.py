@@ -1,0 +1,235 @@
+"""Somebody else's model on the fused ops: `accelerate` changes it in place, proves it and reports; `restore` undoes it.
+
+Each block, attention module and patch projection that fits becomes an instance of a subclass of its own class
+(vit_fast/foreign), with another `forward` and nothing else: its parameters, state-dict keys, hooks and children are the
+objects that they were.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from vit_fast.foreign import check, fused_class
+from vit_fast.foreign.block import Fused, FusedBlock
+from vit_fast.ops.backend import DTYPES
+
+log = logging.getLogger("vit_fast")
+
+
+class Line(NamedTuple):
+    """What became of one module."""
+
+    name: str  # as in `model.named_modules()`
+    kind: str  # its library and class
+    replaced: bool
+    op: str  # of vit_fast.ops, that runs it now; "" where it stays
+    reason: str  # why it stays; of a replaced block, why one half of it does
+    error: float | None = None  # the largest ‖ours − fp64‖/‖fp64‖ that `verify` saw, None where it saw none
+
+
+class Report(tuple):
+    """The lines of `accelerate`; `print` shows them as a table, blocks that fared alike in one row."""
+
+    verification: str  # what was compared, or why nothing was
+
+    def __new__(cls, lines, verification: str):
+        report = super().__new__(cls, lines)
+        report.verification = verification
+        return report
+
+    def to_json(self) -> str:
+        """{"verification": …, "modules": [a line each]}."""
+        return json.dumps({"verification": self.verification, "modules": [line._asdict() for line in self]}, indent=2)
+
+    def __str__(self) -> str:
+        rows = [("module", "kind", "runs on", "error", "reason")]
+        for first, count, line in _runs(self):
+            name = first if count == 1 else f"{first} … {line.name}"
+            error = "" if line.error is None else f"{line.error:.0e}"
+            rows.append((name, line.kind, line.op if line.replaced else "its own", error, line.reason))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        table = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[4]]).rstrip() for row in rows]
+        replaced = sum(line.replaced for line in self)
+        return "\n".join([*table, f"{replaced} of {len(self)} modules replaced; {self.verification}"])
+
+
+def _runs(lines) -> Iterator[tuple[str, int, Line]]:
+    """(first name, how many, the last line with the largest error) of modules in one parent that fared alike."""
+    groups: dict[tuple, list[Line]] = {}
+    for line in lines:
+        *parents, own = line.name.split(".")
+        place = tuple("#" if part.isdigit() else part.rstrip("0123456789") for part in (*parents, own))
+        groups.setdefault((place, line.kind, line.replaced, line.op, line.reason), []).append(line)
+    for group in groups.values():
+        known = [line.error for line in group if line.error is not None]
+        yield group[0].name, len(group), group[-1]._replace(error=max(known, default=None))
+
+
+def accelerate(model: nn.Module, *, verify: bool = True, example=None) -> Report:
+    """Run somebody else's Vision Transformer on the fused ops, for inference and training; `restore` undoes it.
+
+    Taken are the pre-norm blocks of timm's vision_transformer.py and deit.py, of transformers' ViT, ViT-MAE, DeiT,
+    DINOv2 (with and without registers), CLIP, SigLIP, SigLIP 2 and I-JEPA, of torchvision's vit_*, of open_clip,
+    `nn.TransformerEncoderLayer` with norm_first and batch_first, and the original classes of DINO and DINOv2; with them
+    transformers' attention modules and the convolution that cuts the patches.
+
+    A module keeps its own code where something of it is no plain module or parameter (a hook on an inner Linear, a
+    LoRA wrapper, a quantised or sharded tensor, a parametrization), and in a call that asks for what no op computes (a
+    mask, attention dropout in training): the report, or one line of the log, says why. Accelerate before FSDP's
+    `fully_shard`, and before or after anything else.
+
+    Args:
+        model: changed in place. Its modules get another class, a subclass of theirs, and nothing else changes.
+        verify: run both forms of each module on what it reads in one batch, in evaluation mode, backwards too if the
+            model is training, and hold ours against fp64 by the error rule of the tests: at most twice the error of the
+            original. What fails goes back. Hooks of the model see that run.
+        example: what the model takes, a tensor, a tuple of arguments or a dict of keyword arguments. None makes random
+            images as the model's config says. A module that neither comes by is compared on random tokens of its own.
+
+    Returns:
+        One line a module, with .name, .kind, .replaced, .op and .reason; see `Report`. A second call changes nothing.
+
+    Raises:
+        RuntimeError: inside a region that torch.compile or torch.export traces.
+        TypeError: where `model` is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, takes an nn.Module")
+    if torch.compiler.is_compiling():
+        raise RuntimeError("accelerate: called in a region that is being compiled; call it before, on the model itself")
+    lines, candidates = {}, {}
+    for name, module in model.named_modules():
+        fused = type(module) if isinstance(module, Fused) else fused_class(type(module))
+        if fused is None:
+            parent = next((kind for kind in type(module).__mro__[1:] if _is_a_block(kind)), None)
+            if parent is not None:
+                lines[name] = _stays(name, parent, f"it is a {type(module).__name__}, a class of its own")
+        elif type(module) is fused:
+            lines[name] = Line(name, _kind(module), True, *_op_and_reason(module))
+        else:
+            candidates[name] = module, fused
+    for name, (module, fused) in candidates.items():
+        lines[name] = _assess(name, module, fused, _inside(model, name))
+    if not any(line.replaced for line in lines.values() if line.op != "patch_embed"):
+        lines = {name: line for name, line in lines.items() if line.op != "patch_embed"}  # no Vision Transformer
+    new = {name: candidates[name] for name, line in lines.items() if name in candidates and line.replaced}
+    verification = _verify(model, new, lines, example) if verify else "not verified"
+    for name, (module, fused) in new.items():
+        if lines[name].replaced:
+            module.__class__ = fused
+    report = Report((lines[name] for name, _ in model.named_modules() if name in lines), verification)
+    if not any(line.replaced for line in report):
+        reasons = "; ".join(sorted({line.reason for line in report})) or "no module of a library that it knows"
+        log.warning(f"accelerate: nothing of the {type(model).__name__} was replaced: {reasons}")
+    return report
+
+
+def restore(model: nn.Module) -> int:
+    """Give every module that `accelerate` changed its own class back.
+
+    Returns:
+        How many were changed back.
+
+    Raises:
+        RuntimeError: for a module whose class was changed once more since, as FSDP's `fully_shard` does; nothing is
+            restored then.
+    """
+    changed = [(name, module) for name, module in model.named_modules() if isinstance(module, Fused)]
+    for name, module in changed:
+        if fused_class(module.original()) is not type(module):
+            raise RuntimeError(f"restore: {name} became a {type(module).__name__} after accelerate; undo that first")
+    for _, module in changed:
+        module.__class__ = module.original()
+    return len(changed)
+
+
+def _is_a_block(kind: type) -> bool:
+    fused = kind if issubclass(kind, Fused) else fused_class(kind)
+    return fused is not None and issubclass(fused, FusedBlock)
+
+
+def _kind(module: nn.Module) -> str:
+    kind = module.original() if isinstance(module, Fused) else type(module)
+    return f"{kind.__module__.split('.')[0]} {kind.__name__}"
+
+
+def _stays(name: str, kind: type, reason: str) -> Line:
+    return Line(name, f"{kind.__module__.split('.')[0]} {kind.__name__}", False, "", reason)
+
+
+def _op_and_reason(module: Fused) -> tuple[str, str]:
+    """Which ops run a module, and why not more of it, as it is now but in evaluation mode."""
+    if not isinstance(module, FusedBlock):
+        return module.OP, ""
+    with _evaluating(module):
+        attention, mlp = module.asides()
+    halves = [] if attention else ["attention"]
+    halves += [] if mlp else ["mlp"]
+    return ("block" if len(halves) == 2 else "".join(halves)), attention or mlp
+
+
+def _inside(model: nn.Module, name: str) -> tuple[nn.Module, ...]:
+    """The modules that the one of this name stands in, the outermost first."""
+    parts = name.split(".") if name else []
+    return tuple(model.get_submodule(".".join(parts[:count])) for count in range(len(parts)))
+
+
+def _assess(name: str, module: nn.Module, fused: type[Fused], inside: tuple[nn.Module, ...]) -> Line:
+    """Whether a module can run as `fused`; it is left as it was."""
+    kind = type(module)
+    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        return _stays(name, kind, f"its parameters are {names}: the kernels take one of float32, float16 and bfloat16")
+    module.__class__ = fused
+    try:
+        reason = module.never(inside)
+        op, half_reason = ("", "") if reason else _op_and_reason(module)
+    finally:
+        module.__class__ = kind
+    return Line(name, _kind(module), True, op, half_reason) if op else _stays(name, kind, reason or half_reason)
+
+
+class _evaluating:
+    """A block in which a module and its children are in evaluation mode; each gets its own mode back."""
+
+    def __init__(self, module: nn.Module):
+        self.modes = [(one, one.training) for one in module.modules()]
+
+    def __enter__(self):
+        for module, _ in self.modes:
+            module.training = False
+
+    def __exit__(self, *_):
+        for module, training in self.modes:
+            module.training = training
+
+
+def _verify(model: nn.Module, new: dict, lines: dict, example) -> str:
+    """Compare each module in both forms, correct its line, and say what was compared."""
+    if not new:
+        return "nothing to verify"
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return "not verified: parameters on meta have no values"
+    training = model.training
+    devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
+    with torch.inference_mode(False), torch.random.fork_rng(devices=devices), _evaluating(model):
+        runs = check.runs_of(model, example)
+        inputs, before = check.run(runs, {name: module for name, (module, _) in new.items()})
+        for name, (module, fused) in new.items():
+            result = check.compare(module, fused, *inputs.get(name, check.random_input(module)), training)
+            lines[name] = lines[name]._replace(error=result.error)
+            if result.reason:
+                lines[name] = _stays(name, type(module), result.reason)._replace(error=result.error)
+        kept = {name: new[name] for name in new if lines[name].replaced}
+        reason = check.run_accelerated(runs, kept, before)
+        if reason:
+            lines |= {name: _stays(name, type(module), reason) for name, (module, _) in kept.items()}
+    told = f"{len(new)} verified against fp64, {'forward and backward' if training else 'forward'}"
+    if len(inputs) < len(new):
+        told += f", {len(new) - len(inputs)} of them on random tokens: no run came by them"
+    return told

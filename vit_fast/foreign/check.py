@@ -1,0 +1,176 @@
+"""Whether an accelerated module computes what its own code does: both forms on one input, held against fp64."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from vit_fast.foreign.block import Fused
+from vit_fast.verify import errors, in_a_line, limits
+
+IMAGES = 2
+TOKENS = 17
+
+
+class Run(NamedTuple):
+    """A call of a model, or of the part of it that sees."""
+
+    module: nn.Module
+    args: tuple
+    kwargs: dict
+
+    def __call__(self):
+        torch.manual_seed(0)  # a masked autoencoder draws its mask: the same one in both forms
+        with torch.no_grad():
+            return self.module(*self.args, **self.kwargs)
+
+
+class Result(NamedTuple):
+    error: float | None  # the largest ‖ours − fp64‖/‖fp64‖
+    reason: str  # why the module must stay as it was, or ""
+
+
+def runs_of(model: nn.Module, example) -> list[Run]:
+    """The calls that show what each module of the model reads: on the example, or on random images."""
+    if example is not None:
+        if isinstance(example, dict):
+            return [Run(model, (), example)]
+        return [Run(model, example if isinstance(example, tuple) else (example,), {})]
+    runs, inside = [], set()
+    model = getattr(model, "_orig_mod", model)  # of a compiled one: a run of it would compile
+    for module in model.modules():
+        shape = None if module in inside else _image_shape(module)
+        if shape is not None:
+            inside |= set(module.modules())
+            runs.append(Run(module, (_random(module, (IMAGES, *shape)),), {}))
+    return runs
+
+
+def _image_shape(module: nn.Module) -> tuple[int, int, int] | None:
+    """(channels, rows, columns) that a model takes, by its own account, or None."""
+    config = getattr(module, "config", None)
+    if getattr(module, "main_input_name", "") == "pixel_values" and hasattr(config, "image_size"):
+        size, channels = config.image_size, config.num_channels
+    elif isinstance(getattr(module, "pretrained_cfg", None), dict) and "input_size" in module.pretrained_cfg:
+        channels, *size = module.pretrained_cfg["input_size"]
+        size = getattr(getattr(module, "patch_embed", None), "img_size", None) or size
+    else:
+        seen = next((one for one in (module, getattr(module, "patch_embed", None)) if _says_its_size(one)), None)
+        if seen is None:
+            return None
+        size = getattr(seen, "img_size", None) or getattr(seen, "image_size", None)
+        channels = next(one.in_channels for one in seen.modules() if isinstance(one, nn.Conv2d))
+    return (channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
+
+
+def _says_its_size(module) -> bool:
+    size = getattr(module, "img_size", None) or getattr(module, "image_size", None)
+    return size is not None and any(isinstance(child, nn.Conv2d) for child in module.children())
+
+
+def _random(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    parameter = next(module.parameters())
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(parameter.device, parameter.dtype)
+
+
+def random_input(module: nn.Module) -> tuple[tuple, dict]:
+    """What a module may be called with: an image for a convolution, tokens for the rest."""
+    if isinstance(module, nn.Conv2d):
+        sides = (2 * side for side in module.kernel_size)
+        return (_random(module, (IMAGES, module.in_channels, *sides)),), {}
+    first = next(one for one in module.modules() if isinstance(one, (nn.LayerNorm, nn.Linear)))
+    width = first.normalized_shape[-1] if isinstance(first, nn.LayerNorm) else first.in_features
+    return (_random(module, (IMAGES, TOKENS, width)),), {}
+
+
+def run(runs: list[Run], modules: dict[str, nn.Module]) -> tuple[dict[str, tuple[tuple, dict]], list]:
+    """What each module reads first in these runs, (args, kwargs) by its name, and what the runs return."""
+    inputs = {}
+
+    def note(name: str):
+        def hook(module, args, kwargs):
+            if not args:  # transformers names even the first
+                name_of_first, *others = kwargs
+                args, kwargs = (kwargs[name_of_first],), {other: kwargs[other] for other in others}
+            inputs.setdefault(name, pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs)))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        return inputs, [one() for one in runs]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_accelerated(runs: list[Run], new: dict[str, tuple[nn.Module, type]], before: list) -> str:
+    """Why the model as a whole cannot run in its new form, or ""; it is left in the old one."""
+    for module, fused in new.values():
+        module.__class__ = fused
+    try:
+        for one, old in zip(runs, before):
+            for ours, theirs in zip(_tensors(one()), _tensors(old)):
+                if ours.shape != theirs.shape or ours.isfinite().logical_xor(theirs.isfinite()).any():
+                    return "the model as a whole gave something else with it"
+    except Exception as error:  # whatever code of somebody else's raises
+        return f"the model as a whole raised {in_a_line(error)}"
+    finally:
+        for module, fused in new.values():
+            module.__class__ = fused.original()
+    return ""
+
+
+def _tensors(output) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def compare(module: nn.Module, fused: type[Fused], args: tuple, kwargs: dict, training: bool) -> Result:
+    """Both forms of a module on one input, by the error rule; backwards too, from a random gradient, if `training`."""
+    kind = type(module)
+    try:
+        theirs = _results(module, args, kwargs, training)
+        double = copy.deepcopy(module).double()
+        true = _results(double, *pytree.tree_map_only(Tensor, _as_double, (args, kwargs)), training)
+        module.__class__ = fused
+        try:
+            ours = _results(module, args, kwargs, training)
+        finally:
+            module.__class__ = kind
+    except Exception as error:  # whatever code of somebody else's raises
+        return Result(None, f"its comparison raised {in_a_line(error)}")
+    largest = 0.0
+    for name, result, peer, truth in zip(("output", "gradients"), ours, theirs, true):
+        if not truth.any():
+            if result.any():
+                return Result(None, f"its {name} is not zero, as it should be")
+            continue
+        (whole, worst), (limit, worst_limit) = errors(result, truth), limits(peer, truth)
+        largest = max(largest, whole)
+        if not (whole <= limit and worst <= worst_limit):
+            return Result(whole, f"its {name} is further from fp64 than twice the original's: {whole:.1e}, {limit:.1e}")
+    return Result(largest, "")
+
+
+def _as_double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def _results(module: nn.Module, args: tuple, kwargs: dict, training: bool) -> list[Tensor]:
+    """The output, and all gradients as one vector: some are zero but for rounding, a key's bias among them."""
+    # Not the module itself: a hook of the user's on it, or gradient checkpointing, has no part in this.
+    x, *others = args
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad] if training else []
+    with torch.set_grad_enabled(training):
+        x = x.detach().clone().requires_grad_(training)
+        output = type(module).forward(module, x, *others, **kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        if not training:
+            return [output.detach()]
+        generator = torch.Generator().manual_seed(0)
+        upstream = torch.randn(output.shape, generator=generator).to(output)
+        gradients = torch.autograd.grad(output, [x, *wanted], upstream, allow_unused=True)
+    return [output.detach(), torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])]

@@ -1,0 +1,64 @@
+"""open_clip: the residual attention block of its own vision towers (those of timm have timm's block)."""
+
+from open_clip import transformer
+from torch import Tensor, nn
+
+from vit_fast.foreign.block import AttentionHalf, FusedBlock, MlpHalf, named_activation
+from vit_fast.foreign.torch_nn import packed_half, why_own_attention
+from vit_fast.layers import LINEAR, NORM, readable, why_aside
+
+_NORM = (*NORM, *readable(transformer.LayerNorm))
+_MLP = readable(nn.Sequential)
+_ACTIVATION = {transformer.QuickGELU: "quick_gelu"}
+_ACTIVATIONS = (nn.GELU, *readable(*_ACTIVATION))
+_SCALE = (nn.Identity, *readable(transformer.LayerScale))
+
+
+class ResidualAttentionBlock(FusedBlock, transformer.ResidualAttentionBlock):
+    def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
+        if hasattr(self, "ln_1_kv"):
+            return "it attends across"
+        seen = not inside or any(isinstance(parent, transformer.VisionTransformer) for parent in inside)
+        return "" if seen else "it reads text: a mask is given in every call"
+
+    def forward(
+        self,
+        q_x: Tensor,
+        k_x: Tensor | None = None,
+        v_x: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        plain = k_x is None and v_x is None and attn_mask is None
+        asides = self.asides() if plain else ("a mask or other keys are given",)
+        if all(asides):
+            return super().forward(q_x, k_x, v_x, attn_mask)
+        return self.fused(q_x, asides)
+
+    def attention_aside(self) -> str:
+        return why_own_attention("attn", self.attn) or why_aside(
+            ("ln_1", self.ln_1, _NORM), ("ls_1", self.ls_1, _SCALE)
+        )
+
+    def attention_half(self) -> AttentionHalf:
+        return packed_half(self.ln_1, self.attn, getattr(self.ls_1, "gamma", None))
+
+    def own_attention(self, x: Tensor) -> Tensor:
+        return self.ls_1(self.attention(self.ln_1(x)))
+
+    def mlp_aside(self) -> str:
+        mlp = self.mlp
+        return why_aside(("mlp", mlp, _MLP)) or why_aside(
+            ("ln_2", self.ln_2, _NORM),
+            ("mlp.c_fc", mlp.c_fc, LINEAR),
+            ("mlp.gelu", mlp.gelu, _ACTIVATIONS),
+            ("mlp.c_proj", mlp.c_proj, LINEAR),
+            ("ls_2", self.ls_2, _SCALE),
+        )
+
+    def mlp_half(self) -> MlpHalf:
+        mlp = self.mlp
+        activation = named_activation(_ACTIVATION, mlp.gelu)
+        return MlpHalf(self.ln_2, mlp.c_fc, activation, mlp.c_proj, getattr(self.ls_2, "gamma", None))
+
+    def own_mlp(self, x: Tensor) -> Tensor:
+        return self.ls_2(self.mlp(self.ln_2(x)))

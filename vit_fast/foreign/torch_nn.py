@@ -1,0 +1,105 @@
+"""torch.nn: the pre-norm TransformerEncoderLayer, the convolution that cuts patches, and MultiheadAttention's parts."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from vit_fast import ops
+from vit_fast.foreign.block import AttentionHalf, Fused, FusedBlock, MlpHalf, named_activation
+from vit_fast.layers import DROPOUT, LINEAR, NORM, readable, why_aside
+
+_ATTENTION = readable(nn.MultiheadAttention)
+_PROJECTION = (*LINEAR, *readable(NonDynamicallyQuantizableLinear))
+_GELU = (nn.GELU,)
+
+
+def why_own_attention(name: str, attention: nn.MultiheadAttention) -> str:
+    """Why this attention computes what `ops.attention_qkv` does not, or is not what it was, or ""."""
+    reason = why_aside((name, attention, _ATTENTION))
+    if reason:
+        return reason
+    if not (attention.batch_first and attention._qkv_same_embed_dim):
+        return f"{name} reads the batch second, or keys and values of another width"
+    if attention.bias_k is not None or attention.add_zero_attn:
+        return f"{name} has a bias_k or add_zero_attn"
+    if attention.dropout and attention.training:
+        return f"{name}.dropout is active"
+    return why_aside((f"{name}.out_proj", attention.out_proj, _PROJECTION))
+
+
+def packed_half(norm: nn.LayerNorm, attention: nn.MultiheadAttention, scale: Tensor | None = None) -> AttentionHalf:
+    """The attention half whose queries, keys and values come from one packed weight."""
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    return AttentionHalf(norm, (weight,), (bias,), attention.num_heads, attention.out_proj, scale)
+
+
+class TransformerEncoderLayer(FusedBlock, nn.TransformerEncoderLayer):
+    def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
+        if not self.norm_first:
+            return "norm_first is False"
+        return "" if self.self_attn.batch_first else "batch_first is False"
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        plain = src_mask is None and src_key_padding_mask is None and not is_causal
+        plain = plain and src.dim() == 3 and not src.is_nested
+        asides = self.asides() if plain else ("a mask is given, or no batch",)
+        if all(asides):
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        return self.fused(src, asides)
+
+    def attention_aside(self) -> str:
+        return why_own_attention("self_attn", self.self_attn) or why_aside(
+            ("norm1", self.norm1, NORM), ("dropout1", self.dropout1, DROPOUT)
+        )
+
+    def attention_half(self) -> AttentionHalf:
+        return packed_half(self.norm1, self.self_attn)
+
+    def own_attention(self, x: Tensor) -> Tensor:
+        return self._sa_block(self.norm1(x), None, None)
+
+    def mlp_aside(self) -> str:
+        reason = why_aside(
+            ("norm2", self.norm2, NORM),
+            ("linear1", self.linear1, LINEAR),
+            ("dropout", self.dropout, DROPOUT),
+            ("linear2", self.linear2, LINEAR),
+            ("dropout2", self.dropout2, DROPOUT),
+        )
+        if reason or self.activation is F.gelu:
+            return reason
+        if isinstance(self.activation, nn.Module):
+            return why_aside(("activation", self.activation, _GELU))
+        return f"activation is {getattr(self.activation, '__name__', self.activation)}"
+
+    def mlp_half(self) -> MlpHalf:
+        activation = "gelu" if self.activation is F.gelu else named_activation({}, self.activation)
+        return MlpHalf(self.norm2, self.linear1, activation, self.linear2)
+
+    def own_mlp(self, x: Tensor) -> Tensor:
+        return self._ff_block(self.norm2(x))
+
+
+class Conv2d(Fused, nn.Conv2d):
+    """The patch projection of every library: a convolution whose stride is its kernel is one product."""
+
+    OP = "patch_embed"
+
+    def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
+        plain = self.padding in ((0, 0), "valid") and (self.dilation, self.groups) == ((1, 1), 1)
+        cuts = self.kernel_size == self.stride and min(self.kernel_size) > 1
+        return "" if plain and cuts else "it cuts no patches: its stride is not its kernel, or it pads"
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 4 or self.never():
+            return super().forward(input)
+        rows, columns = input.shape[2] // self.stride[0], input.shape[3] // self.stride[1]
+        images = input[:, :, : rows * self.stride[0], : columns * self.stride[1]]  # what fills no patch is left out
+        tokens = ops.patch_embed(images, self.weight, self.bias)
+        return tokens.transpose(1, 2).unflatten(2, (rows, columns))

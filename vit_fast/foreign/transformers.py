@@ -1,0 +1,241 @@
+"""transformers: the layers of its Vision Transformers, and their attention modules, whose weights it records.
+
+`transformers.models.*.modeling_*` are imported one by one as their layers are met: `ViTLayer` and its like are made at
+the first look at this module's attribute of that name, which is also where a pickle finds them.
+"""
+
+import importlib
+from typing import NamedTuple
+
+import torch.nn as nn
+from torch import Tensor
+from transformers import activations
+
+from vit_fast import ops
+from vit_fast.foreign.block import AttentionHalf, Fused, FusedBlock, MlpHalf
+from vit_fast.layers import DROPOUT, LINEAR, NORM, readable, why_aside
+
+_ACTIVATION = {
+    activations.GELUActivation: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.QuickGELUActivation: "quick_gelu",
+}
+_ACTIVATIONS = readable(*_ACTIVATION)
+
+
+class _Names(NamedTuple):
+    """What a library's authors called one thing in different models."""
+
+    layer: str
+    norm1: str
+    attention: str
+    norm2: str
+    heads: str
+    proj: str
+    scaling: str
+    dropout: str
+
+
+_VIT = _Names(
+    "Layer",
+    "layernorm_before",
+    "attention",
+    "layernorm_after",
+    "num_attention_heads",
+    "o_proj",
+    "scaling",
+    "attention_dropout",
+)
+_DINO = _VIT._replace(norm1="norm1", norm2="norm2")
+_CLIP = _Names("EncoderLayer", "layer_norm1", "self_attn", "layer_norm2", "num_heads", "out_proj", "scale", "dropout")
+# The prefix of a model's classes: the folder that it is in, its names.
+_MODELS = {
+    "CLIP": ("clip", _CLIP),
+    "DeiT": ("deit", _VIT),
+    "Dinov2": ("dinov2", _DINO),
+    "Dinov2WithRegisters": ("dinov2_with_registers", _DINO),
+    "IJepa": ("ijepa", _VIT),
+    "Siglip": ("siglip", _CLIP),
+    "Siglip2": ("siglip2", _CLIP),
+    "ViT": ("vit", _VIT),
+    "ViTMAE": ("vit_mae", _VIT),
+}
+
+
+def __getattr__(name: str) -> type:
+    prefix = name.removesuffix("Attention").removesuffix("Layer").removesuffix("Encoder")
+    folder, names = _MODELS.get(prefix, ("", _VIT))
+    if name not in (f"{prefix}{names.layer}", f"{prefix}Attention") or not folder:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    library = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+
+    def kinds(*suffixes: str) -> tuple[type, ...]:
+        return readable(*(getattr(library, prefix + s) for s in suffixes if hasattr(library, prefix + s)))
+
+    members = {"__module__": __name__, "names": names}
+    if name.endswith("Attention"):
+        made = type(name, (_Attention, getattr(library, name)), members)
+    else:
+        members["attention_kinds"] = (*kinds("Attention"), *readable(__getattr__(f"{prefix}Attention")))
+        members |= {
+            "mlp_kinds": kinds("MLP"),
+            "scale_kinds": kinds("LayerScale"),
+            "path_kinds": (nn.Identity, *kinds("DropPath")),
+        }
+        made = type(name, (_Layer, getattr(library, name)), members)
+    return globals().setdefault(name, made)
+
+
+def _records_attention(attention: nn.Module) -> bool:
+    """Whether this forward pass collects what `attention` returns beside its output.
+
+    The hooks that do so stay where they are once any output was asked for. Where they cannot be told from others, they
+    count as recording.
+    """
+    if not attention._forward_hooks:
+        return False
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:
+        return True
+    collected = _active_collector.get()
+    return collected is not None and "attentions" in collected
+
+
+def _why_called(name: str, attention: nn.Module, kinds: tuple[type, ...]) -> str:
+    """Why the attention module must be called itself, or ""."""
+    if type(attention) not in kinds or "forward" in attention.__dict__:
+        return f"{name} is a {type(attention).__name__} or has a forward of its own"
+    if attention._forward_pre_hooks or attention._backward_hooks or attention._backward_pre_hooks:
+        return f"{name} has a hook"
+    for hook in attention._forward_hooks.values():
+        if hook.__module__ != "transformers.utils.output_capturing":
+            return f"{name} has a hook"
+    return "attentions are recorded" if _records_attention(attention) else ""
+
+
+def _asks_more(kwargs: dict) -> bool:
+    """Whether a call asks attention for something else than softmax over all tokens."""
+    return any(
+        value is not None and value is not False and not name.startswith("output_") for name, value in kwargs.items()
+    )
+
+
+class _Attention(Fused):
+    """softmax(q·kᵀ)·v as one op; the weights, exact, where they are recorded, whichever implementation is set."""
+
+    OP = "attention"
+    names: _Names
+
+    def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
+        return _why_never(self)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
+        names = self.names
+        dropping = self.training and getattr(self, names.dropout)
+        if attention_mask is not None or dropping or _asks_more(kwargs) or self.config._attn_implementation == "eager":
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        scale = getattr(self, names.scaling)
+        q, k, v = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        output = getattr(self, names.proj)(ops.attention(q, k, v, scale))
+        weights = ops.attention_maps(q, k, scale=scale).to(q.dtype) if _records_attention(self) else None
+        return output, weights
+
+
+def _why_never(attention: nn.Module) -> str:
+    return "a causal tower" if getattr(attention.config, "model_type", "") == "clip_text_model" else ""
+
+
+class _Layer(FusedBlock):
+    names: _Names
+    attention_kinds: tuple[type, ...]
+    mlp_kinds: tuple[type, ...]
+    scale_kinds: tuple[type, ...]
+    path_kinds: tuple[type, ...]
+
+    def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
+        attention = getattr(self, self.names.attention)
+        return _why_never(attention) if hasattr(attention, "config") else ""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        plain = attention_mask is None and not _asks_more(kwargs)
+        asides = self.asides() if plain else ("a mask is given",)
+        if all(asides):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        return self.fused(hidden_states, asides, **kwargs)
+
+    def _ends(self, number: int) -> tuple:
+        """Checks of what stands between a half's product and the residual."""
+        modules = self._modules
+        ends = [("dropout", modules["dropout"], DROPOUT)] if "dropout" in modules else []
+        if self.scale_kinds:
+            ends += [(f"layer_scale{number}", modules[f"layer_scale{number}"], self.scale_kinds)]
+            ends += [("drop_path", modules["drop_path"], self.path_kinds)]
+        return tuple(ends)
+
+    def _end(self, number: int) -> tuple[Tensor | None, nn.Module | None]:
+        """LayerScale's vector and the drop path of a half."""
+        if not self.scale_kinds:
+            return None, None
+        return self._modules[f"layer_scale{number}"].lambda1, self.drop_path
+
+    def _own_end(self, number: int, x: Tensor) -> Tensor:
+        for _, module, _ in self._ends(number):
+            x = module(x)
+        return x
+
+    def attention_aside(self) -> str:
+        names = self.names
+        attention = self._modules[names.attention]
+        reason = _why_called(names.attention, attention, self.attention_kinds)
+        if reason:
+            return reason
+        if attention.training and getattr(attention, names.dropout):
+            return f"{names.attention}.{names.dropout} is active"
+        if getattr(attention, names.scaling) != attention.head_dim**-0.5:
+            return f"{names.attention}.{names.scaling} is changed"
+        linears = ("q_proj", "k_proj", "v_proj", names.proj)
+        return why_aside(
+            (names.norm1, self._modules[names.norm1], NORM),
+            *((f"{names.attention}.{name}", attention._modules[name], LINEAR) for name in linears),
+            *self._ends(1),
+        )
+
+    def attention_half(self) -> AttentionHalf:
+        names = self.names
+        attention = self._modules[names.attention]
+        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+        return AttentionHalf(
+            self._modules[names.norm1],
+            (q.weight, k.weight, v.weight),
+            (q.bias, k.bias, v.bias),
+            getattr(attention, names.heads),
+            attention._modules[names.proj],
+            *self._end(1),
+        )
+
+    def own_attention(self, x: Tensor, **kwargs) -> Tensor:
+        names = self.names
+        x = self._modules[names.attention](self._modules[names.norm1](x), attention_mask=None, **kwargs)[0]
+        return self._own_end(1, x)
+
+    def mlp_aside(self) -> str:
+        mlp = self.mlp
+        return why_aside(("mlp", mlp, self.mlp_kinds)) or why_aside(
+            (self.names.norm2, self._modules[self.names.norm2], NORM),
+            ("mlp.fc1", mlp.fc1, LINEAR),
+            ("mlp.activation_fn", mlp.activation_fn, _ACTIVATIONS),
+            ("mlp.fc2", mlp.fc2, LINEAR),
+            *self._ends(2),
+        )
+
+    def mlp_half(self) -> MlpHalf:
+        mlp = self.mlp
+        activation = _ACTIVATION[type(mlp.activation_fn)]
+        return MlpHalf(self._modules[self.names.norm2], mlp.fc1, activation, mlp.fc2, *self._end(2))
+
+    def own_mlp(self, x: Tensor) -> Tensor:
+        return self._own_end(2, self.mlp(self._modules[self.names.norm2](x)))
