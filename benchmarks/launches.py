@@ -28,7 +28,7 @@ from vit_fast.ops import backend
 from vit_fast.ops.attention import HEAD_WIDTHS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPS = ("patch_embed", "ln_linear", "attention", "linear_residual", "mlp", "block")
+OPS = ("patch_embed", "ln_linear", "attention", "linear_residual", "mlp", "swiglu", "block")
 ALLOCATIONS = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
 ODD = "width 37, "  # begins the variants whose rows no vector load fits
 
@@ -256,6 +256,7 @@ def op_calls(dtype: torch.dtype, B: int, T: int, D: int, F: int, every: bool) ->
         parameters = *norm, empty(F, D), optional(F), empty(D, F), *end
         for activation in ("gelu", "gelu_tanh", "quick_gelu") if every else ("gelu",):
             yield "mlp", f"{activation}, {variant}", ops.mlp, x, *parameters, activation
+        yield "swiglu", variant, ops.swiglu, x, *norm, empty(2 * F, D), optional(2 * F), empty(D, F), *end
         if D % 64 == 0:  # elsewhere no kernel takes its heads
             first = *norm, empty(3 * D, D), optional(3 * D), empty(D, D)
             yield "block", variant, ops.block, x, *first, *end, *parameters, D // 64

@@ -34,6 +34,8 @@ from benchmarks.launches import Launch, TorchOp, hardware, nbytes, tensors
 ATTENTION_PRODUCTS = {"forward": 2, "query_grad": 3, "key_grad": 4, "maps": 1, "grad": 5}
 # Rows and columns of a product's result and its inner index, by a part of the kernel's name; (M, N, K) elsewhere.
 PRODUCT_AXES = {"weight_grad": ("N", "K", "M")}
+# How many such products a kernel does that does more than one, by a part of its name.
+PRODUCTS = {"gated": 2}
 
 
 def device(arch: str) -> dict:
@@ -92,16 +94,16 @@ def _product_work(sizes: dict, name: str, moved: int) -> Work:
     rows, cols, summed = (sizes[axis] for axis in _by_name(PRODUCT_AXES, name, ("M", "N", "K")))
     span = sizes.get("span", summed)  # of the sum, where several programs share it
     splits = math.ceil(summed / span)
-    tile = sizes["BLOCK_M"] * sizes["BLOCK_N"]
+    tile, products = sizes["BLOCK_M"] * sizes["BLOCK_N"], _by_name(PRODUCTS, name, 1)
     tiles = math.ceil(rows / sizes["BLOCK_M"]) * math.ceil(cols / sizes["BLOCK_N"]) * splits
     return Work(
         moved,
         tiles,
         tile,
         tiles * tile,
-        flops=2 * rows * cols * summed,
-        padded_flops=2 * tiles * tile * _up(span, sizes["BLOCK_K"]),
-        fill_flops=2 * tiles * tile * constant("tile_fill_k"),
+        flops=2 * products * rows * cols * summed,
+        padded_flops=2 * products * tiles * tile * _up(span, sizes["BLOCK_K"]),
+        fill_flops=2 * products * tiles * tile * constant("tile_fill_k"),
         steps=math.ceil(span / sizes["BLOCK_K"]),
     )
 

@@ -3,6 +3,7 @@
 gelu        x·Φ(x)                                 Φ the normal distribution function
 gelu_tanh   x·½(1 + tanh u) = x·σ(2u)              u = √(2/π)·(x + 0.044715 x³)
 quick_gelu  x·σ(1.702 x)
+silu        x·σ(x)                                 the gate of SwiGLU
 
 Each is y = x·g(x) with a gate g that mirrors itself: g(x) = 1 − t(|x|) for x ≥ 0 and t(|x|) below, where the tail t
 falls from ½ to 0. The derivative is y′ = g + x·g′.
@@ -10,7 +11,7 @@ falls from ½ to 0. The derivative is y′ = g + x·g′.
 exact       where the result is stored in fp32: erf, exp and a division.
 fast        where it is stored in fp16 or bf16: y = ½x + |x|·(½ − t(|x|)). For both GELUs log2 t is nearly a polynomial,
             so that t is one exp2: degree 5, coefficients by minimax on the error of y over |x| + 0.1, the first −1 so
-            that t(0) is ½ exactly. Of quick_gelu t is 1/(1 + 2^z), the reciprocal as the square of rsqrt, which is one
+            that t(0) is ½ exactly. Of quick_gelu and silu t is 1/(1 + 2^z), the reciprocal as the square of rsqrt, one
             instruction where a division is ten. The leading coefficient makes t fall to 0 by itself: y is x far above
             and 0 far below, inf gives inf, −inf and NaN give NaN.
 
@@ -22,6 +23,7 @@ direction; what the compiler makes of them for sm_90 and sm_80, per element and 
 gelu             1.3e-6        7e-7           9                    1                    15             2
 gelu_tanh        9e-6          4e-5           9                    1                    19             1
 quick_gelu       1e-6          5e-7           7                    2                    14             2
+silu             1.3e-6        3e-7           7                    2                    13             2
 
 Other forms, and why not: x·σ(2p(x)) with an odd polynomial p, by exp2 and a reciprocal, is two special functions, of
 which a multiprocessor does a sixteenth a clock of what it adds, and comes no closer than 2.7e-4 with three coefficients
@@ -54,10 +56,12 @@ def _exact(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         gate, slope = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
         gate_slope = slope * 1.5957691216057308 * (1 + 0.134145 * x * x)
-    else:
-        tl.static_assert(ACTIVATION == "quick_gelu")
+    elif ACTIVATION == "quick_gelu":
         gate, slope = _sigmoid(1.702 * x)
         gate_slope = 1.702 * slope
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        gate, gate_slope = _sigmoid(x)
     return x * gate, gate + x * gate_slope
 
 
@@ -74,9 +78,12 @@ def _fast_tail(a, ACTIVATION: tl.constexpr):
         tail = _exp2_polynomial(a, _GELU_TAIL)
     elif ACTIVATION == "gelu_tanh":
         tail = _exp2_polynomial(a, _TANH_TAIL)
-    else:
-        tl.static_assert(ACTIVATION == "quick_gelu")
+    elif ACTIVATION == "quick_gelu":
         root = tl.rsqrt(1 + tl.exp2(2.4554669595930157 * a))  # 1.702·log2(e)
+        tail = root * root
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        root = tl.rsqrt(1 + tl.exp2(1.4426950408889634 * a))  # log2(e)
         tail = root * root
     return tail
 
@@ -89,8 +96,10 @@ def _fast_gate_slope(x, a, tail, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         near = tl.minimum(a, 1e3)  # the tail is 0 long before, and 0 times an infinite square would be no number
         slope = tail * (1 - tail) * 1.5957691216057308 * (1 + 0.134145 * near * near)  # σ′(2u)·2u′
-    else:
+    elif ACTIVATION == "quick_gelu":
         slope = 1.702 * tail * (1 - tail)
+    else:
+        slope = tail * (1 - tail)
     return slope
 
 

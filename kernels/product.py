@@ -158,6 +158,24 @@ def product(
 
 
 @triton.jit
+def product_pair(
+    load_a: tl.constexpr,
+    a,
+    load_b: tl.constexpr,
+    b, c, row, col, start, stop,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tiles of A·Bᵀ and A·Cᵀ at the same (row, col), as `product`: A is loaded once for both."""
+    sums_b = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sums_c = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(start, stop, BLOCK_K):
+        left = load_a(a, row, k, BLOCK_M, BLOCK_K).to(DTYPE)
+        sums_b = add_dot(sums_b, left, load_b(b, col, k, BLOCK_N, BLOCK_K).to(DTYPE).T, PRECISION)
+        sums_c = add_dot(sums_c, left, load_b(c, col, k, BLOCK_N, BLOCK_K).to(DTYPE).T, PRECISION)
+    return sums_b, sums_c
+
+
+@triton.jit
 def product_and_row_sums(
     load_a: tl.constexpr,
     a,

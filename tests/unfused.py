@@ -7,6 +7,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
 }
 
 
@@ -56,3 +57,19 @@ def mlp(
 ):
     hidden = ACTIVATIONS[activation](ln_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps))
     return linear_residual(hidden, fc2_weight, fc2_bias, x, layer_scale, drop)
+
+
+def swiglu(
+    x,
+    norm_weight,
+    norm_bias,
+    fc1_weight,
+    fc1_bias,
+    fc2_weight,
+    fc2_bias,
+    layer_scale=None,
+    drop=None,
+    eps=1e-6,
+):
+    gate, value = ln_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps).chunk(2, dim=-1)
+    return linear_residual(F.silu(gate) * value, fc2_weight, fc2_bias, x, layer_scale, drop)

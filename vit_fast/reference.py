@@ -7,6 +7,7 @@ Nothing here is optimised and the package never calls it. The tests run it in fl
     [3] Ba et al. 2016, Layer Normalization           [4] Hendrycks and Gimpel 2016, GELU
     [5] Touvron et al. 2021, CaiT (LayerScale)        [6] Huang et al. 2016, Stochastic Depth
     [7] Abnar and Zuidema 2020, Quantifying Attention Flow
+    [8] Shazeer 2020, GLU Variants Improve Transformer
 
 Letters: B batch, C channels, P patch side, N patches, R prefix tokens, T = R + N tokens, D width, H heads, d = D/H head
 width, F hidden width, L layers.
@@ -123,6 +124,24 @@ def mlp(
 ) -> Tensor:
     """Equation 3 of [1]: x + MLP(LN(x))."""
     hidden = activate(ln_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps), activation)
+    return linear_residual(hidden, fc2_weight, fc2_bias, x, layer_scale, drop)
+
+
+def swiglu(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None = None,
+    drop: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Equation 6 of [8] in the place of the MLP, its W and V the first and the second half of fc1's rows."""
+    gate, value = ln_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps).chunk(2, dim=-1)
+    hidden = gate / (1 + torch.exp(-gate)) * value
     return linear_residual(hidden, fc2_weight, fc2_bias, x, layer_scale, drop)
 
 

@@ -8,6 +8,7 @@ from vit_fast.ops.linear_residual import linear_residual
 from vit_fast.ops.ln_linear import ln_linear
 from vit_fast.ops.mlp import mlp
 from vit_fast.ops.patch_embed import patch_embed
+from vit_fast.ops.swiglu import swiglu
 
 __all__ = [
     "attention",
@@ -18,6 +19,7 @@ __all__ = [
     "ln_linear",
     "mlp",
     "patch_embed",
+    "swiglu",
     "use_backend",
 ]
 
