@@ -120,11 +120,12 @@ def forward(
     z, mean, rstd = layer_norm.forward(x, norm_weight, norm_bias, eps, fc1_weight.dtype, training)
     h = torch.empty((M, width), dtype=fc1_weight.dtype, device=x.device)
     hidden = torch.empty((M, 2 * width), dtype=h.dtype, device=x.device) if training else None
-    gate, value = (None, None) if hidden is None else hidden.split(width, 1)
-    weights = fc1_weight.split(width)
+    gate, value = hidden.split(width, 1) if training else (None, None)
+    gate_weight, value_weight = fc1_weight.split(width)
+    matrices = (z, gate_weight, value_weight, h, *((gate, value) if training else ()))
     launch_tiles(
-        _gated_fc1_kernel, "swiglu_fc1", M, width, h.dtype, (z, *weights, h, *(() if hidden is None else (gate, value))),
-        z_ptr=z, gate_weight_ptr=weights[0], value_weight_ptr=weights[1], bias_ptr=fc1_bias, gate_ptr=gate,
+        _gated_fc1_kernel, "swiglu_fc1", M, width, h.dtype, matrices,
+        z_ptr=z, gate_weight_ptr=gate_weight, value_weight_ptr=value_weight, bias_ptr=fc1_bias, gate_ptr=gate,
         value_ptr=value, h_ptr=h, K=D, stride_weight=fc1_weight.stride(0), PRECISION=precision,
     )  # fmt: skip
     y = linear_residual.forward(h, fc2_weight, fc2_bias, x, layer_scale, drop, tokens_per_image, precision)

@@ -31,6 +31,18 @@ def known_layer(name: str, layer, ours: type, names: tuple[str, ...] = ()) -> No
         raise ValueError(f"{name}: got {getattr(layer, '__name__', layer)!r}, takes {ours.__name__} or None")
 
 
+def is_swiglu(layer, plain: type, packed: type) -> bool:
+    """Whether `mlp_layer` is the gated MLP: our class, timm's SwiGLUPacked, which is a partial, or "swiglu"."""
+    if isinstance(layer, functools.partial) and _from("timm", layer.func, "GluMlp"):
+        return layer.keywords == {"act_layer": nn.SiLU, "gate_last": False}
+    if layer is packed or (isinstance(layer, str) and layer == "swiglu"):
+        return True
+    if layer is None or layer is plain or _from("timm", layer, plain.__name__):
+        return False
+    given = getattr(layer, "__name__", layer)
+    raise ValueError(f"mlp_layer: got {given!r}, takes {plain.__name__}, {packed.__name__}, 'swiglu' or None")
+
+
 def norm_factory(name: str, layer):
     """nn.LayerNorm with the eps that `layer` would have: timm's LayerNorm has 1e-6, PyTorch's 1e-5."""
     given, keywords = layer, {}
@@ -50,16 +62,17 @@ def norm_factory(name: str, layer):
     return functools.partial(nn.LayerNorm, eps=eps)
 
 
-def activation_name(layer) -> str:
+def activation_name(layer, gated: bool = False) -> str:
     """The name that the ops use for an activation given by that name, PyTorch's class, or a class of timm's or ours."""
-    by_class = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
+    by_class = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
     name = "gelu" if layer is None else layer
     if isinstance(layer, functools.partial) and layer.func is nn.GELU and set(layer.keywords) <= {"approximate"}:
         name = "gelu_tanh" if layer.keywords.get("approximate") == "tanh" else "gelu"
-    elif layer is nn.GELU or _from("timm", layer, *by_class) or _from("vit_fast", layer, "QuickGELU"):
+    elif layer in (nn.GELU, nn.SiLU) or _from("timm", layer, *by_class) or _from("vit_fast", layer, "QuickGELU"):
         name = by_class[layer.__name__]
-    if name not in by_class.values():
-        raise ValueError(f"act_layer: got {layer!r}, takes 'gelu', 'gelu_tanh', 'quick_gelu', or the class of one")
+    if name not in by_class.values() or (name == "silu") != gated:
+        takes = "'silu' or nn.SiLU with SwiGLU" if gated else "'gelu', 'gelu_tanh', 'quick_gelu', or the class of one"
+        raise ValueError(f"act_layer: got {layer!r}, takes {takes}")
     return name
 
 

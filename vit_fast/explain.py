@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from vit_fast.layers import AttentionPoolLatent, Block
+from vit_fast.foreign.block import Fused, FusedBlock
+from vit_fast.layers import AttentionPoolLatent, Block, SwiGLUPacked
 from vit_fast.model import VisionTransformer
 from vit_fast.ops import backend
 from vit_fast.ops.attention import HEAD_WIDTHS
@@ -40,7 +41,7 @@ def explain(model: nn.Module) -> Explanation:
     tell, the reason says so, and at which.
 
     Args:
-        model: a VisionTransformer, or a module that holds one or some of its blocks.
+        model: a VisionTransformer, a module that holds one or some of its blocks, or what `accelerate` has changed.
 
     Returns:
         Lines with `.name`, `.op`, `.backend` and `.reason`, in the order of the data; str() gives a table.
@@ -55,7 +56,10 @@ def explain(model: nn.Module) -> Explanation:
             tokens = grid and grid + module.num_prefix_tokens
         lines += [Line(f"{name}.{part.name}".strip("."), part.op, *_choice(part)) for part in _parts(module, tokens)]
     if not lines:
-        raise ValueError(f"model: got {type(model).__name__} without any module of vit_fast, takes a VisionTransformer")
+        raise ValueError(
+            f"model: got {type(model).__name__} without any module of vit_fast, takes a VisionTransformer or what "
+            "accelerate has changed"
+        )
     return Explanation(lines)
 
 
@@ -96,13 +100,19 @@ def _parts(module: nn.Module, tokens: int | None) -> Iterator[_Part]:
         width = module.head_dim
         yield _Part("", "attention", module.latent, "", _head_width(width), (None, None, width))
         yield _Part("mlp", "mlp", module.latent, module.mlp_aside(), "", tuple(module.mlp.fc2.weight.shape))
+    elif isinstance(module, FusedBlock):
+        tensor, asides = next(module.parameters()), module.asides()
+        halves = zip(("attention", "mlp"), asides) if any(asides) else (("block", ""),)
+        yield from (_Part("", op, tensor, aside) for op, aside in halves)
+    elif isinstance(module, Fused):
+        yield _Part("", module.OP, next(module.parameters()), "")
 
 
 def _parts_of_block(block: Block, tokens: int | None) -> Iterator[_Part]:
     attn, mlp = block.attn, block.mlp
     tensor, aside, mlp_aside = next(block.parameters()), block.attention_aside(), block.mlp_aside()
     plain = not aside and type(attn.q_norm) is nn.Identity and type(attn.k_norm) is nn.Identity
-    whole = not (aside or mlp_aside) and block.lacks_inner_norms()
+    whole = not (aside or mlp_aside) and block.suits_block_op()
 
     def linear(name: str, op: str, reason: str, weights: nn.Module, weight: str) -> _Part:
         # In a whole block no finding counts but attention's, and where the half is aside its module may hold anything.
@@ -117,7 +127,7 @@ def _parts_of_block(block: Block, tokens: int | None) -> Iterator[_Part]:
         yield _Part("attn", op, tensor, "", _head_width(attn.head_dim), (tokens, tokens, attn.head_dim), whole)
     yield linear("attn", "linear_residual", aside, attn, "proj.weight")
     if mlp_aside or type(mlp.norm) is nn.Identity:
-        yield linear("mlp", "mlp", mlp_aside, mlp, "fc2.weight")
+        yield linear("mlp", "swiglu" if type(mlp) is SwiGLUPacked else "mlp", mlp_aside, mlp, "fc2.weight")
     else:
         yield linear("mlp", "ln_linear", "", mlp, "fc1.weight")
         yield linear("mlp", "linear_residual", "", mlp, "fc2.weight")

@@ -7,6 +7,7 @@ dropout is active, that half calls its submodules one by one instead, as timm do
     Dosovitskiy et al. 2021, An Image is Worth 16x16 Words, equations 1 to 3        patches and blocks
     Touvron et al. 2021, CaiT (LayerScale); Huang et al. 2016, Stochastic Depth     the ends of a block's two halves
     Zhai et al. 2022, Scaling Vision Transformers, section 3.5                      the attention pool
+    Shazeer 2020, GLU Variants Improve Transformer, equation 6                      SwiGLU
 
 Letters: B batch, C channels, P patch side, N patches, T tokens, D width, H heads, d = D/H head width.
 """
@@ -35,7 +36,12 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"), "quick_gelu": QuickGELU}
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": QuickGELU,
+    "silu": nn.SiLU,  # of SwiGLU's gate alone
+}
 
 
 class LayerScale(nn.Module):
@@ -287,6 +293,50 @@ class Mlp(nn.Module):
         return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
 
 
+class SwiGLUPacked(nn.Module):
+    """fc2(silu(a)·b) with [a | b] = fc1(x), a gate and its value from one product, called module by module.
+
+    `hidden_features` is the width of fc1, an even number; fc2 reads half of it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        act_layer=nn.SiLU,
+        norm_layer=None,
+        bias: bool = True,
+        drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if hidden_features % 2:
+            raise ValueError(f"hidden_features: got {hidden_features}, takes an even number: half are gates")
+        self.fc1 = nn.Linear(in_features, hidden_features, bias=bias, **dd)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop)
+        self.norm = norm_layer(hidden_features // 2, **dd) if norm_layer else nn.Identity()
+        self.fc2 = nn.Linear(hidden_features // 2, in_features, bias=bias, **dd)
+        self.drop2 = nn.Dropout(drop)
+
+    def init_weights(self) -> None:
+        """Begin near fc2 on silu(a) alone, values near 1, as timm does."""
+        values = slice(self.fc2.in_features, None)
+        with torch.no_grad():
+            if self.fc1.bias is not None:
+                nn.init.ones_(self.fc1.bias[values])
+            nn.init.normal_(self.fc1.weight[values], std=1e-6)
+
+    def gated(self, hidden: Tensor) -> Tensor:
+        gate, value = hidden.chunk(2, dim=-1)
+        return self.act(gate) * value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.norm(self.drop1(self.gated(self.fc1(x))))))
+
+
 class Block(nn.Module):
     """One layer, equations 2 and 3 of the paper: x [B, T, D] → [B, T, D]."""
 
@@ -306,6 +356,7 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         act_layer=nn.GELU,
         norm_layer=LAYER_NORM,
+        mlp_layer=Mlp,
         device=None,
         dtype=None,
     ):
@@ -319,7 +370,7 @@ class Block(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
         hidden = int(dim * mlp_ratio)
-        self.mlp = Mlp(dim, hidden, act_layer, norm_layer if scale_mlp_norm else None, proj_bias, proj_drop, **dd)
+        self.mlp = mlp_layer(dim, hidden, act_layer, norm_layer if scale_mlp_norm else None, proj_bias, proj_drop, **dd)
         self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -354,15 +405,15 @@ class Block(nn.Module):
 
     def mlp_aside(self) -> str:
         """Why the MLP half calls its modules one by one, or "" where it runs on fused ops."""
-        reason = _why_other("mlp", self.mlp, (Mlp,))
+        reason = _why_other("mlp", self.mlp, MLP)
         if reason:
             return reason
         parts, own = self.mlp._modules, self._modules
         return why_aside(
-            ("mlp", self.mlp, (Mlp,)),
+            ("mlp", self.mlp, MLP),
             ("norm2", own["norm2"], NORM),
             ("mlp.fc1", parts["fc1"], LINEAR),
-            ("mlp.act", parts["act"], ACTIVATION),
+            ("mlp.act", parts["act"], ACTIVATION if type(self.mlp) is Mlp else GATE),
             ("mlp.drop1", parts["drop1"], DROPOUT),
             ("mlp.norm", parts["norm"], NORM_OR_NONE),
             ("mlp.fc2", parts["fc2"], LINEAR),
@@ -371,15 +422,16 @@ class Block(nn.Module):
             ("drop_path2", own["drop_path2"], PATH_OR_NONE),
         )
 
-    def lacks_inner_norms(self) -> bool:
-        """Whether no norm stands inside either half, as the op of the whole block needs it; neither may be aside."""
-        attn = self.attn
-        return all(type(norm) is nn.Identity for norm in (attn.q_norm, attn.k_norm, attn.norm, self.mlp.norm))
+    def suits_block_op(self) -> bool:
+        """Whether the op of the whole block computes this one: no norm inside a half, no gate; no half may be aside."""
+        attn, mlp = self.attn, self.mlp
+        inner = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
+        return type(mlp) is Mlp and all(type(norm) is nn.Identity for norm in inner)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         attention_reason = "a mask is given" if attn_mask is not None or is_causal else self.attention_aside()
         mlp_reason = self.mlp_aside()
-        if not (attention_reason or mlp_reason) and self.lacks_inner_norms():
+        if not (attention_reason or mlp_reason) and self.suits_block_op():
             return self._fused(x)
         if attention_reason:
             say_aside("a block, module by module,", attention_reason)
@@ -438,22 +490,15 @@ class Block(nn.Module):
         norm, mlp = self.norm2, self.mlp
         fc1, fc2 = mlp.fc1, mlp.fc2
         gamma, drop = _branch_end(self.ls2, self.drop_path2, x)
+        gates = type(mlp) is SwiGLUPacked
         if type(mlp.norm) is not nn.Identity:
-            hidden = mlp.act(ops.ln_linear(x, norm.weight, norm.bias, fc1.weight, fc1.bias, norm.eps))
+            hidden = ops.ln_linear(x, norm.weight, norm.bias, fc1.weight, fc1.bias, norm.eps)
+            hidden = mlp.gated(hidden) if gates else mlp.act(hidden)
             return ops.linear_residual(mlp.norm(hidden), fc2.weight, fc2.bias, x, gamma, drop)
-        return ops.mlp(
-            x,
-            norm.weight,
-            norm.bias,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            gamma,
-            drop,
-            activation_of(mlp.act),
-            norm.eps,
-        )
+        parameters = norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma, drop
+        if gates:
+            return ops.swiglu(x, *parameters, norm.eps)
+        return ops.mlp(x, *parameters, activation_of(mlp.act), norm.eps)
 
     def attention_map(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
         """The probabilities with which this layer's heads read x [B, T, D]: fp32 [B, H, T or len(queries), T]."""
@@ -558,13 +603,18 @@ NONE = (nn.Identity,)
 NORM = (nn.LayerNorm,)
 LINEAR = (nn.Linear,)
 DROPOUT = (nn.Dropout, nn.Identity)
+MLP = (Mlp, SwiGLUPacked)
 ACTIVATION = (nn.GELU, QuickGELU)
+GATE = (nn.SiLU,)
 NORM_OR_NONE = (nn.Identity, nn.LayerNorm)
 SCALE_OR_NONE = (nn.Identity, LayerScale)
 PATH_OR_NONE = (nn.Identity, DropPath)
 _FORWARD = {
     kind: kind.forward
-    for kind in (*ACTIVATION, *DROPOUT, *NORM, *LINEAR, LayerScale, DropPath, Attention, Mlp, PatchEmbed, nn.Conv2d)
+    for kind in (
+        *(*ACTIVATION, *GATE, *DROPOUT, *NORM, *LINEAR, *MLP),
+        *(LayerScale, DropPath, Attention, PatchEmbed, nn.Conv2d),
+    )
 }
 _PLAIN_TENSORS = (nn.Parameter, Tensor, type(None))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vit_fast import ops
-from vit_fast.arguments import activation_name, known_layer, norm_factory, one_of, take_indices
+from vit_fast.arguments import activation_name, is_swiglu, known_layer, norm_factory, one_of, take_indices
 from vit_fast.initialise import init_children, trunc_normal_
 from vit_fast.layers import (
     ACTIVATIONS,
@@ -29,12 +29,13 @@ from vit_fast.layers import (
     Mlp,
     PatchDropout,
     PatchEmbed,
+    SwiGLUPacked,
     why_aside,
 )
 from vit_fast.ops.backend import say_aside
 from vit_fast.positions import resample_positions, sincos_position
 
-POOLS = ("", "token", "avg", "avgmax", "max", "map")
+POOLS = ("", "token", "avg", "avgmax", "max", "map", "token_avg")
 WEIGHT_INITS = ("", "skip", "reset", "jax", "jax_nlhb", "moco")
 
 
@@ -47,7 +48,8 @@ class VisionTransformer(nn.Module):
         in_chans: channels of an image.
         num_classes: width of the logits; 0 leaves the head out.
         global_pool: how the tokens become one vector: "token" (the class token), "avg", "max", "avgmax" (over the patch
-            tokens), "map" (attention pooling), "" (not at all: the head is applied to each token).
+            tokens), "map" (attention pooling), "token_avg" (the class token and behind it the mean of the patch tokens,
+            2·D wide, as DINOv2's classifier reads them), "" (not at all: the head is applied to each token).
         embed_dim, depth, num_heads, mlp_ratio: D, layers, H, hidden width of the MLP as a multiple of D.
         qkv_bias, proj_bias: biases of the QKV product; of the projection, fc1 and fc2.
         qk_norm: LayerNorm over each head's query and key.
@@ -68,8 +70,10 @@ class VisionTransformer(nn.Module):
             branches (rising linearly to this rate in the last block). Draws equal timm's under one seed.
         weight_init: "", "jax", "jax_nlhb", "moco", "reset" or "skip", as timm's. fix_init: scale proj and fc2 by depth.
         norm_layer, embed_norm_layer: "layernorm", nn.LayerNorm, timm's LayerNorm, or functools.partial of one with eps.
-        act_layer: "gelu", "gelu_tanh", "quick_gelu", or the class of one.
-        embed_layer, block_fn, mlp_layer, attn_layer: only PatchEmbed, Block, Mlp and Attention are taken.
+        act_layer: "gelu", "gelu_tanh", "quick_gelu", or the class of one; with SwiGLU "silu" or nn.SiLU.
+        mlp_layer: Mlp; or "swiglu", SwiGLUPacked of ours or timm's, whose hidden width, mlp_ratio·D, is even: half are
+            gates.
+        embed_layer, block_fn, attn_layer: only PatchEmbed, Block and Attention are taken.
         device, dtype: of the parameters.
 
     Input: images [B, C, rows, columns] in the dtype of the parameters, or any floating dtype under autocast. Output:
@@ -132,10 +136,11 @@ class VisionTransformer(nn.Module):
         one_of("weight_init", weight_init, WEIGHT_INITS)
         known_layer("embed_layer", embed_layer, PatchEmbed)
         known_layer("block_fn", block_fn, Block)
-        known_layer("mlp_layer", mlp_layer, Mlp)
         known_layer("attn_layer", attn_layer, Attention, ("", "attn"))
-        if global_pool == "token" and not class_token:
-            raise ValueError("global_pool: got 'token' with class_token=False, takes another pool or a class token")
+        if global_pool in ("token", "token_avg") and not class_token:
+            raise ValueError(
+                f"global_pool: got {global_pool!r} with class_token=False, takes another pool or a class token"
+            )
         for name, number in (("in_chans", in_chans), ("embed_dim", embed_dim), ("num_heads", num_heads)):
             if number < 1:
                 raise ValueError(f"{name}: got {number}, takes 1 or more")
@@ -161,13 +166,15 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"num_heads: got {num_heads}, takes a divisor of embed_dim, {embed_dim}")
         norm_layer = norm_factory("norm_layer", norm_layer)
         embed_norm_layer = embed_norm_layer and norm_factory("embed_norm_layer", embed_norm_layer)
-        act_layer = ACTIVATIONS[activation_name(act_layer)]
+        mlp_layer = SwiGLUPacked if is_swiglu(mlp_layer, Mlp, SwiGLUPacked) else Mlp
+        act_layer = ACTIVATIONS[activation_name(act_layer, gated=mlp_layer is SwiGLUPacked)]
         norm_after_pool = global_pool in ("avg", "avgmax", "max") if fc_norm is None else fc_norm
 
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.embed_dim = embed_dim
+        self.num_features = self.head_hidden_size = pooled = self._pooled_width(global_pool)
         self.num_reg_tokens = reg_tokens
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.has_class_token = class_token
@@ -216,6 +223,7 @@ class VisionTransformer(nn.Module):
                     rate,
                     act_layer,
                     norm_layer,
+                    mlp_layer,
                     **dd,
                 )
                 for rate in path_rates
@@ -230,9 +238,9 @@ class VisionTransformer(nn.Module):
             self.attn_pool = AttentionPoolLatent(embed_dim, num_heads, mlp_ratio, norm_layer, act_layer, **dd)
         else:
             self.attn_pool = None
-        self.fc_norm = norm_layer(embed_dim, **dd) if final_norm and norm_after_pool else nn.Identity()
+        self.fc_norm = norm_layer(pooled, **dd) if final_norm and norm_after_pool else nn.Identity()
         if representation_size:
-            hidden = nn.Linear(embed_dim, representation_size, **dd)
+            hidden = nn.Linear(pooled, representation_size, **dd)
             self.pre_logits = nn.Sequential(collections.OrderedDict(fc=hidden, act=nn.Tanh()))
             self.num_features = self.head_hidden_size = representation_size
         else:
@@ -265,6 +273,9 @@ class VisionTransformer(nn.Module):
         positions = sincos_position(*self.patch_embed.grid_size, self.embed_dim)
         table.zero_()
         table[0, table.shape[1] - len(positions) :].copy_(positions)
+
+    def _pooled_width(self, pool: str) -> int:
+        return (2 if pool == "token_avg" else 1) * self.embed_dim
 
     def _new_head(self, dd: dict) -> nn.Module:
         return nn.Linear(self.head_hidden_size, self.num_classes, **dd) if self.num_classes else nn.Identity()
@@ -321,10 +332,14 @@ class VisionTransformer(nn.Module):
         """
         if global_pool is not None:
             one_of("global_pool", global_pool, POOLS)
-            if global_pool == "token" and not self.has_class_token:
-                raise ValueError("global_pool: got 'token', the model has no class token")
+            if global_pool in ("token", "token_avg") and not self.has_class_token:
+                raise ValueError(f"global_pool: got {global_pool!r}, the model has no class token")
             if global_pool == "map" and self.attn_pool is None:
                 raise ValueError("global_pool: got 'map', the model was built without an attention pool")
+            change = self._pooled_width(global_pool) - self._pooled_width(self.global_pool)
+            if change and not (type(self.fc_norm) is type(self.pre_logits) is nn.Identity):
+                raise ValueError(f"global_pool: got {global_pool!r}, of another width than fc_norm or pre_logits reads")
+            self.num_features = self.head_hidden_size = self.head_hidden_size + change
             if global_pool != "map":
                 self.attn_pool = None
             self.global_pool = global_pool
@@ -396,15 +411,17 @@ class VisionTransformer(nn.Module):
             ("pos_drop", self.pos_drop, DROPOUT),
         )
 
-    def _embed(self, images: Tensor) -> Tensor:
-        """Images → tokens [B, T, D] that the first block reads (equation 1)."""
+    def _all_tokens(self, images: Tensor) -> Tensor:
+        """Images → every token [B, T, D], with its position (equation 1)."""
         reason = self.embed_aside()
         if reason:
             say_aside("patch_embed, module by module,", reason)
-            x = self._pos_embed(self.patch_embed(images))
-        else:
-            x = self._fused_embed(images)
-        return self.norm_pre(self.patch_drop(x))
+            return self._pos_embed(self.patch_embed(images))
+        return self._fused_embed(images)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Images → tokens [B, T, D] that the first block reads."""
+        return self.norm_pre(self.patch_drop(self._all_tokens(images)))
 
     def _fused_embed(self, images: Tensor) -> Tensor:
         embed = self.patch_embed
@@ -432,12 +449,57 @@ class VisionTransformer(nn.Module):
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B, C, rows, columns] → tokens [B, T, D] behind the final LayerNorm."""
-        x = self._embed(x)
+        return self._encode(self._embed(x), attn_mask, is_causal)
+
+    def _encode(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Tokens through every block and the final LayerNorm."""
         if attn_mask is None and not is_causal and not self.grad_checkpointing:
             return self.norm(self.blocks(x))
         for block in self.blocks:
             x = self._run_block(block, x, attn_mask, is_causal)
         return self.norm(x)
+
+    def forward_masked(
+        self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The encoder of a masked autoencoder: a random share of the patches is read, the others are left out.
+
+        He et al. 2022, Masked Autoencoders Are Scalable Vision Learners, section 3 and appendix A.1: the patches of
+        each image are shuffled, and the first N·(1 − mask_ratio) of them kept, in that order, behind the prefix tokens.
+
+        Args:
+            images: [B, C, rows, columns].
+            mask_ratio: the share of patches left out, at least 0 and below 1; of those that stay the number is rounded
+                down, and one stays.
+            noise: [B, N], numbers whose order from the least up is the order of the patches; drawn uniformly if None.
+
+        Returns:
+            latent: [B, R + kept, D], behind the final LayerNorm (which stands behind the pool, and not here, where
+                `fc_norm` does).
+            mask: fp32 [B, N], 1 for a patch left out, 0 for one that was read.
+            ids_restore: int64 [B, N], for each patch its place in the shuffled order: what a decoder gathers by, once
+                it has put mask tokens behind those that were kept.
+
+        Raises:
+            ValueError: for a ratio or a noise that does not fit, and as `forward` does for images.
+        """
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio: got {mask_ratio}, takes 0 or more and less than 1")
+        x, count = self._all_tokens(images), self.num_prefix_tokens
+        patches = x[:, count:]
+        batch, number, width = patches.shape
+        if noise is None:
+            noise = torch.rand(batch, number, device=x.device)
+        elif noise.shape != (batch, number):
+            raise ValueError(
+                f"noise: got shape {list(noise.shape)}, takes [{batch}, {number}], a number for each patch"
+            )
+        kept = max(1, int(number * (1 - mask_ratio)))
+        order = noise.to(x.device).argsort(dim=1)
+        ids_restore = order.argsort(dim=1)
+        patches = patches.gather(1, order[:, :kept, None].expand(-1, -1, width))
+        latent = self._encode(self.norm_pre(torch.cat([x[:, :count], patches], dim=1)))
+        return latent, (ids_restore >= kept).float(), ids_restore
 
     def forward_intermediates(
         self,
@@ -525,7 +587,7 @@ class VisionTransformer(nn.Module):
         return chosen
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """Tokens [B, T, D] → [B, D] by the model's pool, or by `pool_type`."""
+        """Tokens [B, T, D] → [B, D], or [B, 2·D] of "token_avg", by the model's pool, or by `pool_type`."""
         start = 0 if self.pool_include_prefix else self.num_prefix_tokens
         if self.attn_pool is not None:
             return self.attn_pool(x[:, start:])
@@ -534,6 +596,8 @@ class VisionTransformer(nn.Module):
             return x[:, 0]
         if pool_type == "avg":
             return x[:, start:].mean(dim=1)
+        if pool_type == "token_avg":
+            return torch.cat([x[:, 0], x[:, start:].mean(dim=1)], dim=1)
         if pool_type == "max":
             return x[:, start:].amax(dim=1)
         if pool_type == "avgmax":

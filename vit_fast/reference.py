@@ -190,19 +190,24 @@ def block(x: Tensor, p: dict[str, Tensor], heads: int, activation: str, eps: flo
 
 
 def pool_tokens(x: Tensor, pool: str, prefix: int) -> Tensor:
-    """[B, T, D] → [B, D]: the class token (equation 4 of [1]), or a summary of the patch tokens; "" leaves x alone."""
+    """[B, T, D] → [B, D]: the class token (equation 4 of [1]), or a summary of the patch tokens; "" leaves x alone.
+
+    "token_avg" is both, [B, 2·D], as DINOv2's classifier reads them (Oquab et al. 2023).
+    """
     patches = x[:, prefix:]
     if pool == "token":
         return x[:, 0]
     if pool == "avg":
         return patches.mean(1)
+    if pool == "token_avg":
+        return torch.cat([x[:, 0], patches.mean(1)], dim=1)
     if pool == "max":
         return patches.amax(1)
     if pool == "avgmax":
         return (patches.mean(1) + patches.amax(1)) / 2
     if pool == "":
         return x
-    raise ValueError(f"pool: got {pool!r}, takes 'token', 'avg', 'max', 'avgmax', 'map' or ''")
+    raise ValueError(f"pool: got {pool!r}, takes 'token', 'avg', 'max', 'avgmax', 'token_avg', 'map' or ''")
 
 
 def attention_pool(x: Tensor, p: dict[str, Tensor], heads: int, activation: str, eps: float) -> Tensor:
@@ -228,9 +233,10 @@ def vision_transformer(
     """The whole model on a state dict with timm's names: equations 1 to 4 of [1], then the classification head.
 
     images [B, C, rows, columns] → logits [B, classes]; their softmax is the class probabilities. `pool` is "token" (the
-    class token, equation 4), "avg", "max" or "avgmax" (of the patch tokens), "map" (attention pooling) or "". With a
-    distillation token the logits of both heads are averaged (Touvron et al. 2021). Positions are not interpolated: the
-    table is for this image size. Every parameter is read, or a ValueError names what is left over.
+    class token, equation 4), "avg", "max" or "avgmax" (of the patch tokens), "token_avg" (both), "map" (attention
+    pooling) or "". With a distillation token the logits of both heads are averaged (Touvron et al. 2021). Positions are
+    not interpolated: the table is for this image size. Every parameter is read, or a ValueError names what is left
+    over.
     """
     p = dict(parameters)
 

@@ -1,7 +1,8 @@
-"""Named architectures. zoo.json holds, one a line, the arguments and the picture statistics of each.
+"""Named architectures. zoo.json holds, one a line, the arguments, the picture statistics and the weights of each.
 
 The names, arguments, image sizes, class counts, means and crops are those of timm 1.0.31's `vision_transformer.py` and
 `deit.py`, each for the architecture's default weights. An entry with "missing" names the parts that vit_fast lacks.
+"weights" are the tags of all pretrained weights that timm has of an architecture, as in vit_base_patch16_224.TAG.
 """
 
 import difflib
@@ -17,7 +18,7 @@ from vit_fast.model import VisionTransformer, VisionTransformerDistilled
 
 @functools.cache
 def entries() -> dict[str, dict]:
-    """The whole data file: name → {"args", "pretrained_cfg"} or {"missing"}."""
+    """The whole data file: name → {"args", "pretrained_cfg", "weights"} or {"missing", "weights"}."""
     return json.loads(importlib.resources.files("vit_fast").joinpath("zoo.json").read_text())
 
 
