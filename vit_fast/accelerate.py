@@ -162,14 +162,10 @@ def _stays(name: str, kind: type, reason: str) -> Line:
 
 
 def _op_and_reason(module: Fused) -> tuple[str, str]:
-    """Which ops run a module, and why not more of it, as it is now but in evaluation mode."""
-    if not isinstance(module, FusedBlock):
-        return module.OP, ""
+    """Which op runs a module, and why not more of it, as it is now but in evaluation mode."""
     with _evaluating(module):
-        attention, mlp = module.asides()
-    halves = [] if attention else ["attention"]
-    halves += [] if mlp else ["mlp"]
-    return ("block" if len(halves) == 2 else "".join(halves)), attention or mlp
+        asides = module.asides() if isinstance(module, FusedBlock) else ("",)
+        return module.op(), next(filter(None, asides), "")
 
 
 def _inside(model: nn.Module, name: str) -> tuple[nn.Module, ...]:

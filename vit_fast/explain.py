@@ -102,10 +102,13 @@ def _parts(module: nn.Module, tokens: int | None) -> Iterator[_Part]:
         yield _Part("mlp", "mlp", module.latent, module.mlp_aside(), "", tuple(module.mlp.fc2.weight.shape))
     elif isinstance(module, FusedBlock):
         tensor, asides = next(module.parameters()), module.asides()
-        halves = zip(("attention", "mlp"), asides) if any(asides) else (("block", ""),)
-        yield from (_Part("", op, tensor, aside) for op, aside in halves)
+        if all(asides):
+            yield _Part("", "block", tensor, asides[0])
+        else:
+            yield _Part("", module.op(), tensor, "")
+            yield from (_Part(name, name, tensor, aside) for name, aside in zip(("attention", "mlp"), asides) if aside)
     elif isinstance(module, Fused):
-        yield _Part("", module.OP, next(module.parameters()), "")
+        yield _Part("", module.op(), next(module.parameters()), "")
 
 
 def _parts_of_block(block: Block, tokens: int | None) -> Iterator[_Part]:

@@ -20,12 +20,14 @@ from vit_fast.ops.backend import compute_dtype, say_aside, use_triton
 class Fused:
     """Mixed in before the class of a library whose forward the subclass replaces."""
 
-    OP = ""  # what of vit_fast.ops runs
-
     @classmethod
     def original(cls) -> type:
         """The library's class."""
         return next(kind for kind in cls.__mro__ if not issubclass(kind, Fused) and issubclass(kind, nn.Module))
+
+    def op(self) -> str:
+        """What of vit_fast.ops runs, in evaluation mode."""
+        raise NotImplementedError
 
     def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
         """Why this module, inside these others, is none that the op computes, however it is called, or ""."""
@@ -52,15 +54,16 @@ class AttentionHalf(NamedTuple):
 
 
 class MlpHalf(NamedTuple):
-    """The parts of a block's second half."""
+    """The parts of a block's second half. A gated one has its gates and values in one weight [2F, D], or in two."""
 
     norm: nn.LayerNorm
-    fc1: nn.Linear
-    activation: str
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    activation: str  # of `ops.mlp`, or "swiglu"
     fc2: nn.Linear
     scale: Tensor | None = None
     path: nn.Module | None = None
-    act: nn.Module | None = None  # with `inner`, a norm before fc2: called as modules
+    act: nn.Module | None = None  # called as a module where `inner`, a norm before fc2, stands behind it
     inner: nn.Module | None = None
 
     def normalises(self) -> bool:
@@ -69,8 +72,6 @@ class MlpHalf(NamedTuple):
 
 class FusedBlock(Fused):
     """A pre-norm block. A library's subclass gives `forward` with the library's signature, and the six below."""
-
-    OP = "block"
 
     def attention_aside(self) -> str:
         """Why the attention half runs by the library's modules, or ""."""
@@ -95,6 +96,16 @@ class FusedBlock(Fused):
     def asides(self) -> tuple[str, str]:
         return self.attention_aside(), self.mlp_aside()
 
+    def op(self) -> str:
+        """The op of the block, or of the half that is not aside; "" where both are."""
+        asides = self.asides()
+        if not any(asides) and _is_whole(self.attention_half(), self.mlp_half()):
+            return "block"
+        halves = [] if asides[0] else ["attention"]
+        if not asides[1]:
+            halves.append("swiglu" if self.mlp_half().activation == "swiglu" else "mlp")
+        return ", ".join(halves)
+
     def fused(self, x: Tensor, asides: tuple[str, str], **kwargs) -> Tensor:
         """The block, of which one half at most is aside; `kwargs` are what the library's attention takes besides."""
         attention_reason, mlp_reason = asides
@@ -102,30 +113,36 @@ class FusedBlock(Fused):
             say_aside(f"a {type(self).__name__}, module by module,", reason)
         if not (attention_reason or mlp_reason):
             attention, mlp = self.attention_half(), self.mlp_half()
-            if not (attention.normalises() or mlp.normalises()) and _joins(attention, x):
+            if _is_whole(attention, mlp) and _joins(attention.weights, x):
                 return _block(x, attention, mlp)
         x = x + self.own_attention(x, **kwargs) if attention_reason else _attention(x, self.attention_half())
-        return x + self.own_mlp(x) if mlp_reason else _mlp(x, self.mlp_half())
+        if not mlp_reason and _joins((mlp := self.mlp_half()).weights, x):
+            return _mlp(x, mlp)
+        return x + self.own_mlp(x)
 
 
-def _joins(half: AttentionHalf, x: Tensor) -> bool:
-    """Whether queries, keys and values come from one product.
+def _is_whole(attention: AttentionHalf, mlp: MlpHalf) -> bool:
+    """Whether both halves make `ops.block`: no norm inside one, no gate."""
+    return not (attention.normalises() or mlp.normalises()) and mlp.activation != "swiglu"
 
-    On a GPU the copy that joins three weights, 6·D² bytes read and written, is little beside reading x and normalising
-    it three times; PyTorch normalises once, and there three products cost what one does.
+
+def _joins(weights: tuple[Tensor, ...], x: Tensor) -> bool:
+    """Whether weights that read the same input make one product.
+
+    On a GPU the copy that joins them, of three 6·D² bytes read and written, is little beside reading x and normalising
+    it for each; PyTorch normalises once, and there several products cost what one does.
     """
-    return len(half.weights) == 1 or use_triton("ln_linear", x, half.weights[0])
+    return len(weights) == 1 or use_triton("ln_linear", x, weights[0])
 
 
-def _joined(half: AttentionHalf) -> tuple[Tensor, Tensor | None]:
-    """The one weight of queries, keys and values and its bias, from which each gets its own gradient."""
-    if len(half.weights) == 1:
-        return half.weights[0], half.biases[0]
-    biases = half.biases
-    if any(bias is None for bias in biases):
-        zero = half.weights[0].new_zeros(len(half.weights[0]))
-        biases = () if biases == (None,) * 3 else tuple(zero if bias is None else bias for bias in biases)
-    return torch.cat(half.weights), torch.cat(biases) if biases else None
+def _joined(weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
+    """One weight and its bias, from which each of those that it is made of gets its own gradient."""
+    if len(weights) == 1:
+        return weights[0], biases[0]
+    if any(bias is not None for bias in biases):
+        biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in zip(weights, biases)]
+        return torch.cat(weights), torch.cat(biases)
+    return torch.cat(weights), None
 
 
 def _factors(path: nn.Module | None, scale: Tensor | None, x: Tensor) -> Tensor | None:
@@ -142,15 +159,15 @@ def _block(x: Tensor, attention: AttentionHalf, mlp: MlpHalf) -> Tensor:
         x,
         attention.norm.weight,
         attention.norm.bias,
-        *_joined(attention),
+        *_joined(attention.weights, attention.biases),
         attention.proj.weight,
         attention.proj.bias,
         attention.scale,
         _factors(attention.path, attention.scale, x),
         mlp.norm.weight,
         mlp.norm.bias,
-        mlp.fc1.weight,
-        mlp.fc1.bias,
+        mlp.weights[0],
+        mlp.biases[0],
         mlp.fc2.weight,
         mlp.fc2.bias,
         mlp.scale,
@@ -164,8 +181,9 @@ def _block(x: Tensor, attention: AttentionHalf, mlp: MlpHalf) -> Tensor:
 
 def _attention(x: Tensor, half: AttentionHalf) -> Tensor:
     norm = half.norm
-    if _joins(half, x):
-        qkv = ops.ln_linear(x, norm.weight, norm.bias, *_joined(half), norm.eps).unflatten(-1, (3, half.heads, -1))
+    if _joins(half.weights, x):
+        qkv = ops.ln_linear(x, norm.weight, norm.bias, *_joined(half.weights, half.biases), norm.eps)
+        qkv = qkv.unflatten(-1, (3, half.heads, -1))
         if half.q_norm is None or type(half.q_norm) is type(half.k_norm) is nn.Identity:
             heads = ops.attention_qkv(qkv)
         else:
@@ -183,24 +201,17 @@ def _attention(x: Tensor, half: AttentionHalf) -> Tensor:
 
 
 def _mlp(x: Tensor, half: MlpHalf) -> Tensor:
-    norm, fc1, fc2 = half.norm, half.fc1, half.fc2
-    drop = _factors(half.path, half.scale, x)
+    norm, fc2 = half.norm, half.fc2
+    weight, bias = _joined(half.weights, half.biases)
+    first = (x, norm.weight, norm.bias, weight, bias)
+    last = (fc2.weight, fc2.bias)
+    end = (half.scale, _factors(half.path, half.scale, x))
+    if half.activation == "swiglu":
+        return ops.swiglu(*first, *last, *end, norm.eps)
     if half.normalises():
-        hidden = half.act(ops.ln_linear(x, norm.weight, norm.bias, fc1.weight, fc1.bias, norm.eps))
-        return ops.linear_residual(half.inner(hidden), fc2.weight, fc2.bias, x, half.scale, drop)
-    return ops.mlp(
-        x,
-        norm.weight,
-        norm.bias,
-        fc1.weight,
-        fc1.bias,
-        fc2.weight,
-        fc2.bias,
-        half.scale,
-        drop,
-        half.activation,
-        norm.eps,
-    )
+        hidden = half.inner(half.act(ops.ln_linear(*first, norm.eps)))
+        return ops.linear_residual(hidden, *last, x, *end)
+    return ops.mlp(*first, *last, *end, half.activation, norm.eps)
 
 
 def named_activation(names: dict[type, str], act) -> str:

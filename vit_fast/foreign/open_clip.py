@@ -56,9 +56,9 @@ class ResidualAttentionBlock(FusedBlock, transformer.ResidualAttentionBlock):
         )
 
     def mlp_half(self) -> MlpHalf:
-        mlp = self.mlp
-        activation = named_activation(_ACTIVATION, mlp.gelu)
-        return MlpHalf(self.ln_2, mlp.c_fc, activation, mlp.c_proj, getattr(self.ls_2, "gamma", None))
+        fc1, act, fc2 = self.mlp
+        activation = named_activation(_ACTIVATION, act)
+        return MlpHalf(self.ln_2, (fc1.weight,), (fc1.bias,), activation, fc2, getattr(self.ls_2, "gamma", None))
 
     def own_mlp(self, x: Tensor) -> Tensor:
         return self.ls_2(self.mlp(self.ln_2(x)))

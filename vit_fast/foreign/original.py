@@ -17,7 +17,8 @@ _GELU = (nn.GELU,)
 _DINO = ("norm1", "attn", "drop_path", "norm2", "mlp")
 _DINOV2 = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 _ATTENTION = {"qkv", "attn_drop", "proj", "proj_drop"}
-_MLP = ({"fc1", "act", "fc2", "drop"},)
+_MLP = {"fc1", "act", "fc2", "drop"}
+_SWIGLU = {"w12", "w3"}
 
 
 @functools.cache
@@ -91,10 +92,15 @@ class Block(FusedBlock):
 
     def mlp_aside(self) -> str:
         mlp = self.mlp
-        if set(mlp._modules) not in _MLP:
+        norm = ("norm2", self.norm2, NORM)
+        if set(mlp._modules) == _SWIGLU:
+            return why_aside(("mlp", mlp, _kinds(type(mlp), "SwiGLUFFN", "SwiGLUFFNFused"))) or why_aside(
+                norm, ("mlp.w12", mlp.w12, LINEAR), ("mlp.w3", mlp.w3, LINEAR), *self._end(2)
+            )
+        if set(mlp._modules) != _MLP:
             return f"mlp is a {type(mlp).__name__} of other parts"
         return why_aside(("mlp", mlp, _kinds(type(mlp), "Mlp"))) or why_aside(
-            ("norm2", self.norm2, NORM),
+            norm,
             ("mlp.fc1", mlp.fc1, LINEAR),
             ("mlp.act", mlp.act, _GELU),
             ("mlp.fc2", mlp.fc2, LINEAR),
@@ -104,8 +110,11 @@ class Block(FusedBlock):
 
     def mlp_half(self) -> MlpHalf:
         mlp = self.mlp
-        activation = named_activation({}, mlp.act)
-        return MlpHalf(self.norm2, mlp.fc1, activation, mlp.fc2, *self._scale_and_path(2))
+        if set(mlp._modules) == _SWIGLU:
+            fc1, activation, fc2 = mlp.w12, "swiglu", mlp.w3
+        else:
+            fc1, activation, fc2 = mlp.fc1, named_activation({}, mlp.act), mlp.fc2
+        return MlpHalf(self.norm2, (fc1.weight,), (fc1.bias,), activation, fc2, *self._scale_and_path(2))
 
     def own_mlp(self, x: Tensor) -> Tensor:
         return self._own_end(2, self.mlp(self.norm2(x)))

@@ -13,6 +13,8 @@ _ACTIVATION = {timm.layers.GELU: "gelu", timm.layers.GELUTanh: "gelu_tanh", timm
 _ACTIVATIONS = (nn.GELU, *readable(*_ACTIVATION))
 _ATTENTION = readable(timm.layers.Attention)
 _MLP = readable(timm.layers.Mlp)
+_GATED = readable(timm.layers.GluMlp)
+_GATE = readable(nn.SiLU)
 _SCALE = (nn.Identity, *readable(timm.layers.LayerScale))
 _PATH = (nn.Identity, *readable(timm.layers.DropPath))
 
@@ -65,10 +67,13 @@ class Block(FusedBlock, vision_transformer.Block):
 
     def mlp_aside(self) -> str:
         mlp = self.mlp
-        return why_aside(("mlp", mlp, _MLP)) or why_aside(
+        gated = type(mlp) in _GATED
+        if gated and (mlp.gate_last or type(mlp.norm) is not nn.Identity):
+            return "mlp has its gate behind its value, or a norm"
+        return why_aside(("mlp", mlp, (*_MLP, *_GATED))) or why_aside(
             ("norm2", self.norm2, _NORM),
             ("mlp.fc1", mlp.fc1, LINEAR),
-            ("mlp.act", mlp.act, _ACTIVATIONS),
+            ("mlp.act", mlp.act, _GATE if gated else _ACTIVATIONS),
             ("mlp.drop1", mlp.drop1, DROPOUT),
             ("mlp.norm", mlp.norm, _NORM_OR_NONE),
             ("mlp.fc2", mlp.fc2, LINEAR),
@@ -81,8 +86,9 @@ class Block(FusedBlock, vision_transformer.Block):
         mlp = self.mlp
         return MlpHalf(
             self.norm2,
-            mlp.fc1,
-            named_activation(_ACTIVATION, mlp.act),
+            (mlp.fc1.weight,),
+            (mlp.fc1.bias,),
+            "swiglu" if type(mlp) in _GATED else named_activation(_ACTIVATION, mlp.act),
             mlp.fc2,
             getattr(self.ls2, "gamma", None),
             self.drop_path2,

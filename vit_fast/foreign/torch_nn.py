@@ -80,7 +80,8 @@ class TransformerEncoderLayer(FusedBlock, nn.TransformerEncoderLayer):
 
     def mlp_half(self) -> MlpHalf:
         activation = "gelu" if self.activation is F.gelu else named_activation({}, self.activation)
-        return MlpHalf(self.norm2, self.linear1, activation, self.linear2)
+        fc1 = self.linear1
+        return MlpHalf(self.norm2, (fc1.weight,), (fc1.bias,), activation, self.linear2)
 
     def own_mlp(self, x: Tensor) -> Tensor:
         return self._ff_block(self.norm2(x))
@@ -89,7 +90,8 @@ class TransformerEncoderLayer(FusedBlock, nn.TransformerEncoderLayer):
 class Conv2d(Fused, nn.Conv2d):
     """The patch projection of every library: a convolution whose stride is its kernel is one product."""
 
-    OP = "patch_embed"
+    def op(self) -> str:
+        return "patch_embed"
 
     def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
         plain = self.padding in ((0, 0), "valid") and (self.dilation, self.groups) == ((1, 1), 1)

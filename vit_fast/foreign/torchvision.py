@@ -43,7 +43,8 @@ class EncoderBlock(FusedBlock, vision_transformer.EncoderBlock):
         )
 
     def mlp_half(self) -> MlpHalf:
-        return MlpHalf(self.ln_2, self.mlp[0], named_activation({}, self.mlp[1]), self.mlp[3])
+        fc1, act, _, fc2, _ = self.mlp
+        return MlpHalf(self.ln_2, (fc1.weight,), (fc1.bias,), named_activation({}, act), fc2)
 
     def own_mlp(self, x: Tensor) -> Tensor:
         return self.mlp(self.ln_2(x))

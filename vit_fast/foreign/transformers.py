@@ -21,6 +21,7 @@ _ACTIVATION = {
     activations.QuickGELUActivation: "quick_gelu",
 }
 _ACTIVATIONS = readable(*_ACTIVATION)
+_GATE = readable(activations.SiLUActivation, nn.SiLU)
 
 
 class _Names(NamedTuple):
@@ -79,6 +80,7 @@ def __getattr__(name: str) -> type:
         members["attention_kinds"] = (*kinds("Attention"), *readable(__getattr__(f"{prefix}Attention")))
         members |= {
             "mlp_kinds": kinds("MLP"),
+            "gated_kinds": kinds("SwiGLUFFN"),
             "scale_kinds": kinds("LayerScale"),
             "path_kinds": (nn.Identity, *kinds("DropPath")),
         }
@@ -124,7 +126,9 @@ def _asks_more(kwargs: dict) -> bool:
 class _Attention(Fused):
     """softmax(q·kᵀ)·v as one op; the weights, exact, where they are recorded, whichever implementation is set."""
 
-    OP = "attention"
+    def op(self) -> str:
+        return "attention"
+
     names: _Names
 
     def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
@@ -153,6 +157,7 @@ class _Layer(FusedBlock):
     names: _Names
     attention_kinds: tuple[type, ...]
     mlp_kinds: tuple[type, ...]
+    gated_kinds: tuple[type, ...]
     scale_kinds: tuple[type, ...]
     path_kinds: tuple[type, ...]
 
@@ -224,8 +229,13 @@ class _Layer(FusedBlock):
 
     def mlp_aside(self) -> str:
         mlp = self.mlp
+        norm = (self.names.norm2, self._modules[self.names.norm2], NORM)
+        if type(mlp) in self.gated_kinds:
+            linears = ((f"mlp.{name}", mlp._modules[name], LINEAR) for name in ("gate_proj", "up_proj", "down_proj"))
+            gate = ("mlp.act_fn", mlp.act_fn, _GATE)
+            return why_aside(("mlp", mlp, self.gated_kinds), norm, *linears, gate, *self._ends(2))
         return why_aside(("mlp", mlp, self.mlp_kinds)) or why_aside(
-            (self.names.norm2, self._modules[self.names.norm2], NORM),
+            norm,
             ("mlp.fc1", mlp.fc1, LINEAR),
             ("mlp.activation_fn", mlp.activation_fn, _ACTIVATIONS),
             ("mlp.fc2", mlp.fc2, LINEAR),
@@ -233,9 +243,14 @@ class _Layer(FusedBlock):
         )
 
     def mlp_half(self) -> MlpHalf:
-        mlp = self.mlp
+        mlp, norm = self.mlp, self._modules[self.names.norm2]
+        if type(mlp) in self.gated_kinds:
+            gate, value = mlp.gate_proj, mlp.up_proj
+            weights, biases = (gate.weight, value.weight), (gate.bias, value.bias)
+            return MlpHalf(norm, weights, biases, "swiglu", mlp.down_proj, *self._end(2))
+        fc1 = mlp.fc1
         activation = _ACTIVATION[type(mlp.activation_fn)]
-        return MlpHalf(self._modules[self.names.norm2], mlp.fc1, activation, mlp.fc2, *self._end(2))
+        return MlpHalf(norm, (fc1.weight,), (fc1.bias,), activation, mlp.fc2, *self._end(2))
 
     def own_mlp(self, x: Tensor) -> Tensor:
         return self._own_end(2, self.mlp(self._modules[self.names.norm2](x)))
