@@ -14,6 +14,7 @@ from transformers import activations
 from vit_fast import ops
 from vit_fast.foreign.block import AttentionHalf, Fused, FusedBlock, MlpHalf
 from vit_fast.layers import DROPOUT, LINEAR, NORM, readable, why_aside
+from vit_fast.transformers_attention import records_attention
 
 _ACTIVATION = {
     activations.GELUActivation: "gelu",
@@ -88,22 +89,6 @@ def __getattr__(name: str) -> type:
     return globals().setdefault(name, made)
 
 
-def _records_attention(attention: nn.Module) -> bool:
-    """Whether this forward pass collects what `attention` returns beside its output.
-
-    The hooks that do so stay where they are once any output was asked for. Where they cannot be told from others, they
-    count as recording.
-    """
-    if not attention._forward_hooks:
-        return False
-    try:
-        from transformers.utils.output_capturing import _active_collector
-    except ImportError:
-        return True
-    collected = _active_collector.get()
-    return collected is not None and "attentions" in collected
-
-
 def _why_called(name: str, attention: nn.Module, kinds: tuple[type, ...]) -> str:
     """Why the attention module must be called itself, or ""."""
     if type(attention) not in kinds or "forward" in attention.__dict__:
@@ -113,7 +98,7 @@ def _why_called(name: str, attention: nn.Module, kinds: tuple[type, ...]) -> str
     for hook in attention._forward_hooks.values():
         if hook.__module__ != "transformers.utils.output_capturing":
             return f"{name} has a hook"
-    return "attentions are recorded" if _records_attention(attention) else ""
+    return "attentions are recorded" if records_attention(attention) else ""
 
 
 def _asks_more(kwargs: dict) -> bool:
@@ -145,7 +130,7 @@ class _Attention(Fused):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         output = getattr(self, names.proj)(ops.attention(q, k, v, scale))
-        weights = ops.attention_maps(q, k, scale=scale).to(q.dtype) if _records_attention(self) else None
+        weights = ops.attention_maps(q, k, scale=scale).to(q.dtype) if records_attention(self) else None
         return output, weights
 
 

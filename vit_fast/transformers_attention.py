@@ -1,0 +1,115 @@
+"""`attn_implementation="vit_fast"` for every model of transformers that takes an attention implementation."""
+
+import torch
+from torch import Tensor, nn
+
+from vit_fast import ops
+from vit_fast.ops.backend import say_aside
+
+NAME = "vit_fast"
+
+
+def register_transformers() -> None:
+    """Let models of transformers choose attention by the name "vit_fast".
+
+    With `Model.from_pretrained(..., attn_implementation="vit_fast")` or `model.set_attn_implementation("vit_fast")` its
+    attention runs on `vit_fast.ops.attention`. What that does not compute (a mask, Swin's bias, a causal tower, dropout
+    in training, fewer heads of keys) runs as transformers' own "sdpa" does. Attentions that `output_attentions=True`
+    asks for are returned, exact, in every case.
+
+    May be called before or after transformers is imported, and again.
+
+    Raises:
+        ImportError: where transformers is not installed, or older than version 5.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(NAME, attention_forward)
+    # Without it a mask would arrive as None, and no error say so.
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def records_attention(module: nn.Module) -> bool:
+    """Whether this forward pass collects the attentions that `module` returns beside its output.
+
+    transformers collects by hooks that stay where they are once any output was asked for. Where its version cannot be
+    asked, a hook counts as collecting.
+    """
+    if not module._forward_hooks:
+        return False
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:
+        return True
+    collected = _active_collector.get()
+    return collected is not None and "attentions" in collected
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function as transformers calls it.
+
+    Args:
+        module: the attention module.
+        query, key, value: [B, H, T, d]. Keys and values may have fewer heads, a divisor of H.
+        attention_mask: boolean, True where a key is seen, or what is added to the scores; None for neither.
+
+    Returns:
+        [B, T, H, d], and the weights [B, H, Tq, Tk] where they are asked for.
+    """
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    is_causal = is_causal and attention_mask is None and query.shape[2] > 1
+    wanted = kwargs.get("output_attentions") or records_attention(module)
+    more = sorted(name for name in ("position_bias", "softcap", "s_aux") if kwargs.get(name) is not None)
+    reason = _why_not(query, key, attention_mask, dropout, is_causal, more)
+    if not reason:
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        output = ops.attention(q, k, v, scaling).unflatten(-1, (q.shape[2], -1))
+        return output, ops.attention_maps(q, k, scale=scaling).to(query.dtype) if wanted else None
+    say_aside(f"attention of a {type(module).__name__}", reason)
+    if wanted and not more:
+        return _with_weights(module, query, key, value, attention_mask, scaling, dropout, is_causal)
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+
+
+def _why_not(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, causal: bool, more: list[str]) -> str:
+    """Why `ops.attention` does not compute this call, or ""."""
+    if mask is not None:
+        return "a mask or a bias is given"
+    if causal:
+        return "it is causal"
+    if dropout:
+        return "dropout is active"
+    if key.shape[1] != query.shape[1]:
+        return f"{key.shape[1]} heads of keys for {query.shape[1]} of queries"
+    return f"{', '.join(more)} is given" if more else ""
+
+
+def _with_weights(module, query, key, value, mask, scaling, dropout, causal) -> tuple[Tensor, Tensor]:
+    """Softmax attention written out, as transformers' "eager" has it, with masks of both kinds."""
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min  # not -inf: a query that sees no key gets numbers
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
