@@ -7,6 +7,7 @@ objects that they were.
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Line(NamedTuple):
 
 
 class Report(tuple):
-    """The lines of `accelerate`; `print` shows them as a table, blocks that fared alike in one row."""
+    """The lines of `accelerate`; `print` shows them as a table, modules in a row that fared alike as one."""
 
     verification: str  # what was compared, or why nothing was
 
@@ -58,13 +59,19 @@ class Report(tuple):
 
 
 def _runs(lines) -> Iterator[tuple[str, int, Line]]:
-    """(first name, how many, the last line with the largest error) of modules in one parent that fared alike."""
-    groups: dict[tuple, list[Line]] = {}
+    """(first name, how many, the last line with the largest error) of modules in a row that fared alike.
+
+    A row is what has the same name but for numbers: the blocks, or the attention of each.
+    """
+    groups, latest = [], {}
     for line in lines:
-        *parents, own = line.name.split(".")
-        place = tuple("#" if part.isdigit() else part.rstrip("0123456789") for part in (*parents, own))
-        groups.setdefault((place, line.kind, line.replaced, line.op, line.reason), []).append(line)
-    for group in groups.values():
+        row = re.sub(r"\d+(?=\.|$)", "#", line.name)
+        group = latest.get(row)
+        if group is None or group[-1][1:5] != line[1:5]:
+            group = latest[row] = []
+            groups.append(group)
+        group.append(line)
+    for group in groups:
         known = [line.error for line in group if line.error is not None]
         yield group[0].name, len(group), group[-1]._replace(error=max(known, default=None))
 
