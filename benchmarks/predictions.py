@@ -76,12 +76,16 @@ def forward_flops(name: str, pixels: int = 224) -> int:
 
     with torch.device("meta"):
         model = vit_fast.create_model(name, num_classes=1000, img_size=pixels)
+
+    def of_mlp(mlp: torch.nn.Module) -> int:
+        return mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
+
     patches, width = model.patch_embed.num_patches, model.embed_dim
-    tokens, hidden = patches + model.num_prefix_tokens, model.blocks[0].mlp.fc1.out_features
-    macs = len(model.blocks) * tokens * (4 * width * width + 2 * width * hidden + 2 * tokens * width)
+    tokens = patches + model.num_prefix_tokens
+    macs = len(model.blocks) * tokens * (4 * width * width + of_mlp(model.blocks[0].mlp) + 2 * tokens * width)
     macs += patches * model.patch_embed.proj.weight.numel() + model.head.weight.numel()
     if model.attn_pool is not None:  # one query that looks at every patch, and an MLP for it
-        macs += (2 * patches + 2) * width * width + 2 * patches * width + 2 * width * hidden
+        macs += (2 * patches + 2) * width * width + 2 * patches * width + of_mlp(model.attn_pool.mlp)
     return 2 * macs
 
 

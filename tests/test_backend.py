@@ -33,6 +33,7 @@ def operands(dtype=torch.float32, device="cpu"):
         "attention_maps": (ops.attention_maps, heads[:2]),
         "linear_residual": (ops.linear_residual, (x, draw(D, D), draw(D), draw(B, T, D), scale)),
         "mlp": (ops.mlp, mlp),
+        "swiglu": (ops.swiglu, (x, scale, shift, draw(2 * F, D), draw(2 * F), draw(D, F), draw(D))),
     }
 
 

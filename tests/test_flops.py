@@ -13,7 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 
 import vit_fast
 from benchmarks.predictions import forward_flops
-from tests.ops import test_attention, test_block, test_linear_residual, test_ln_linear, test_mlp, test_patch_embed
+from tests.ops import (
+    test_attention,
+    test_block,
+    test_linear_residual,
+    test_ln_linear,
+    test_mlp,
+    test_patch_embed,
+    test_swiglu,
+)
 from tests.ops.harness import Case, run
 from vit_fast import ops
 from vit_fast.ops import backend
@@ -42,6 +50,8 @@ CALLS = {
     "linear_residual, bare": (ops.linear_residual, test_linear_residual.shaped(2, 5, 24, features=40, **BARE), {}),
     "mlp": (ops.mlp, test_mlp.shaped(2, 5, 24, hidden=40), {}),
     "mlp, bare": (ops.mlp, test_mlp.shaped(2, 5, 24, hidden=40, **BARE), {}),
+    "swiglu": (ops.swiglu, test_swiglu.shaped(2, 5, 24, hidden=20), {}),
+    "swiglu, bare": (ops.swiglu, test_swiglu.shaped(2, 5, 24, hidden=20, **BARE), {}),
     "block": (ops.block, test_block.shaped(2, 5, 32, 40), {"num_heads": 2}),
     "block, bare": (ops.block, test_block.shaped(2, 5, 32, 40, full=False), {"num_heads": 2}),
 }

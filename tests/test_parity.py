@@ -231,6 +231,7 @@ TINY = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 32, "depth": 2, "num_
         ("deit_tiny_distilled_patch16_224", {}),
         ("vit_small_patch14_reg4_dinov2", {"embed_dim": 48, "num_heads": 1}),  # LayerScale, registers, head dim 48
         ("vit_base_patch32_siglip_256", {}),  # tanh GELU, attention pool
+        ("vit_giant_patch14_dinov2", {"depth": 1, "mlp_ratio": 2}),  # SwiGLU
         ("vit_xsmall_patch16_clip_224", {"act_layer": "quick_gelu", "qk_norm": True}),  # no patch bias
         ("vit_tiny_patch16_224", {"patch_size": (2, 4), "img_size": (7, 10)}),  # patches no square, rows left over
     ],

@@ -33,8 +33,9 @@ def known_layer(name: str, layer, ours: type, names: tuple[str, ...] = ()) -> No
 
 def is_swiglu(layer, plain: type, packed: type) -> bool:
     """Whether `mlp_layer` is the gated MLP: our class, timm's SwiGLUPacked, which is a partial, or "swiglu"."""
-    if isinstance(layer, functools.partial) and _from("timm", layer.func, "GluMlp"):
-        return layer.keywords == {"act_layer": nn.SiLU, "gate_last": False}
+    timms = isinstance(layer, functools.partial) and _from("timm", layer.func, "GluMlp")
+    if timms and layer.keywords == {"act_layer": nn.SiLU, "gate_last": False}:
+        return True
     if layer is packed or (isinstance(layer, str) and layer == "swiglu"):
         return True
     if layer is None or layer is plain or _from("timm", layer, plain.__name__):

@@ -6,7 +6,7 @@ import torch
 import vit_fast
 from tests import unfused
 from tests.error_rule import relative_error
-from tests.ops import test_linear_residual, test_ln_linear, test_mlp, test_patch_embed
+from tests.ops import test_linear_residual, test_ln_linear, test_mlp, test_patch_embed, test_swiglu
 from tests.ops.harness import MODES, Case, assert_views_are_read, hold_to_the_rule, three_ways
 from vit_fast import reference
 
@@ -26,6 +26,10 @@ SIZED = {
         test_mlp.case("ViT-S at two images", test_mlp.shaped(2, 197, 384, hidden=1536)),
         test_mlp.case("one row past a tile", test_mlp.shaped(1, 257, 129, hidden=257), "gelu_tanh"),
     ],
+    "swiglu": [
+        test_swiglu.case("DINOv2's giant, half as wide, at two images", test_swiglu.shaped(2, 257, 768, hidden=2048)),
+        test_swiglu.case("one row past a tile", test_swiglu.shaped(1, 257, 129, hidden=131)),
+    ],
     "patch_embed": [
         test_patch_embed.case("ViT-S at two images", test_patch_embed.shaped(2, 3, (14, 14), 16, 384)),
         test_patch_embed.case("patch 14 at 224", test_patch_embed.shaped(2, 3, (16, 16), 14, 129, prefix=5)),
@@ -35,6 +39,7 @@ SMALL = {
     "ln_linear": test_ln_linear.CASES,
     "linear_residual": test_linear_residual.CASES,
     "mlp": test_mlp.CASES,
+    "swiglu": test_swiglu.CASES,
     "patch_embed": test_patch_embed.CASES,
 }
 ALL = [pytest.param(op, case, id=f"{op}-{case}") for op in SMALL for case in SMALL[op] + SIZED[op]]

@@ -7,7 +7,17 @@ import triton.language as tl
 from vit_fast.kernels.product import load_tile, matrix, store_tile
 
 from tests.guard import vast
-from vit_fast.ops import attention, attention_qkv, block, linear_residual, ln_linear, mlp, patch_embed, use_backend
+from vit_fast.ops import (
+    attention,
+    attention_qkv,
+    block,
+    linear_residual,
+    ln_linear,
+    mlp,
+    patch_embed,
+    swiglu,
+    use_backend,
+)
 
 STRIDE = 1_100_000_000  # of the first axis: the third row starts past 2^31
 
@@ -15,6 +25,9 @@ WEIGHTS = {
     "ln_linear": lambda x: ln_linear(x, *_norm(), torch.full((16, 16), 0.1, dtype=x.dtype), None),
     "linear_residual": lambda x: linear_residual(x, torch.full((16, 16), 0.1, dtype=x.dtype), None, x),
     "mlp": lambda x: mlp(x, *_norm(), *(torch.full((16, 16), 0.1, dtype=x.dtype), None) * 2),
+    "swiglu": lambda x: swiglu(
+        x, *_norm(), torch.full((32, 16), 0.1, dtype=x.dtype), None, torch.full((16, 16), 0.1, dtype=x.dtype), None
+    ),
     "block": lambda x: _block(x[:, None])[:, 0],
 }
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.ops import test_block, test_linear_residual, test_ln_linear, test_mlp, test_patch_embed
+from tests.ops import test_block, test_linear_residual, test_ln_linear, test_mlp, test_patch_embed, test_swiglu
 from tests.ops.harness import BACKENDS, Case
 from vit_fast import ops
 
@@ -14,6 +14,7 @@ SMALL = {
     "ln_linear": Case("small", test_ln_linear.shaped(2, 5, 16, features=32), {"eps": 1e-6}),
     "linear_residual": test_linear_residual.case("small", test_linear_residual.shaped(2, 5, 16, features=16)),
     "mlp": test_mlp.case("small", test_mlp.shaped(2, 5, 16, hidden=32)),
+    "swiglu": test_swiglu.case("small", test_swiglu.shaped(2, 5, 16, hidden=16)),
     "block": test_block.case("small", test_block.shaped(2, 5, 32, 16), 2),
     "patch_embed": test_patch_embed.case("small", test_patch_embed.shaped(2, 3, (2, 2), 4, 16)),
     "attention": Case("small", lambda: {name: torch.randn(2, 5, 2, 16) for name in "qkv"}),
