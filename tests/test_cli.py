@@ -1,5 +1,6 @@
 """The command line as a person types it."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -179,6 +180,21 @@ def test_models():
     code, _, errors = run("models", "vit_bse_patch16_224")
     assert code == 1
     assert "the nearest are vit_base_patch16_224" in errors
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="a terminal to write to is a Unix one")
+def test_models_counts_timms_weights_in_a_terminal():
+    reader, writer = os.openpty()
+    command = [sys.executable, "-m", "vit_fast.cli", "models"]
+    with open(reader, errors="replace") as terminal:
+        child = subprocess.Popen(command, stdout=writer, env={**os.environ, "COLUMNS": "200"})
+        os.close(writer)
+        lines = []
+        with contextlib.suppress(OSError):  # what a terminal says at its end
+            for line in terminal:
+                lines.append(line)
+        assert child.wait() == 0
+    assert "156 architectures, which have 312 of the 333 pretrained weights of timm's" in lines[-1]
 
 
 def test_env_runs_every_kernel():

@@ -29,7 +29,6 @@ def case(why: str, draw) -> Case:
 CASES = [
     case("every tile divides", shaped(2, 16, 32, hidden=32)),
     case("no tile divides", shaped(3, 13, 45, hidden=35)),  # nor do the rows of the halves begin at 16 bytes
-    case("one token of each image", shaped(6, 1, 48, hidden=36)),
     case("nothing but the products", shaped(2, 9, 33, hidden=24, bias=False, layer_scale=False, drop=False)),
 ]
 
