@@ -16,7 +16,7 @@ import vit_fast
 from tests.error_rule import relative_error
 from tests.test_model import RATES, SMALL, Timm, _after, pictures, twins
 from tests.test_parity import assert_same, draw, pair_of, run, small_images
-from vit_fast import layers
+from vit_fast import layers, reference
 
 GIANTS = ["vit_giant_patch14_dinov2", "vit_giant_patch14_reg4_dinov2", "vit_giant_patch14_reg1_tipsv2"]
 GATED = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU}
@@ -46,6 +46,15 @@ def test_swiglu_beside_other_parts(options):
     theirs, ours = twins(**GATED, **options)
     images = pictures()
     assert_same(run(theirs, images), run(ours, images))
+
+
+def test_the_specification_knows_swiglu_and_dinov2s_pool():
+    model = draw(vit_fast.VisionTransformer(**{**SMALL, **GATED, "global_pool": "token_avg"}, dtype=torch.float64))
+    images = pictures()
+    expected = reference.vision_transformer(
+        images, model.state_dict(), heads=2, pool="token_avg", activation="swiglu"
+    )  # fmt: skip
+    assert relative_error(model(images).detach(), expected) < 1e-12
 
 
 def test_one_seed_drops_what_timm_drops():

@@ -99,14 +99,17 @@ def linear_residual(
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """GELU ([4]): x·Φ(x) exactly, its approximation by tanh, or x·σ(1.702 x)."""
+    """GELU ([4]): x·Φ(x) exactly, its approximation by tanh, or x·σ(1.702 x); or SwiGLU ([8]), half as wide as x."""
     if activation == "gelu":
         return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
     if activation == "gelu_tanh":
         return x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     if activation == "quick_gelu":
         return x / (1 + torch.exp(-1.702 * x))
-    raise ValueError(f"activation: got {activation!r}, takes 'gelu', 'gelu_tanh' or 'quick_gelu'")
+    if activation == "swiglu":
+        gate, value = x.chunk(2, dim=-1)
+        return gate / (1 + torch.exp(-gate)) * value
+    raise ValueError(f"activation: got {activation!r}, takes 'gelu', 'gelu_tanh', 'quick_gelu' or 'swiglu'")
 
 
 def mlp(
@@ -140,8 +143,7 @@ def swiglu(
     eps: float = 1e-6,
 ) -> Tensor:
     """Equation 6 of [8] in the place of the MLP, its W and V the first and the second half of fc1's rows."""
-    gate, value = ln_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps).chunk(2, dim=-1)
-    hidden = gate / (1 + torch.exp(-gate)) * value
+    hidden = activate(ln_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps), "swiglu")
     return linear_residual(hidden, fc2_weight, fc2_bias, x, layer_scale, drop)
 
 
