@@ -1,0 +1,222 @@
+"""How a library's names for weights answer to ours: a table of patterns and a few transforms, read both ways.
+
+Our own names, which are timm's, stand between all others. In a pattern {i} is the number of a block and {p} is "weight"
+or "bias". Of the names that a library puts behind a prefix of its own, patterns leave the prefix out; a pattern that
+begins with "/" never has it.
+"""
+
+import fnmatch
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SHOWN = 5  # names listed in an error
+
+
+class Way(NamedTuple):
+    """What happens to one tensor of theirs, and back; both get the number of heads, for the layouts that show it."""
+
+    to_ours: Callable[[Tensor, int], Tensor]
+    to_theirs: Callable[[Tensor, int], Tensor]
+
+
+SAME = Way(lambda t, heads: t, lambda t, heads: t)
+TRANSPOSED = Way(lambda t, heads: t.T.contiguous(), lambda t, heads: t.T.contiguous())
+TOKEN = Way(lambda t, heads: t.view(1, 1, -1), lambda t, heads: t.reshape(-1))  # [D] ↔ [1, 1, D]
+TABLE = Way(lambda t, heads: t.unsqueeze(0), lambda t, heads: t.squeeze(0))  # [N, D] ↔ [1, N, D]
+
+
+class Rule(NamedTuple):
+    """Names of ours, and the names of theirs that hold the same numbers: several are joined along the first axis."""
+
+    ours: str | tuple[str, ...]
+    theirs: str | tuple[str, ...]
+    way: Way = SAME
+    shares: tuple[int, ...] = ()  # of several of ours, when they are not alike
+    only_read: bool = False  # another rule writes these
+
+
+class Coverage(NamedTuple):
+    """What became of every name."""
+
+    layout: str
+    placed: int
+    dropped: list[str]  # known, and of no use to a Vision Transformer: a text tower, a decoder, an index
+    left_over: list[str]
+    missing: list[str]
+
+    def __str__(self) -> str:
+        told = f"{self.layout}: {self.placed} tensors placed"
+        for what, names in (("dropped", self.dropped), ("left over", self.left_over), ("missing", self.missing)):
+            if names:
+                told += f"; {len(names)} {what}: {shortened(names)}"
+        return told
+
+
+def matches_any(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of these shell patterns fits."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def shortened(names: Sequence[str]) -> str:
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern:
+    return re.compile(re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{p\}", "(?P<p>weight|bias)"))
+
+
+def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+class _Match(NamedTuple):
+    """A rule, and what {i} and {p} are where it applies."""
+
+    rule: Rule
+    groups: dict[str, str]
+
+    def names(self, side: str) -> list[str]:
+        return [pattern.format(**self.groups) for pattern in _names(getattr(self.rule, side))]
+
+
+def _matches(rules: Iterable[Rule], side: str, names: Iterable[str]) -> list[_Match]:
+    """Where the rules apply: one of a rule's names on this side is enough."""
+    found = []
+    for rule in rules:
+        patterns = [_compiled(pattern) for pattern in _names(getattr(rule, side))]
+        groups = [match.groupdict() for name in names for p in patterns if (match := p.fullmatch(name))]
+        found += [_Match(rule, one) for index, one in enumerate(groups) if one not in groups[:index]]
+    return found
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One library's names for one architecture."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    prefix: str = ""  # written, and read where it is there
+    dropped: tuple[str, ...] = ()  # shell patterns
+    aliases: tuple[tuple[str, str], ...] = ()  # regular expressions of other spellings, and what stands in the rules
+    made: dict[str, Callable[[dict], Tensor]] = field(default_factory=dict)  # what they have and we do not, from ours
+    projects: bool = False  # their head has no bias
+    first: Callable[[dict], dict] | None = None  # of theirs, before the rules
+    last: Callable[[dict], dict] | None = None  # of ours that are to be written, before the rules
+
+    def spelled(self, names: Iterable[str]) -> dict[str, str]:
+        """Each name as the rules spell it, with their own before it."""
+        names = list(names)
+        prefixed = bool(self.prefix) and any(name.startswith(self.prefix) for name in names)
+        outside = [_compiled(p[1:]) for rule in self.rules for p in _names(rule.theirs) if p.startswith("/")]
+        found = {}
+        for name in names:
+            spelled = name.removeprefix(self.prefix)
+            for pattern, replacement in self.aliases:
+                spelled = re.sub(pattern, replacement, spelled)
+            if (prefixed and not name.startswith(self.prefix)) or any(p.fullmatch(name) for p in outside):
+                spelled = f"/{name}"
+            found[spelled] = name
+        return found
+
+    def cover(self, names: Iterable[str]) -> tuple[list[_Match], Coverage]:
+        """Which rules apply to a library's names, and what becomes of each."""
+        spelled = self.spelled(names)
+        matches = _matches(self.rules, "theirs", spelled)
+        used = {name for match in matches for name in match.names("theirs")}
+        missing = [name for name in sorted(used) if name not in spelled]
+        whole = [match for match in matches if all(name in spelled for name in match.names("theirs"))]
+        rest = [name for name in spelled if name not in used]
+        dropped = {
+            n for n in rest if any(fnmatch.fnmatchcase(n.removeprefix("/"), pattern) for pattern in self.dropped)
+        }
+        left_over = [spelled[name] for name in rest if name not in dropped]
+        missing += _gaps({name for match in whole for name in match.names("ours")})
+        dropped = [spelled[name] for name in rest if name in dropped]
+        return whole, Coverage(self.name, len(spelled) - len(rest), dropped, left_over, missing)
+
+    def to_ours(self, theirs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Coverage]:
+        """The tensors under our names, and what became of each."""
+        matches, coverage = self.cover(theirs)
+        state = {spelled: theirs[name] for spelled, name in self.spelled(theirs).items()}
+        state = self.first(state) if self.first else state
+        found = {}
+        for match in matches:
+            parts = [match.rule.way.to_ours(state[name], 0) for name in match.names("theirs")]
+            found |= _spread(parts, match.names("ours"), match.rule.shares)
+        if self.projects and "head.weight" in found:
+            found["head.bias"] = found["head.weight"].new_zeros(len(found["head.weight"]))
+        return found, coverage
+
+    def to_theirs(self, ours: Mapping[str, Tensor], heads: int) -> tuple[dict[str, Tensor], Coverage]:
+        """The tensors under their names, and what became of each of ours."""
+        state = self.last(dict(ours)) if self.last else dict(ours)
+        found, used, missing = {}, set(), []
+        if self.projects and "head.bias" in state and not state["head.bias"].any():
+            used.add("head.bias")
+        for match in _matches((rule for rule in self.rules if not rule.only_read), "ours", state):
+            names = match.names("ours")
+            lacking = [name for name in names if name not in state]
+            used |= set(names)
+            missing += lacking
+            if not lacking:
+                targets = [self._written(name) for name in match.names("theirs")]
+                for name, part in _spread([state[name] for name in names], targets, ()).items():
+                    found[name] = match.rule.way.to_theirs(part, heads).contiguous()
+        found |= {self._written(name): make(state) for name, make in self.made.items()}
+        return found, Coverage(self.name, len(used), [], [name for name in state if name not in used], missing)
+
+    def _written(self, name: str) -> str:
+        return name[1:] if name.startswith("/") else self.prefix + name
+
+
+def _spread(parts: list[Tensor], names: list[str], shares: tuple[int, ...]) -> dict[str, Tensor]:
+    """Tensors joined along the first axis, and cut again into as many as there are names."""
+    if len(parts) == len(names) == 1:
+        return {names[0]: parts[0]}
+    whole = torch.cat(parts)
+    shares = shares or (1,) * len(names)
+    sizes = [len(whole) * share // sum(shares) for share in shares]
+    return {name: part.contiguous() for name, part in zip(names, whole.split(sizes))}
+
+
+def _gaps(ours: set[str]) -> list[str]:
+    """Names that other blocks have and one has not, and the patch projection where it is not there."""
+    blocks: dict[int, set[str]] = {}
+    for name in ours:
+        if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+            blocks.setdefault(int(match[1]), set()).add(match[2])
+    every = set().union(*blocks.values()) if blocks else set()
+    gaps = [
+        f"blocks.{i}.{name}"
+        for i in range(max(blocks, default=-1) + 1)
+        for name in sorted(every - blocks.get(i, set()))
+    ]
+    return gaps + [name for name in ("patch_embed.proj.weight",) if name not in ours]
+
+
+def fold_class_position(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Beside registers timm gives prefix tokens no position: that of the class token is added to the token itself.
+
+    `unfold_class_position` writes a position of zero.
+    """
+    position = state["pos_embed"]
+    return {**state, "cls_token": state["cls_token"] + position[:, :1], "pos_embed": position[:, 1:].contiguous()}
+
+
+def unfold_class_position(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    position = state["pos_embed"]
+    return {**state, "pos_embed": torch.cat([torch.zeros_like(position[:, :1]), position], dim=1)}
+
+
+def zero_token(ours: Mapping[str, Tensor]) -> Tensor:
+    """What stands for a masked patch, [1, D]: no inference reads it, and our models have none."""
+    weight = ours["patch_embed.proj.weight"]
+    return weight.new_zeros(1, len(weight))
