@@ -1,5 +1,6 @@
 """`attn_implementation="vit_fast"`: models of transformers against themselves with "eager"."""
 
+import copy
 import subprocess
 import sys
 
@@ -10,7 +11,9 @@ from torch import nn
 
 import vit_fast
 from tests.conftest import INTERPRETING
-from vit_fast import ops, transformers_attention
+from tests.error_rule import relative_error
+from vit_fast import ops
+from vit_fast.transformers_attention import attention_forward
 
 SIZES = {
     "hidden_size": 48,
@@ -22,46 +25,82 @@ SIZES = {
 }
 TEXT = {**{name: SIZES[name] for name in list(SIZES)[:4]}, "vocab_size": 40, "max_position_embeddings": 12}
 SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+SIGLIP2 = {**{name: SIZES[name] for name in SIZES if name != "image_size"}, "num_patches": 16, "num_channels": 3}
 IMAGE = (2, 3, 32, 32)
-PIXELS = {"pixel_values": IMAGE}
 
 
-def _siglip2_inputs() -> dict:
-    """Two pictures of 3 x 4 and 2 x 3 patches, the second padded."""
-    mask = torch.ones(2, 12, dtype=torch.int64)
-    mask[1, 6:] = 0
-    shapes = torch.tensor([[3, 4], [2, 3]])
+def _images() -> dict:
+    return {"pixel_values": torch.randn(IMAGE)}
+
+
+def _text() -> dict:
+    return {"input_ids": torch.randint(3, 40, (2, 9))}
+
+
+def _padded_text() -> dict:
+    return {**_text(), "attention_mask": torch.tensor([[1] * 9, [1] * 6 + [0] * 3])}
+
+
+def _patches() -> dict:
+    """Two pictures of 3 x 4 patches."""
+    mask, shapes = torch.ones(2, 12, dtype=torch.int64), torch.tensor([[3, 4], [3, 4]])
     return {"pixel_values": torch.randn(2, 12, 3 * 64), "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
-def _text_inputs() -> dict:
-    return {"input_ids": torch.randint(3, 40, (2, 9)), "attention_mask": torch.tensor([[1] * 9, [1] * 6 + [0] * 3])}
+def _padded_patches() -> dict:
+    """The second picture is one of 2 x 3."""
+    inputs = _patches()
+    inputs["pixel_attention_mask"][1, 6:] = 0
+    inputs["spatial_shapes"][1] = torch.tensor([2, 3])
+    return inputs
 
 
+def _clip() -> nn.Module:
+    text, vision = hf.CLIPTextConfig(**TEXT).to_dict(), hf.CLIPVisionConfig(**SIZES).to_dict()
+    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision))
+
+
+# The model, its inputs, and whether each of its attentions, some or none are what the op computes.
 MODELS = {
-    "ViT": (lambda: hf.ViTModel(hf.ViTConfig(**SIZES)), PIXELS),
-    "ViT-MAE": (lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**SIZES, mask_ratio=0.0)), PIXELS),
-    "DeiT": (lambda: hf.DeiTModel(hf.DeiTConfig(**SIZES)), PIXELS),
-    "DINOv2": (lambda: hf.Dinov2Model(hf.Dinov2Config(**SIZES)), PIXELS),
-    "DINOv2 registers": (lambda: hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**SIZES)), PIXELS),
-    "DINOv3": (lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**SIZES)), PIXELS),
-    "CLIP vision": (lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**SIZES)), PIXELS),
-    "CLIP text, causal": (lambda: hf.CLIPTextModel(hf.CLIPTextConfig(**TEXT)), _text_inputs),
-    "SigLIP": (lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**SIZES)), PIXELS),
-    "SigLIP 2, padded": (
-        lambda: hf.Siglip2VisionModel(
-            hf.Siglip2VisionConfig(**{**SIZES, "num_patches": 16, "num_channels": 3}),
-        ),
-        _siglip2_inputs,
+    "ViT": (lambda: hf.ViTModel(hf.ViTConfig(**SIZES)), _images, "all"),
+    "ViT-MAE": (lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**SIZES, mask_ratio=0.5)), _images, "all"),
+    "DeiT": (lambda: hf.DeiTModel(hf.DeiTConfig(**SIZES)), _images, "all"),
+    "DINOv2": (lambda: hf.Dinov2Model(hf.Dinov2Config(**SIZES)), _images, "all"),
+    "DINOv2 registers": (
+        lambda: hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**SIZES)),
+        _images,
+        "all",
     ),
-    "Swin, shifted windows": (lambda: hf.SwinModel(hf.SwinConfig(**SWIN)), PIXELS),
+    "DINOv3": (lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**SIZES)), _images, "all"),
+    "CLIP": (_clip, lambda: {**_padded_text(), **_images()}, "some"),
+    "CLIP vision": (lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**SIZES)), _images, "all"),
+    "CLIP text, causal": (lambda: hf.CLIPTextModel(hf.CLIPTextConfig(**TEXT)), _text, "none"),
+    "CLIP text, causal and padded": (lambda: hf.CLIPTextModel(hf.CLIPTextConfig(**TEXT)), _padded_text, "none"),
+    "SigLIP": (lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**SIZES)), _images, "all"),
+    "SigLIP 2": (lambda: hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**SIGLIP2)), _patches, "all"),
+    "SigLIP 2, padded": (lambda: hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**SIGLIP2)), _padded_patches, "none"),
+    "Swin, shifted windows": (lambda: hf.SwinModel(hf.SwinConfig(**SWIN)), _images, "none"),
+    "BEiT": (lambda: hf.BeitModel(hf.BeitConfig(**SIZES)), _images, "all"),
     "BEiT, relative positions": (
         lambda: hf.BeitModel(hf.BeitConfig(**SIZES, use_relative_position_bias=True)),
-        PIXELS,
+        _images,
+        "none",
     ),
-    "I-JEPA": (lambda: hf.IJepaModel(hf.IJepaConfig(**SIZES)), PIXELS),
+    "I-JEPA": (lambda: hf.IJepaModel(hf.IJepaConfig(**SIZES)), _images, "all"),
 }
-MASKED = ("CLIP text, causal", "SigLIP 2, padded", "Swin, shifted windows", "BEiT, relative positions")
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    vit_fast.register_transformers()
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list:
+    """The calls of `ops.attention`."""
+    calls, attention = [], ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *args: calls.append(args) or attention(*args))
+    return calls
 
 
 def _drawn_anew(model: nn.Module) -> nn.Module:
@@ -71,147 +110,282 @@ def _drawn_anew(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _inputs(shapes) -> dict:
-    return shapes() if callable(shapes) else {name: torch.randn(shape) for name, shape in shapes.items()}
+def _made(name: str) -> tuple[nn.Module, dict]:
+    build, inputs, _ = MODELS[name]
+    return _drawn_anew(build()), inputs()
+
+
+def _parts(output) -> tuple[list, list]:
+    """The floating tensors of an output and of those inside it, and its attentions."""
+    tensors, attentions = [], []
+    for name, value in output.items():
+        if name == "attentions":
+            attentions += value or ()
+        elif isinstance(value, dict):
+            for mine, inner in zip((tensors, attentions), _parts(value)):
+                mine += inner
+        elif isinstance(value, torch.Tensor) and value.is_floating_point():
+            tensors.append(value)
+    return tensors, attentions
 
 
 def _run(model: nn.Module, implementation: str, inputs: dict, **more):
-    """The last hidden state, the attentions where they are asked for, and the gradient of every parameter."""
+    """Every tensor that the model returns, its attentions, and the gradient of every parameter."""
     model.set_attn_implementation(implementation)
     model.zero_grad()
-    output = model(**inputs, **more)
-    upstream = torch.randn(output.last_hidden_state.shape, generator=torch.Generator().manual_seed(1))
-    output.last_hidden_state.backward(upstream.to(output.last_hidden_state.dtype))
-    return output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.manual_seed(0)  # ViT-MAE draws its mask
+    tensors, attentions = _parts(model(**inputs, **more))
+    results = [tensor for tensor in tensors if tensor.requires_grad]
+    torch.autograd.backward(results, [torch.randn_like(tensor) for tensor in results])
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return tensors, attentions, gradients
 
 
-def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
+def _assert_same(ours: tuple, theirs: tuple) -> None:
+    for mine, other in zip(ours[:2], theirs[:2]):
+        assert [x.shape for x in mine] == [x.shape for x in other]
+        assert all(relative_error(x, y) < 1e-5 for x, y in zip(mine, other))
+    gradients, their_gradients = ours[2], theirs[2]
+    assert gradients.keys() == their_gradients.keys()
+    # The gradient of a key's bias is zero but for rounding: nothing is 1e-4 of it.
+    rounding = 1e-6 * torch.cat([gradient.flatten() for gradient in their_gradients.values()]).norm()
+    for name, gradient in their_gradients.items():
+        assert (gradients[name] - gradient).norm() < 1e-4 * gradient.norm() + rounding, name
 
 
-@pytest.fixture(autouse=True)
-def _registered():
-    vit_fast.register_transformers()
-
-
+@pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_is_what_it_was(name):
-    build, shapes = MODELS[name]
-    model, inputs = _drawn_anew(build()), _inputs(shapes)
-    torch.manual_seed(0)
-    theirs, their_gradients = _run(model, "eager", inputs)
-    torch.manual_seed(0)
-    ours, our_gradients = _run(model, "vit_fast", inputs)
-    assert _relative(ours.last_hidden_state, theirs.last_hidden_state) < 1e-5
-    if getattr(theirs, "pooler_output", None) is not None:
-        assert _relative(ours.pooler_output, theirs.pooler_output) < 1e-5
-    assert our_gradients.keys() == their_gradients.keys()
-    size = torch.cat([g.flatten() for g in their_gradients.values()]).norm()
-    for parameter, gradient in their_gradients.items():
-        assert (our_gradients[parameter] - gradient).norm() < 1e-4 * size, parameter
+def test_a_model_is_what_it_was(name, recorded, calls):
+    model, inputs = _made(name)
+    theirs = _run(model, "eager", inputs, output_attentions=True)
+    assert theirs[1]
+    ours = _run(model, "vit_fast", inputs, output_attentions=recorded)
+    assert bool(ours[1]) == recorded
+    _assert_same(ours, theirs if recorded else (theirs[0], [], theirs[2]))
+    wanted = {"all": len(theirs[1]), "some": len(theirs[1]) // 2, "none": 0}[MODELS[name][2]]
+    assert len(calls) == wanted
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_op_runs_unless_the_call_has_a_mask(name, monkeypatch):
-    build, shapes = MODELS[name]
-    model, inputs, calls = _drawn_anew(build()), _inputs(shapes), []
-    attention = ops.attention
-    monkeypatch.setattr(ops, "attention", lambda *args: calls.append(args) or attention(*args))
+def test_attentions_that_the_config_asks_for():
+    """No call says so here, and of Swin no hook stands on the module that computes them."""
+    model, inputs = _made("Swin, shifted windows")
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    _, theirs = _parts(model(**inputs))
     model.set_attn_implementation("vit_fast")
+    _, ours = _parts(model(**inputs))
+    assert len(ours) == len(theirs) > 0
+    assert all(relative_error(x, y) < 1e-5 for x, y in zip(ours, theirs))
+
+
+def test_attentions_that_a_hook_alone_collects():
+    """The config of the whole asks, whose attention modules have another."""
+    model, inputs = _made("ViT")
+    for module in model.modules():
+        if type(module).__name__ == "ViTAttention":
+            module.config = copy.deepcopy(module.config)
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
     model(**inputs)
-    assert bool(calls) == (name not in MASKED)
+    for module in model.modules():
+        if type(module).__name__ == "ViTAttention":
+            module.config._attn_implementation = "vit_fast"
+    _, ours = _parts(model(**inputs))
+    assert len(ours) == SIZES["num_hidden_layers"]
+    model.config.output_attentions = False
+    hidden = model(**inputs, output_hidden_states=True)  # the hooks are still there
+    assert not _parts(hidden)[1]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_attentions_are_returned_when_asked_for(name):
-    build, shapes = MODELS[name]
-    model, inputs = _drawn_anew(build()), _inputs(shapes)
-    torch.manual_seed(0)
-    theirs, _ = _run(model, "eager", inputs, output_attentions=True)
-    torch.manual_seed(0)
-    ours, _ = _run(model, "vit_fast", inputs, output_attentions=True)
-    assert _relative(ours.last_hidden_state, theirs.last_hidden_state) < 1e-5
-    assert len(ours.attentions) == len(theirs.attentions) > 0
-    for mine, other in zip(ours.attentions, theirs.attentions):
-        assert mine.shape == other.shape
-        assert _relative(mine, other) < 1e-5
-    assert not model(**inputs).attentions
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its new name is of 5.24
+def test_gradient_checkpointing_with_attentions():
+    model, inputs = _made("ViT")
+    theirs = _run(model, "eager", inputs, output_attentions=True)
+    model.train().gradient_checkpointing_enable()  # its dropouts are 0
+    _assert_same(_run(model, "vit_fast", inputs, output_attentions=True), theirs)
 
 
-def test_dropout_in_training_is_drawn():
-    model = _drawn_anew(hf.ViTModel(hf.ViTConfig(**SIZES, attention_probs_dropout_prob=0.5))).train()
-    model.set_attn_implementation("vit_fast")
-    images = torch.randn(IMAGE)
-    first, second = model(images).last_hidden_state, model(images).last_hidden_state
-    assert _relative(first, second) > 1e-3
-    assert torch.equal(model.eval()(images).last_hidden_state, model(images).last_hidden_state)
+def test_from_pretrained(tmp_path, calls):
+    model, inputs = _made("ViT")
+    model.save_pretrained(tmp_path)
+    fast = hf.ViTModel.from_pretrained(tmp_path, attn_implementation="vit_fast")
+    assert relative_error(fast(**inputs).last_hidden_state, model(**inputs).last_hidden_state) < 1e-5
+    assert len(calls) == SIZES["num_hidden_layers"]
 
 
 class _Module(nn.Module):
     is_causal = False
 
 
-@pytest.mark.parametrize("causal", [False, True])
+# q's shape, then k's and v's, the arguments, and whether the op computes it.
+CALLS = {
+    "plain": ((2, 3, 7, 16), (2, 3, 7, 16), {}, True),
+    "a scale of its own": ((2, 3, 7, 16), (2, 3, 7, 16), {"scaling": 0.4}, True),
+    "other tokens as keys": ((2, 3, 7, 16), (2, 3, 5, 16), {}, True),
+    "one query sees all keys, causal or not": ((2, 3, 1, 16), (2, 3, 5, 16), {"is_causal": True}, True),
+    "causal": ((2, 3, 7, 16), (2, 3, 7, 16), {"is_causal": True}, False),
+    "fewer heads of keys": ((2, 6, 7, 16), (2, 2, 7, 16), {}, False),
+    "fewer heads of keys, causal": ((2, 6, 7, 16), (2, 2, 7, 16), {"is_causal": True}, False),
+    "a query for every image": ((1, 3, 7, 16), (4, 3, 7, 16), {}, False),
+    "boolean mask": ((2, 3, 7, 16), (2, 3, 7, 16), {"attention_mask": (2, 1, 1, 7)}, False),
+    "bias for each head": ((2, 3, 7, 16), (2, 3, 7, 16), {"attention_mask": (1, 3, 7, 7)}, False),
+    "position bias": ((2, 3, 7, 16), (2, 3, 7, 16), {"position_bias": (1, 3, 7, 7)}, False),
+    "position bias, causal": ((2, 3, 7, 16), (2, 3, 7, 16), {"position_bias": (1, 3, 7, 7), "is_causal": True}, False),
+    "capped scores": ((2, 3, 7, 16), (2, 3, 7, 16), {"softcap": 0.7, "attention_mask": (2, 1, 1, 7)}, False),
+}
+
+
+def _truth(q, k, v, scaling=None, is_causal=False, attention_mask=None, position_bias=None, softcap=None):
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(2, 3) * (scaling or q.shape[-1] ** -0.5)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if position_bias is not None:
+        scores = scores + position_bias
+    if is_causal and q.shape[2] > 1:
+        scores = scores + torch.full(scores.shape[2:], -torch.inf).triu(1)
+    if attention_mask is not None:
+        boolean = attention_mask.dtype == torch.bool
+        scores = scores.where(attention_mask, -torch.inf) if boolean else scores + attention_mask
+    weights = scores.softmax(-1)
+    return (weights @ v).transpose(1, 2), weights
+
+
 @pytest.mark.parametrize("recorded", [False, True])
-def test_fewer_heads_of_keys(causal, recorded):
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_against_the_formula(name, recorded, calls):
+    shape, keys, arguments, fits = CALLS[name]
+    arguments = dict(arguments)
+    for argument in ("attention_mask", "position_bias"):
+        if argument in arguments:
+            arguments[argument] = torch.randn(arguments[argument])
+    if name in ("boolean mask", "capped scores"):
+        arguments["attention_mask"] = arguments["attention_mask"] > 0
+        arguments["attention_mask"][..., 0] = True  # every query sees one key
     module = _Module()
-    q, (k, v) = torch.randn(2, 6, 7, 16), torch.randn(2, 2, 3, 7, 16).unbind(0)
-    module.num_key_value_groups = 2
-    mask = torch.ones(7, 7).tril() == 1 if causal else torch.ones(7, 7) == 1
-    scores = (q @ k.repeat_interleave(2, 1).transpose(2, 3) / 4).masked_fill(~mask, -torch.inf)
-    truth = scores.softmax(-1)
-    output, weights = transformers_attention.attention_forward(
-        module, q, k, v, None, is_causal=causal, output_attentions=recorded
-    )
-    assert _relative(output, (truth @ v.repeat_interleave(2, 1)).transpose(1, 2)) < 1e-5
+    module.num_key_value_groups = shape[1] // keys[1]
+    operands = [torch.randn(size, requires_grad=True) for size in (shape, keys, keys)]
+    wide = [operand.detach().double().requires_grad_() for operand in operands]
+    mask = arguments.pop("attention_mask", None)
+    output, weights = attention_forward(module, *operands, mask, **arguments, output_attentions=recorded)
+    # A mask and a bias of fp32 are exact in fp64.
+    truth, true_weights = _truth(*wide, attention_mask=mask, **arguments)
+    results, truths = [output], [truth]
     assert (weights is not None) == recorded
-    assert not recorded or _relative(weights, truth) < 1e-5
+    if recorded:
+        results, truths = [output, weights], [truth, true_weights]
+    upstream = [torch.randn_like(result) for result in results]
+    gradients = torch.autograd.grad(results, operands, upstream)
+    true_gradients = torch.autograd.grad(truths, wide, [gradient.double() for gradient in upstream])
+    for mine, true in zip((*results, *gradients), (*truths, *true_gradients)):
+        assert mine.shape == true.shape
+        assert relative_error(mine, true) < 2e-6
+    assert bool(calls) == fits
 
 
-def test_compile_and_export():
-    model = _drawn_anew(hf.ViTModel(hf.ViTConfig(**SIZES), add_pooling_layer=False))
+def test_attention_sinks_are_rejected():
+    q, k, v = torch.randn(3, 2, 3, 7, 16).unbind(0)
+    with pytest.raises(ValueError, match="s_aux: got attention sinks, takes None"):
+        attention_forward(_Module(), q, k, v, None, s_aux=torch.randn(3))
+
+
+def test_dropout_in_training():
+    """Half of the weights are dropped, the others doubled: as many draws as there are images have the mean of none."""
+    module, images = _Module().train(), 4096
+    q, k, v = torch.randn(3, 1, 1, 5, 16).unbind(0)
+    truth, weights = _truth(q, k, v)
+    q, k, v = (x.expand(images, -1, -1, -1) for x in (q, k, v))
+    for recorded in (False, True):
+        output, drawn = attention_forward(module, q, k, v, None, dropout=0.5, output_attentions=recorded)
+        error = output.std(0) / images**0.5
+        assert ((output.mean(0) - truth[0]).abs() < 5 * error).all()
+        assert (error > 0).all()
+    assert torch.isclose(drawn, 2 * weights).logical_xor(drawn == 0).all()
+    assert relative_error(output, (drawn @ v).transpose(1, 2)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["ViT", "CLIP text, causal and padded"])
+def test_compile_and_export(name):
+    model, inputs = _made(name)
+    model.set_attn_implementation("eager")
+    expected = model(**inputs, output_attentions=True)
     model.set_attn_implementation("vit_fast")
-    images = torch.randn(IMAGE)
-    expected = model(images).last_hidden_state
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert _relative(compiled(images).last_hidden_state, expected) < 1e-5
-    exported = torch.export.export(model, (images,))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs, output_attentions=True)
+    assert relative_error(compiled.last_hidden_state, expected.last_hidden_state) < 1e-5
+    assert len(compiled.attentions) == len(expected.attentions)
+    assert all(relative_error(x, y) < 1e-5 for x, y in zip(compiled.attentions, expected.attentions))
+    with vit_fast.use_backend("triton"):
+        exported = torch.export.export(model, (), inputs)
     assert not [node for node in exported.graph.nodes if "vit_fast" in str(node.target)]
-    assert _relative(exported.module()(images).last_hidden_state, expected) < 1e-5
+    assert relative_error(exported.module()(**inputs).last_hidden_state, expected.last_hidden_state) < 1e-5
+
+
+class _Causal(nn.Module):
+    is_causal = True
+
+    def forward(self, q, k, v):
+        return attention_forward(self, q, k, v, None)[0]
+
+
+def test_a_causal_call_of_any_length_is_exported():
+    q, k, v = torch.randn(3, 2, 3, 9, 16).unbind(0)
+    length = {2: torch.export.Dim("length", min=2, max=64)}
+    exported = torch.export.export(_Causal(), (q, k, v), dynamic_shapes={"q": length, "k": length, "v": length})
+    shorter = [x[:, :, :5] for x in (q, k, v)]
+    assert relative_error(exported.module()(*shorter), _truth(*shorter, is_causal=True)[0]) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_and_autocast(dtype):
-    model = _drawn_anew(hf.ViTModel(hf.ViTConfig(**SIZES), add_pooling_layer=False))
-    images = torch.randn(IMAGE)
+@pytest.mark.parametrize("name", ["ViT", "Swin, shifted windows"])
+def test_half_precision_and_autocast(name, dtype):
+    model, inputs = _made(name)
+    images = inputs["pixel_values"]
     model.set_attn_implementation("eager")
-    truth = model.double()(images.double()).last_hidden_state
-    limit = 4 * _relative(model.to(dtype)(images.to(dtype)).last_hidden_state.double(), truth)
-    model.set_attn_implementation("vit_fast")
-    assert _relative(model(images.to(dtype)).last_hidden_state.double(), truth) < limit
+    truth = copy.deepcopy(model).double()(images.double()).last_hidden_state
+    half = copy.deepcopy(model).to(dtype)
+    limit = 2 * relative_error(half(images.to(dtype)).last_hidden_state, truth)
+    for fast in (model, half):
+        fast.set_attn_implementation("vit_fast")
+    output = half(images.to(dtype), output_attentions=True)
+    assert relative_error(output.last_hidden_state, truth) < limit
+    assert {x.dtype for x in (output.last_hidden_state, *output.attentions)} == {dtype}
     with torch.autocast("cpu", dtype):
-        assert _relative(model.float()(images).last_hidden_state.double(), truth) < limit
+        assert relative_error(model(images).last_hidden_state, truth) < limit
 
 
-@pytest.mark.parametrize("first", ["transformers", "vit_fast"])
-def test_whichever_is_imported_first(first):
-    lines = ["import transformers", "import vit_fast; vit_fast.register_transformers()"]
-    mend = "from tests.mend_torchvision import mend; mend(); "
-    code = mend + "; ".join(lines if first == "transformers" else reversed(lines))
-    check = "; from transformers import AttentionInterface; assert 'vit_fast' in AttentionInterface().valid_keys()"
-    subprocess.run([sys.executable, "-c", code + check], check=True)
+def test_vit_fast_imported_first():
+    code = (
+        "from tests.mend_torchvision import mend; mend(); import sys, vit_fast;"
+        "assert 'transformers' not in sys.modules; vit_fast.register_transformers();"
+        "from transformers import ViTConfig, ViTModel;"
+        "ViTModel(ViTConfig(num_hidden_layers=0)).set_attn_implementation('vit_fast')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_transformers_is_missing_or_old(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    with pytest.raises(ImportError, match=r"got 4\.57\.1, takes version 5 or later"):
+        vit_fast.register_transformers()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="got none, takes version 5 or later"):
+        vit_fast.register_transformers()
 
 
 @pytest.mark.interpret
 @pytest.mark.skipif(not INTERPRETING, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize("name", ["ViT", "SigLIP"])
-def test_on_the_kernels(name):
-    build, shapes = MODELS[name]
-    model, inputs = _drawn_anew(build()), _inputs(shapes)
-    theirs, their_gradients = _run(model, "eager", inputs)
+def test_on_the_kernels(name, calls):
+    model, inputs = _made(name)
+    theirs = _run(model, "eager", inputs)
+    with torch.no_grad():
+        attentions = model(**inputs, output_attentions=True).attentions
     with vit_fast.use_backend("triton"):
-        ours, our_gradients = _run(model, "vit_fast", inputs)
-    assert _relative(ours.last_hidden_state, theirs.last_hidden_state) < 1e-5
-    size = torch.cat([g.flatten() for g in their_gradients.values()]).norm()
-    for parameter, gradient in their_gradients.items():
-        assert (our_gradients[parameter] - gradient).norm() < 1e-4 * size, parameter
+        ours = _run(model, "vit_fast", inputs)
+        assert len(calls) == SIZES["num_hidden_layers"]
+        with torch.no_grad():  # the kernel of the maps has no gradient
+            our_attentions = model(**inputs, output_attentions=True).attentions
+    _assert_same(ours, theirs)
+    assert len(our_attentions) == len(attentions) == SIZES["num_hidden_layers"]
+    assert all(relative_error(x, y) < 1e-5 for x, y in zip(our_attentions, attentions))
