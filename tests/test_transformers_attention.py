@@ -1,6 +1,7 @@
 """`attn_implementation="vit_fast"`: models of transformers against themselves with "eager"."""
 
 import copy
+import logging
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import vit_fast
 from tests.conftest import INTERPRETING
 from tests.error_rule import relative_error
 from vit_fast import ops
+from vit_fast.ops import backend
 from vit_fast.transformers_attention import attention_forward
 
 SIZES = {
@@ -178,7 +180,7 @@ def test_attentions_that_the_config_asks_for():
     assert all(relative_error(x, y) < 1e-5 for x, y in zip(ours, theirs))
 
 
-def test_attentions_that_a_hook_alone_collects():
+def test_attentions_that_a_hook_alone_collects(monkeypatch):
     """The config of the whole asks, whose attention modules have another."""
     model, inputs = _made("ViT")
     for module in model.modules():
@@ -193,8 +195,10 @@ def test_attentions_that_a_hook_alone_collects():
     _, ours = _parts(model(**inputs))
     assert len(ours) == SIZES["num_hidden_layers"]
     model.config.output_attentions = False
-    hidden = model(**inputs, output_hidden_states=True)  # the hooks are still there
-    assert not _parts(hidden)[1]
+    monkeypatch.setattr(ops, "attention_maps", None)
+    model(
+        **inputs, output_hidden_states=True
+    )  # the hooks are still there, and nobody computes what they do not collect
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its new name is of 5.24
@@ -213,11 +217,23 @@ def test_from_pretrained(tmp_path, calls):
     assert len(calls) == SIZES["num_hidden_layers"]
 
 
+def test_the_log_says_once_what_runs_in_pytorch(caplog):
+    model, inputs = _made("Swin, shifted windows")
+    model.set_attn_implementation("vit_fast")
+    backend._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="vit_fast"):
+        model(**inputs)
+        model(**inputs, output_attentions=True)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("vit_fast")] == [
+        "attention of a SwinAttention runs in PyTorch: a mask or a bias is given"
+    ]
+
+
 class _Module(nn.Module):
     is_causal = False
 
 
-# q's shape, then k's and v's, the arguments, and whether the op computes it.
+# The shape of q, that of k and, unless the arguments have another, of v, the arguments, and whether the op computes it.
 CALLS = {
     "plain": ((2, 3, 7, 16), (2, 3, 7, 16), {}, True),
     "a scale of its own": ((2, 3, 7, 16), (2, 3, 7, 16), {"scaling": 0.4}, True),
@@ -227,11 +243,18 @@ CALLS = {
     "fewer heads of keys": ((2, 6, 7, 16), (2, 2, 7, 16), {}, False),
     "fewer heads of keys, causal": ((2, 6, 7, 16), (2, 2, 7, 16), {"is_causal": True}, False),
     "a query for every image": ((1, 3, 7, 16), (4, 3, 7, 16), {}, False),
-    "boolean mask": ((2, 3, 7, 16), (2, 3, 7, 16), {"attention_mask": (2, 1, 1, 7)}, False),
+    "values of another width": ((2, 3, 7, 16), (2, 3, 7, 16), {"value": (2, 3, 7, 24)}, False),
+    "boolean mask": ((2, 3, 7, 16), (2, 3, 7, 16), {"attention_mask": (2, 1, 1, 7), "scaling": 0.4}, False),
     "bias for each head": ((2, 3, 7, 16), (2, 3, 7, 16), {"attention_mask": (1, 3, 7, 7)}, False),
     "position bias": ((2, 3, 7, 16), (2, 3, 7, 16), {"position_bias": (1, 3, 7, 7)}, False),
     "position bias, causal": ((2, 3, 7, 16), (2, 3, 7, 16), {"position_bias": (1, 3, 7, 7), "is_causal": True}, False),
-    "capped scores": ((2, 3, 7, 16), (2, 3, 7, 16), {"softcap": 0.7, "attention_mask": (2, 1, 1, 7)}, False),
+    "capped scores": ((2, 3, 7, 16), (2, 3, 7, 16), {"softcap": 0.7}, False),
+    "capped scores, boolean mask": (
+        (2, 3, 7, 16),
+        (2, 3, 7, 16),
+        {"softcap": 0.7, "attention_mask": (2, 1, 1, 7)},
+        False,
+    ),
 }
 
 
@@ -260,12 +283,13 @@ def test_a_call_against_the_formula(name, recorded, calls):
     for argument in ("attention_mask", "position_bias"):
         if argument in arguments:
             arguments[argument] = torch.randn(arguments[argument])
-    if name in ("boolean mask", "capped scores"):
+    if "boolean mask" in name:
         arguments["attention_mask"] = arguments["attention_mask"] > 0
         arguments["attention_mask"][..., 0] = True  # every query sees one key
     module = _Module()
     module.num_key_value_groups = shape[1] // keys[1]
-    operands = [torch.randn(size, requires_grad=True) for size in (shape, keys, keys)]
+    values = arguments.pop("value", keys)
+    operands = [torch.randn(size, requires_grad=True) for size in (shape, keys, values)]
     wide = [operand.detach().double().requires_grad_() for operand in operands]
     mask = arguments.pop("attention_mask", None)
     output, weights = attention_forward(module, *operands, mask, **arguments, output_attentions=recorded)
