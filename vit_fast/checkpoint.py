@@ -12,8 +12,10 @@ an optimiser of another.
 
 import contextlib
 import dataclasses
+import fnmatch
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,12 +101,25 @@ def save(folder: str | Path, model: nn.Module, config: Config, training: dict[st
         state: JSON values: the position of the run.
     """
     folder = Path(folder)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = _weights_of(model)
     everything = {f"model.{name}": tensor for name, tensor in weights.items()} | training
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=2)
     write_text(folder / CONFIG, text + "\n")
     _write_tensors(folder / TRAINING, everything, {"state": json.dumps(state)})
     _write_tensors(folder / WEIGHTS, weights, {})
+
+
+def _weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def write_weights(path: Path, weights: nn.Module | dict[str, Tensor]) -> None:
+    """Write weights beside the config of their folder, replacing what is there.
+
+    Raises:
+        ValueError: where that fails, as on a full disk.
+    """
+    _write_tensors(path, weights if isinstance(weights, dict) else _weights_of(weights), {})
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
@@ -113,7 +128,9 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str
             save_file(tensors, beside, {"format": "pt", **header})
         except safetensors.SafetensorError as error:  # a full disk comes as this
             raise ValueError(f"output: cannot write {path}: {error}") from error
-        beside.chmod((path.parent / CONFIG).stat().st_mode)  # safetensors makes files that only their owner may read
+        umask = os.umask(0)
+        os.umask(umask)
+        beside.chmod(0o666 & ~umask)  # safetensors makes files that only their owner may read
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Config]:
@@ -199,19 +216,29 @@ def _is_pickle(path: Path) -> bool:
     return start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
 
 
-def load_weights(model: nn.Module, source: str | Path | dict[str, Tensor]) -> None:
+def load_weights(
+    model: nn.Module, source: str | Path | dict[str, Tensor], name: str = "the weights", partial: Sequence[str] = ()
+) -> None:
     """Put the weights of a safetensors file, or a dict, into a model: all of them, and nothing else.
+
+    Args:
+        name: what errors call a dict.
+        partial: shell patterns of names that may be missing or left over.
 
     Raises:
         ValueError: where names are missing, left over or of another shape, listing them, and as `read_tensors`.
     """
-    name, weights = "the weights", source
+    weights = source
     if not isinstance(source, dict):
         name, weights = str(source), read_tensors(source)[0]
     wanted = model.state_dict()
+
+    def known(key: str) -> bool:
+        return any(fnmatch.fnmatchcase(key, pattern) for pattern in partial)
+
     problems = {
-        "missing": [key for key in wanted if key not in weights],
-        "left over": [key for key in weights if key not in wanted],
+        "missing": [key for key in wanted if key not in weights and not known(key)],
+        "left over": [key for key in weights if key not in wanted and not known(key)],
         "of another shape": [
             f"{key} {list(weights[key].shape)}, the model has {list(wanted[key].shape)}"
             for key in wanted
@@ -225,4 +252,4 @@ def load_weights(model: nn.Module, source: str | Path | dict[str, Tensor]) -> No
                 more = f", and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
                 lines.append(f"{len(keys)} {problem}: {', '.join(keys[:SHOWN])}{more}")
         raise ValueError("; ".join(lines))
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=not partial)

@@ -1,4 +1,4 @@
-"""The command line: `vit-fast train | classify | attend | models | env | tune`; `vit-fast COMMAND -h` tells more."""
+"""The command line: `vit-fast train | classify | attend | convert | models | env | tune`; each tells more with -h."""
 
 import dataclasses
 import functools
@@ -25,8 +25,9 @@ except ImportError as error:
 import torch
 
 import vit_fast
-from vit_fast import checkpoint, inference, training
+from vit_fast import inference, training
 from vit_fast.ops.backend import why_not_triton
+from vit_fast.weights import TARGETS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -223,38 +224,32 @@ class _TrainingProgress:
 
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or a name of `vit-fast models` with --checkpoint.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A checkpoint: a folder or file of this library, timm or transformers, or hf-hub:OWNER/NAME; or a name of "
+        "`vit-fast models` with --checkpoint.",
+    ),
 ]
 Checkpoint = Annotated[
-    str | None, typer.Option("--checkpoint", metavar="FILE.safetensors", help="Weights for a model given by its name.")
+    str | None, typer.Option("--checkpoint", metavar="FILE", help="Weights for a model given by its name.")
+]
+Partial = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Names that may be missing or left over, such as 'head.*'; may be repeated."),
 ]
 
 
 def _open_model(model: str, weights: str | None, device: str) -> tuple[torch.nn.Module, tuple[str, ...]]:
     """The model that the command line names, in evaluation mode, and its classes."""
     device = training.device_named(device)
-    if weights is not None:
-        tensors, _ = checkpoint.read_tensors(weights)
-        head = tensors.get("head.weight")
-        network = vit_fast.create_model(model, None if head is None else len(head))
-        try:
-            checkpoint.load_weights(network, tensors)
-        except ValueError as error:
-            raise ValueError(str(error).replace("the weights:", f"{weights} in {model}:")) from None
-        return network.to(device).eval(), tuple(map(str, range(network.num_classes)))
-    path = Path(model)
-    if path.is_dir():
-        network, config = checkpoint.load(path, device)
-        return network, config.classes
-    if path.is_file():
-        checkpoint.read_tensors(path)  # says what is wrong with the file itself, first
-        raise ValueError(
-            f"{path}: a file of weights does not say which model it is for; give its name, and --checkpoint"
-        )
-    if os.sep in model:
-        raise ValueError(f"{model}: no such checkpoint folder")
-    vit_fast.create_model(model, device="meta")  # an unknown name: the nearest are offered
-    raise ValueError(f"{model}: its weights are not here; give them with --checkpoint FILE.safetensors")
+    named = os.sep not in model and not Path(model).exists()
+    if weights is None and named and ":" not in model:
+        vit_fast.create_model(model, device="meta")  # an unknown name: the nearest are offered
+        raise ValueError(f"{model}: its weights are not here; give them with --checkpoint FILE.safetensors")
+    network = vit_fast.load(model if weights is None else weights, model=None if weights is None else model)
+    classes = network.label_names or tuple(map(str, range(network.num_classes)))
+    return network.to(device), classes
 
 
 @app.command()
@@ -333,6 +328,29 @@ def attend(
         titles.append(f"{name} · {100 * probability:.1f} %")
     maps.draw_attention(looked, titles, output)
     _console().print(escape(output))
+
+
+@app.command()
+@_plain_errors
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="A checkpoint: a folder, or a file of safetensors or .npz.")
+    ],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="The file that is written, .safetensors or .npz.")],
+    to: Annotated[str, typer.Option(help=f"The layout: {', '.join(TARGETS)}.")],
+    partial: Partial = None,
+    num_heads: Annotated[int | None, typer.Option(help="For jax alone: heads (default: one for each 64).")] = None,
+) -> None:
+    """Write weights under another library's names. What is missing or left over is an error, but for --partial."""
+    from vit_fast import weights
+
+    tensors = weights.read(Path(source))
+    found, coverage = weights.to_ours(tensors, partial or ())
+    console = _console()
+    console.print(escape(f"{source}: {coverage}"))
+    found = weights.convert(found, to, num_heads=num_heads, partial=partial or ())
+    weights.write(Path(target), found)
+    console.print(escape(f"{target}: {len(found)} tensors as {to}"))
 
 
 @app.command()

@@ -18,6 +18,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".
 MAX_PIXELS = 89_478_485  # Pillow's own threshold: a quarter of a GiB in RGB
 MAX_RATIO = 200  # of the sides of a picture
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+CROP_MODES = ("center", "squash")
 
 
 def open_image(path: str | Path, in_chans: int = 3, max_pixels: int = MAX_PIXELS):
@@ -75,10 +76,12 @@ def _check_ratio(name: str, rows: int, columns: int) -> None:
         raise ValueError(f"{name}: refused, {columns} x {rows} pixels; takes sides of a ratio of {MAX_RATIO} at most")
 
 
-def _scaled_size(size: tuple[int, int], img_size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
+def _scaled_size(size: tuple[int, int], img_size: tuple[int, int], crop_pct: float, crop_mode: str) -> tuple[int, int]:
     """(rows, columns) of a picture of (rows, columns) `size` once it is resized to cover img_size / crop_pct."""
     rows, columns = size
     target = [math.floor(side / crop_pct) for side in img_size]
+    if crop_mode == "squash":
+        return tuple(target)
     if target[0] == target[1]:  # the shorter side becomes the target, the other is rounded down: torchvision's Resize
         short = min(size)
         return tuple(target[0] if side == short else int(target[0] * side / short) for side in size)
@@ -90,10 +93,16 @@ def _crop_origin(size: Sequence[int], img_size: Sequence[int]) -> tuple[int, int
     return tuple(round((side - wanted) / 2) for side, wanted in zip(size, img_size))
 
 
-def to_pixels(image, img_size: tuple[int, int], crop_pct: float = 1.0, interpolation: str = "bicubic") -> Tensor:
+def to_pixels(
+    image,
+    img_size: tuple[int, int],
+    crop_pct: float = 1.0,
+    interpolation: str = "bicubic",
+    crop_mode: str = "center",
+) -> Tensor:
     """A PIL image resized and cropped to [C, rows, columns] uint8."""
     Image, _ = _pillow()
-    rows, columns = _scaled_size((image.height, image.width), img_size, crop_pct)
+    rows, columns = _scaled_size((image.height, image.width), img_size, crop_pct, crop_mode)
     if (rows, columns) != (image.height, image.width):
         image = image.resize((columns, rows), Image.Resampling[interpolation.upper()])
     top, left = _crop_origin((rows, columns), img_size)
@@ -102,14 +111,14 @@ def to_pixels(image, img_size: tuple[int, int], crop_pct: float = 1.0, interpola
     return pixels.view(*img_size, len(image.getbands())).permute(2, 0, 1)
 
 
-def _tensor_to_pixels(images: Tensor, img_size, crop_pct, interpolation, in_chans) -> Tensor:
+def _tensor_to_pixels(images: Tensor, img_size, crop_pct, interpolation, crop_mode, in_chans) -> Tensor:
     """The same for a uint8 tensor [B, rows, columns, 3], on the device where it lies: within two levels of Pillow's."""
     images = images.permute(0, 3, 1, 2)
     _check_ratio("images", *images.shape[2:])
     if in_chans == 1:  # Pillow's integer weights for luminance
         red, green, blue = images.int().unbind(1)
         images = ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8).unsqueeze(1)
-    size = _scaled_size(images.shape[2:], img_size, crop_pct)
+    size = _scaled_size(images.shape[2:], img_size, crop_pct, crop_mode)
     if size != tuple(images.shape[2:]):
         if interpolation == "lanczos":
             raise ValueError("interpolation: 'lanczos' resizes files and PIL images only; a tensor takes the others")
@@ -152,6 +161,7 @@ def preprocess(
     std: Sequence[float],
     interpolation: str = "bicubic",
     crop_pct: float = 1.0,
+    crop_mode: str = "center",
     in_chans: int = 3,
 ) -> Tensor:
     """Pictures as the normalised batch that a model takes.
@@ -162,6 +172,7 @@ def preprocess(
         mean, std: one value a channel, for pixels from 0 to 1.
         interpolation: one of `INTERPOLATIONS`, antialiased when it makes a picture smaller.
         crop_pct: share of the resized picture's shorter side that the crop keeps, above 0 and at most 1.
+        crop_mode: "center" keeps the ratio of the sides, "squash" resizes both to the model's, as in transformers.
         in_chans: 3 for RGB, 1 for greyscale.
 
     Returns:
@@ -175,6 +186,8 @@ def preprocess(
         raise ValueError(f"in_chans: got {in_chans}, pictures have 1 or 3")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation: got {interpolation!r}, takes one of {', '.join(INTERPOLATIONS)}")
+    if crop_mode not in CROP_MODES:
+        raise ValueError(f"crop_mode: got {crop_mode!r}, takes one of {', '.join(CROP_MODES)}")
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct: got {crop_pct}, takes more than 0 and at most 1")
     if hasattr(images, "__array__") and not hasattr(images, "getbands"):
@@ -182,10 +195,11 @@ def preprocess(
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != 3:
             shape = list(images.shape)
             raise TypeError(f"images: got {images.dtype} {shape}, a tensor of pictures is uint8 [B, rows, columns, 3]")
-        pixels = _tensor_to_pixels(images, size, crop_pct, interpolation, in_chans)
+        pixels = _tensor_to_pixels(images, size, crop_pct, interpolation, crop_mode, in_chans)
     else:
         pictures = list(images) if isinstance(images, (list, tuple)) else [images]
-        pixels = [to_pixels(_picture(picture, in_chans), size, crop_pct, interpolation) for picture in pictures]
+        how = (size, crop_pct, interpolation, crop_mode)
+        pixels = [to_pixels(_picture(picture, in_chans), *how) for picture in pictures]
         pixels = torch.stack(pixels) if pixels else torch.empty(0, in_chans, *size, dtype=torch.uint8)
     return normalise(pixels, mean, std)
 

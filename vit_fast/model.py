@@ -248,6 +248,8 @@ class VisionTransformer(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._new_head(dd)
 
+        # How positions are resampled to another grid, as `positions.resample_positions` names it.
+        self.pos_interpolation = "antialiased"
         # What `predict` does to a picture. The zoo overwrites it with the numbers of the architecture's weights.
         self.pretrained_cfg = {
             "input_size": (in_chans, *self.patch_embed.img_size),
@@ -363,7 +365,8 @@ class VisionTransformer(nn.Module):
             self.pos_embed = self._new_pos_embed(self._dd())
         else:
             prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-            table = resample_positions(self.pos_embed.detach(), self.patch_embed.grid_size, old_grid, prefix)
+            table = self.pos_embed.detach()
+            table = resample_positions(table, self.patch_embed.grid_size, old_grid, prefix, self.pos_interpolation)
             self.pos_embed = nn.Parameter(table, self.pos_embed.requires_grad)
 
     # --- forward
@@ -375,7 +378,8 @@ class VisionTransformer(nn.Module):
     def _positions(self, rows: int, columns: int) -> Tensor:
         """The position table for this grid of patches, [1, N or R + N, D], resampled where it is another one."""
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-        return resample_positions(self.pos_embed, (rows, columns), self.patch_embed.grid_size, prefix)
+        old_grid = self.patch_embed.grid_size
+        return resample_positions(self.pos_embed, (rows, columns), old_grid, prefix, self.pos_interpolation)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Patch tokens [B, N, D] (or [B, rows, columns, D] with dynamic_img_size) → tokens with prefix and position."""
@@ -726,10 +730,32 @@ class VisionTransformer(nn.Module):
             std=config["std"],
             interpolation=config["interpolation"],
             crop_pct=config["crop_pct"],
+            crop_mode=config.get("crop_mode", "center"),
             in_chans=self.in_chans,
         )
         with self._looking():
             return self(pixels.to(**self._dd())).float().softmax(dim=-1)
+
+    # --- checkpoints
+
+    def save_pretrained(self, folder) -> None:
+        """Write config.json and model.safetensors, as timm reads them: see `pretrained.save_pretrained`."""
+        from vit_fast.pretrained import save_pretrained
+
+        save_pretrained(self, folder)
+
+    def push_to_hub(self, repository: str, **kwargs) -> str:
+        """Upload that to a repository of the Hub: see `pretrained.push_to_hub`."""
+        from vit_fast.pretrained import push_to_hub
+
+        return push_to_hub(self, repository, **kwargs)
+
+    @staticmethod
+    def from_pretrained(path_or_repo, **kwargs) -> "VisionTransformer":
+        """`vit_fast.load` of a folder, file or repository."""
+        from vit_fast.pretrained import load
+
+        return load(path_or_repo, **kwargs)
 
 
 class VisionTransformerDistilled(VisionTransformer):

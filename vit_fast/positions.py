@@ -20,14 +20,28 @@ def sincos_position(rows: int, columns: int, width: int, temperature: float = 10
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
 
 
-def resample_positions(table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int], prefix: int) -> Tensor:
-    """A position table [1, prefix + N, D] for another grid: bicubic, antialiased, in fp32, as timm does."""
+INTERPOLATIONS = ("antialiased", "plain", "offset")
+
+
+def resample_positions(
+    table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int], prefix: int, how: str = "antialiased"
+) -> Tensor:
+    """A position table [1, prefix + N, D] for another grid: bicubic, in fp32.
+
+    Args:
+        how: "antialiased" as timm and DINOv2 with registers in transformers, "plain" as transformers' other models,
+            "offset" as DINOv2's own repository: plain, by a ratio whose numerator has 0.1 added.
+    """
     # Under torch.export there is no way out early: it would bind the graph to the example's size.
     if not exporting() and grid[0] == old_grid[0] and grid[1] == old_grid[1]:
         return table
     tokens, patches = table[:, :prefix], table[:, prefix:]
     image = patches.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=grid, mode="bicubic", antialias=True)
+    if how == "offset":
+        scale = tuple((new + 0.1) / old for new, old in zip(grid, old_grid))
+        image = F.interpolate(image, scale_factor=scale, mode="bicubic")
+    else:
+        image = F.interpolate(image, size=grid, mode="bicubic", antialias=how == "antialiased")
     patches = image.permute(0, 2, 3, 1).reshape(1, -1, table.shape[-1]).to(table.dtype)
     return torch.cat([tokens, patches], dim=1) if prefix else patches
 

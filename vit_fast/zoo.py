@@ -62,12 +62,11 @@ def create_model(
         raise ValueError(
             "pretrained: got True, takes False: nothing is downloaded; load_state_dict takes timm's weights"
         )
-    args = dict(entry["args"])
+    args = entry["args"] | overrides
     eps = args.pop("norm_eps", None)
     if eps is not None:
-        args["norm_layer"] = functools.partial(nn.LayerNorm, eps=eps)
+        args.setdefault("norm_layer", functools.partial(nn.LayerNorm, eps=eps))
     kind = VisionTransformerDistilled if args.pop("distilled", False) else VisionTransformer
-    args |= overrides
     if num_classes is not None:
         args["num_classes"] = num_classes
     model = kind(**args)

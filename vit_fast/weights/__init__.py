@@ -1,4 +1,4 @@
-"""Weights of other libraries in and out: `convert` between names, `load` from a file, a folder or a repository.
+"""Weights of other libraries in and out: `convert` between names, `read` and `write` files.
 
 Which names a state dict has is found out from the names: the layout that leaves fewest of them over.
 """
@@ -10,7 +10,10 @@ from torch import Tensor
 
 from vit_fast.arguments import one_of
 from vit_fast.weights import jax, open_clip, original, timm, torchvision, transformers
-from vit_fast.weights.layout import Coverage, Layout, matches_any, shortened
+from vit_fast.weights.files import read, write
+from vit_fast.weights.layout import Coverage, Layout, is_gated, matches_any, shortened
+
+__all__ = ["LAYOUTS", "TARGETS", "convert", "read", "recognise", "to_ours", "write"]
 
 log = logging.getLogger("vit_fast")
 
@@ -21,6 +24,7 @@ LAYOUTS = (
     transformers.VIT,
     transformers.IJEPA,
     transformers.DEIT,
+    transformers.DEIT_ONE_HEAD,
     *transformers.DINOV2.values(),
     transformers.CLIP,
     transformers.SIGLIP,
@@ -115,14 +119,10 @@ def _target(to: str, ours: Mapping[str, Tensor]) -> Layout:
         return transformers.SIGLIP
     if "norm_pre.weight" in ours:
         return transformers.CLIP
-    if "reg_token" in ours or "blocks.0.ls1.gamma" in ours:
+    if "blocks.0.ls1.gamma" in ours:
         return transformers.DINOV2["reg_token" in ours, gated]
     if "dist_token" in ours:
         return transformers.DEIT
+    if "reg_token" in ours:
+        return transformers.DEIT_ONE_HEAD
     return transformers.VIT if "cls_token" in ours else transformers.IJEPA
-
-
-def is_gated(ours: Mapping[str, Tensor]) -> bool:
-    """Whether the MLP of these weights has gates: fc1 then makes twice what fc2 reads."""
-    fc1, fc2 = ours.get("blocks.0.mlp.fc1.weight"), ours.get("blocks.0.mlp.fc2.weight")
-    return fc1 is not None and fc2 is not None and len(fc1) == 2 * fc2.shape[1]

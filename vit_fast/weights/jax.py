@@ -1,6 +1,6 @@
 """google-research's vision_transformer (.npz): names with slashes, kernels [in, out], heads on an axis of their own."""
 
-from vit_fast.weights.layout import SAME, TRANSPOSED, Layout, Rule, Way
+from vit_fast.weights.layout import SAME, TRANSPOSED, Layout, Rule, Way, with_positions_of
 
 _BLOCK = "Transformer/encoderblock_{i}/"
 _ATTENTION = _BLOCK + "MultiHeadDotProductAttention_1/"
@@ -47,5 +47,6 @@ JAX = Layout(
         *_linear("pre_logits.fc", "pre_logits"),
         *_linear("head", "head"),
     ),
+    last=with_positions_of("cls_token"),
     aliases=((r"^(params|opt/target)/", ""),),
 )

@@ -7,6 +7,7 @@ begins with "/" never has it.
 
 import fnmatch
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -205,18 +206,36 @@ def _gaps(ours: set[str]) -> list[str]:
 def fold_class_position(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Beside registers timm gives prefix tokens no position: that of the class token is added to the token itself.
 
-    `unfold_class_position` writes a position of zero.
+    `with_positions_of` gives it one of zero again.
     """
     position = state["pos_embed"]
     return {**state, "cls_token": state["cls_token"] + position[:, :1], "pos_embed": position[:, 1:].contiguous()}
 
 
-def unfold_class_position(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    position = state["pos_embed"]
-    return {**state, "pos_embed": torch.cat([torch.zeros_like(position[:, :1]), position], dim=1)}
+def with_positions_of(*tokens: str) -> Callable[[dict], dict]:
+    """A step before writing: these tokens get a position of zero where ours have none, which a square number tells."""
+
+    def step(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        position = state.get("pos_embed")
+        count = sum(state[name].shape[1] for name in tokens if name in state)
+        if position is None or not count or not _is_square(position.shape[1]) or _is_square(position.shape[1] - count):
+            return state
+        return {**state, "pos_embed": torch.cat([torch.zeros_like(position[:, :count]), position], dim=1)}
+
+    return step
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number
 
 
 def zero_token(ours: Mapping[str, Tensor]) -> Tensor:
     """What stands for a masked patch, [1, D]: no inference reads it, and our models have none."""
     weight = ours["patch_embed.proj.weight"]
     return weight.new_zeros(1, len(weight))
+
+
+def is_gated(ours: Mapping[str, Tensor]) -> bool:
+    """Whether the MLP of these weights has gates: fc1 then makes twice what fc2 reads."""
+    fc1, fc2 = ours.get("blocks.0.mlp.fc1.weight"), ours.get("blocks.0.mlp.fc2.weight")
+    return fc1 is not None and fc2 is not None and len(fc1) == 2 * fc2.shape[1]

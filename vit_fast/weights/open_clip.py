@@ -1,6 +1,6 @@
 """open_clip's vision tower, which is OpenAI's, and its tower of timm's."""
 
-from vit_fast.weights.layout import TABLE, TOKEN, TRANSPOSED, Layout, Rule
+from vit_fast.weights.layout import TABLE, TOKEN, TRANSPOSED, Layout, Rule, with_positions_of
 from vit_fast.weights.timm import NAMES
 
 _BLOCK = "transformer.resblocks.{i}."
@@ -29,6 +29,7 @@ OPEN_CLIP = Layout(
         Rule("norm.{p}", "ln_post.{p}"),
         Rule("head.weight", "proj", TRANSPOSED),
     ),
+    last=with_positions_of("cls_token"),
     prefix="visual.",
     dropped=_TEXT,
     projects=True,

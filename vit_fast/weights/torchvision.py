@@ -1,6 +1,6 @@
 """torchvision's vit_*, as they are named now and as they were before 0.14."""
 
-from vit_fast.weights.layout import Layout, Rule
+from vit_fast.weights.layout import Layout, Rule, with_positions_of
 
 _BLOCK = "encoder.layers.encoder_layer_{i}."
 
@@ -20,5 +20,6 @@ TORCHVISION = Layout(
         Rule("pre_logits.fc.{p}", "heads.pre_logits.{p}"),
         Rule("head.{p}", "heads.head.{p}"),
     ),
+    last=with_positions_of("cls_token"),
     aliases=((r"mlp\.linear_1\.", "mlp.0."), (r"mlp\.linear_2\.", "mlp.3.")),
 )

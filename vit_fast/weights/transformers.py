@@ -3,7 +3,7 @@
 The tables have the names that its files have. Those that version 5 has in memory are other spellings of them.
 """
 
-from vit_fast.weights.layout import TABLE, TOKEN, Layout, Rule, fold_class_position, unfold_class_position, zero_token
+from vit_fast.weights.layout import TABLE, TOKEN, Layout, Rule, fold_class_position, with_positions_of, zero_token
 
 _PARTS = ("query", "key", "value")
 _TO_DISK = (
@@ -33,6 +33,7 @@ _VIT = (
     Rule("blocks.{i}.mlp.fc1.{p}", _BLOCK + "intermediate.dense.{p}"),
     Rule("blocks.{i}.mlp.fc2.{p}", _BLOCK + "output.dense.{p}"),
 )
+_POSITIONED = with_positions_of("cls_token")
 _HEAD = Rule("head.{p}", "/classifier.{p}")
 _ALL_TO_DISK = (*_TO_DISK, *_MLP_TO_DISK)
 
@@ -42,6 +43,7 @@ VIT = Layout(
     prefix="vit.",
     aliases=_ALL_TO_DISK,
     dropped=("pooler.dense.*", "embeddings.mask_token", "decoder.*"),
+    last=_POSITIONED,
 )
 IJEPA = Layout(
     "transformers I-JEPA",
@@ -50,6 +52,7 @@ IJEPA = Layout(
     aliases=_ALL_TO_DISK,
     dropped=("pooler.dense.*", "embeddings.mask_token"),
 )
+_DEIT = {"prefix": "deit.", "aliases": _ALL_TO_DISK, "dropped": ("pooler.dense.*", "embeddings.mask_token")}
 DEIT = Layout(
     "transformers DeiT",
     (
@@ -57,11 +60,16 @@ DEIT = Layout(
         Rule("dist_token", "embeddings.distillation_token"),
         Rule("head.{p}", "/cls_classifier.{p}"),
         Rule("head_dist.{p}", "/distillation_classifier.{p}"),
-        Rule("head.{p}", "/classifier.{p}", only_read=True),
     ),
-    prefix="deit.",
-    aliases=_ALL_TO_DISK,
-    dropped=("pooler.dense.*", "embeddings.mask_token"),
+    last=with_positions_of("cls_token", "dist_token"),
+    **_DEIT,
+)
+# With one head nothing reads the distillation token out: it is a register.
+DEIT_ONE_HEAD = Layout(
+    "transformers DeiT with one head",
+    (*_VIT, Rule("reg_token", "embeddings.distillation_token"), _HEAD),
+    last=with_positions_of("cls_token", "reg_token"),
+    **_DEIT,
 )
 _DINOV2 = (
     *_COMMON,
@@ -102,7 +110,7 @@ def _dinov2(gated: bool, registers: bool) -> Layout:
         dropped=("embeddings.mask_token",),
         made={"embeddings.mask_token": zero_token},
         first=_fold if registers else None,
-        last=unfold_class_position if registers else None,
+        last=_POSITIONED,
     )
 
 
@@ -131,6 +139,7 @@ CLIP = Layout(
     prefix="vision_model.",
     dropped=_TEXT,
     projects=True,
+    last=_POSITIONED,
 )
 SIGLIP = Layout(
     "transformers SigLIP",

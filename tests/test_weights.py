@@ -1,0 +1,584 @@
+"""Weights of other libraries: their models against ours from the converted weights, both ways, and what is refused.
+
+Where a library cannot be installed its published names are written down here, apart from the tables under test.
+"""
+
+import json
+import os
+import shlex
+
+import numpy as np
+import open_clip
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+import transformers as hf
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import vit_fast
+from tests.error_rule import relative_error
+from vit_fast import cli, pretrained, weights
+from vit_fast.positions import resample_positions
+
+SIZES = {
+    **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
+    **{"image_size": 32, "patch_size": 8},
+}
+LABELS = {"num_labels": 5}
+TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}
+CLOSE = 2e-5
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    """Every parameter drawn anew: some heads start at zero, LayerScale at 1e-5."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            near = 1.0 if parameter.dim() == 1 else 0.0
+            parameter.copy_(near + (0.3 if near else 0.1) * torch.randn_like(parameter))
+    return model.eval()
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 32, 32)
+
+
+def equal(ours: dict, theirs: dict) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ---- transformers
+
+TRANSFORMERS = {
+    "ViT": lambda: hf.ViTForImageClassification(hf.ViTConfig(**SIZES, **LABELS)),
+    "ViT without a head": lambda: hf.ViTModel(hf.ViTConfig(**SIZES)),
+    "ViT-MAE": lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**SIZES, mask_ratio=0.0)),
+    "DeiT, two heads": lambda: hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**SIZES, **LABELS)),
+    "DeiT, one head": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**SIZES, **LABELS)),
+    "I-JEPA": lambda: hf.IJepaForImageClassification(hf.IJepaConfig(**SIZES, **LABELS)),
+    "DINOv2": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**SIZES, **LABELS)),
+    "DINOv2, SwiGLU": lambda: hf.Dinov2ForImageClassification(
+        hf.Dinov2Config(**SIZES, **LABELS, use_swiglu_ffn=True, hidden_act="silu")
+    ),
+    "DINOv2, registers": lambda: hf.Dinov2WithRegistersForImageClassification(
+        hf.Dinov2WithRegistersConfig(**SIZES, **LABELS)
+    ),
+    "CLIP": lambda: hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**SIZES, projection_dim=24)),
+    "SigLIP": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**SIZES)),
+}
+
+
+def _answer(model: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
+    """What a model of transformers says of images, and whether those are logits or tokens."""
+    if isinstance(model, hf.ViTMAEModel):
+        return model(x, noise=torch.arange(16.0).expand(len(x), -1)).last_hidden_state, False
+    output = model(pixel_values=x)
+    for name in ("logits", "image_embeds"):
+        if hasattr(output, name):
+            return output[name], True
+    return (output.pooler_output, True) if isinstance(model, hf.SiglipVisionModel) else (output[0], False)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_there_and_back(name, tmp_path):
+    theirs, x = drawn(TRANSFORMERS[name]()), images()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = vit_fast.load(tmp_path / "theirs")
+    expected, logits = _answer(theirs, x)
+    assert relative_error(ours(x) if logits else ours.forward_features(x), expected) < CLOSE
+
+    in_memory, _ = weights.to_ours(theirs.state_dict())
+    on_disk = safetensors.torch.load_file(tmp_path / "theirs" / "model.safetensors")
+    assert equal(in_memory, weights.to_ours(on_disk)[0])
+
+    # Fresh numbers of ours, back into their class.
+    drawn(ours)
+    if name == "CLIP":  # whose projection has no bias
+        nn.init.zeros_(ours.head.bias)
+    written = weights.convert(ours.state_dict(), "hf")
+    assert equal(weights.to_ours(written)[0], ours.state_dict())
+    safetensors.torch.save_file(written, tmp_path / "theirs" / "model.safetensors", {"format": "pt"})
+    again, report = type(theirs).from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not report["unexpected_keys"]
+    assert {key.split(".")[0] for key in report["missing_keys"]} <= {"pooler"}
+    expected, logits = _answer(again.eval(), x)
+    assert relative_error(ours(x) if logits else ours.forward_features(x), expected) < CLOSE
+
+
+def test_the_vision_tower_of_a_whole_clip(tmp_path):
+    theirs = drawn(hf.CLIPModel(hf.CLIPConfig(vision_config=SIZES, text_config=TEXT, projection_dim=24)))
+    theirs.save_pretrained(tmp_path)
+    x = images()
+    ours, expected = vit_fast.load(tmp_path), theirs.get_image_features(pixel_values=x)
+    expected = expected if isinstance(expected, Tensor) else expected.pooler_output
+    assert relative_error(ours(x), expected) < CLOSE
+    assert any("text_model" in name for name in weights.to_ours(theirs.state_dict())[1].dropped)
+
+
+def test_settings_come_with_the_weights(tmp_path):
+    config = hf.Dinov2Config(**SIZES, layer_norm_eps=3e-5, num_labels=2, id2label={0: "cat", 1: "dog"})
+    drawn(hf.Dinov2ForImageClassification(config)).save_pretrained(tmp_path)
+    processor = hf.BitImageProcessor(size={"shortest_edge": 40}, crop_size=32, resample=2, image_mean=[0.1, 0.2, 0.3])
+    processor.save_pretrained(tmp_path)
+    ours = vit_fast.load(tmp_path)
+    assert ours.blocks[0].norm1.eps == ours.norm.eps == 3e-5
+    assert ours.label_names == ("cat", "dog")
+    assert ours.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
+    assert ours.pretrained_cfg["interpolation"] == "bilinear"
+    assert (ours.pretrained_cfg["crop_pct"], ours.pretrained_cfg["crop_mode"]) == (0.8, "center")
+    hf.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    assert vit_fast.load(tmp_path).pretrained_cfg["crop_mode"] == "squash"
+
+
+@pytest.mark.parametrize("name", ["ViT", "DINOv2", "DINOv2, registers"])
+def test_positions_are_resampled_as_the_library_does_it(name, tmp_path):
+    theirs = drawn(TRANSFORMERS[name]())
+    theirs.save_pretrained(tmp_path)
+    ours, x = vit_fast.load(tmp_path), torch.randn(2, 3, 48, 40)
+    ours.set_input_size(img_size=(48, 40))
+    more = {"interpolate_pos_encoding": True} if name == "ViT" else {}
+    assert relative_error(ours(x), theirs(x, **more).logits) < CLOSE
+
+
+def test_positions_as_dinov2s_own_repository_resamples_them():
+    table = torch.randn(1, 1 + 16, 8)
+    resampled = resample_positions(table, (6, 5), (4, 4), 1, "offset")
+    image = table[:, 1:].reshape(1, 4, 4, 8).permute(0, 3, 1, 2)
+    image = nn.functional.interpolate(image, scale_factor=(6.1 / 4, 5.1 / 4), mode="bicubic")
+    assert torch.equal(resampled[:, 1:], image.permute(0, 2, 3, 1).reshape(1, 30, 8))
+    assert torch.equal(resampled[:, :1], table[:, :1])
+
+
+# ---- torchvision, open_clip, timm
+
+
+def test_torchvision_there_and_back(tmp_path):
+    theirs, x = drawn(torchvision.models.VisionTransformer(32, 8, 2, 1, 64, 128, num_classes=5)), images()
+    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    ours = vit_fast.load(tmp_path / "model.safetensors")
+    assert relative_error(ours(x), theirs(x)) < CLOSE
+    old = {name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): t for name, t in _of(theirs)}
+    assert equal(weights.to_ours(old)[0], weights.to_ours(theirs.state_dict())[0])
+    theirs.load_state_dict(weights.convert(drawn(ours).state_dict(), "torchvision"))
+    assert relative_error(ours(x), theirs(x)) < CLOSE
+
+
+def _of(model: nn.Module):
+    return model.state_dict().items()
+
+
+@pytest.mark.parametrize("layer_scale", [None, 0.5])
+def test_open_clip_there_and_back(layer_scale, tmp_path):
+    vision = open_clip.model.CLIPVisionCfg(
+        layers=2, width=64, head_width=64, patch_size=8, image_size=32, ls_init_value=layer_scale
+    )
+    text = open_clip.model.CLIPTextCfg(context_length=8, vocab_size=50, width=32, heads=2, layers=1)
+    theirs, x = drawn(open_clip.model.CLIP(24, vision, text, quick_gelu=True)), images()
+    ours = vit_fast.create_model(
+        "vit_base_patch16_clip_quickgelu_224", 24, **TINY, init_values=layer_scale, class_token=True
+    ).eval()
+    for state in (theirs.state_dict(), theirs.visual.state_dict()):  # the tower beside that of text, and alone
+        ours.load_state_dict(weights.convert(state, "timm"))
+        assert relative_error(ours(x), theirs.encode_image(x)) < CLOSE
+    with torch.no_grad():
+        drawn(ours).head.bias.zero_()
+    theirs.load_state_dict(weights.convert(ours.state_dict(), "open_clip"), strict=False)
+    assert relative_error(ours(x), theirs.encode_image(x)) < CLOSE
+
+
+def test_a_head_with_a_bias_has_no_place_in_open_clip():
+    ours = drawn(vit_fast.create_model("vit_base_patch16_clip_quickgelu_224", 24, **TINY))
+    with pytest.raises(ValueError, match=r"1 left over: head\.bias"):
+        weights.convert(ours.state_dict(), "open_clip")
+
+
+def test_open_clips_tower_of_timms():
+    trunk = drawn(timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY))
+    state = {f"visual.trunk.{name}": tensor for name, tensor in _of(trunk)}
+    projection = torch.randn(24, 64)
+    state |= {"visual.head.proj.weight": projection, "logit_scale": torch.ones(()), "text.x": torch.ones(1)}
+    found, coverage = weights.to_ours(state)
+    assert equal(found, {**trunk.state_dict(), "head.weight": projection, "head.bias": torch.zeros(24)})
+    assert coverage.dropped == ["logit_scale", "text.x"]
+
+
+TIMM = {
+    "plain": ("vit_tiny_patch16_224", {}),
+    "LayerScale": ("deit3_small_patch16_224", {"no_embed_class": False}),
+    "two heads": ("deit_tiny_distilled_patch16_224", {}),
+    "registers": ("vit_small_patch14_reg4_dinov2", {}),
+    "SwiGLU": ("vit_giant_patch14_dinov2", {"embed_dim": 48}),
+    "CLIP": ("vit_base_patch16_clip_quickgelu_224", {}),
+    "attention pool": ("vit_base_patch16_siglip_224", {}),
+    "norm behind the pool": ("vit_base_patch16_224", {"global_pool": "avg"}),
+    "norms inside": ("beit3_base_patch16_224", {}),
+    "qk norm, no bias": ("vit_tiny_patch16_224", {"qk_norm": True, "qkv_bias": False, "num_heads": 2}),
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_save_pretrained_and_load(name, tmp_path):
+    """Through the folder to the same model of ours; timm, too, builds it from there."""
+    architecture, more = TIMM[name]
+    model = drawn(vit_fast.create_model(architecture, 5, **{**TINY, **more}))
+    model.label_names = tuple("abcde")
+    model.save_pretrained(tmp_path)
+    again, x = vit_fast.VisionTransformer.from_pretrained(tmp_path), images()
+    assert torch.equal(again(x), model(x))
+    assert again.label_names == model.label_names
+    pictures = {name: value for name, value in model.pretrained_cfg.items() if name != "input_size"}
+    assert again.pretrained_cfg == {**pictures, "input_size": (3, 32, 32)}
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert relative_error(theirs(x), model(x)) < CLOSE
+
+
+# Which of them which layout has no names for: anything else converts, and a refusal there is a fault.
+NO_PLACE = {
+    *((name, "open_clip") for name in TIMM),  # all have a bias in the patch projection or in the head
+    *((name, to) for name in ("LayerScale", "two heads", "registers", "SwiGLU") for to in ("torchvision", "jax")),
+    *((name, "dinov2") for name in ("two heads", "CLIP", "attention pool", "norm behind the pool", "norms inside")),
+    *((name, to) for name in ("CLIP", "attention pool", "norm behind the pool") for to in ("hf", "torchvision", "jax")),
+    *((name, to) for name in ("norms inside", "qk norm, no bias") for to in ("hf", "torchvision", "jax")),
+}
+
+
+@pytest.mark.parametrize("to", weights.TARGETS)
+@pytest.mark.parametrize("name", TIMM)
+def test_a_round_trip_is_exact_or_refused(name, to):
+    architecture, more = TIMM[name]
+    state = drawn(vit_fast.create_model(architecture, 5, **{**TINY, **more})).state_dict()
+    state = {key: tensor.bfloat16() for key, tensor in state.items()}
+    heads = more.get("num_heads", 1)
+    if (name, to) in NO_PLACE:
+        with pytest.raises(ValueError, match="left over"):
+            weights.convert(state, to, num_heads=heads)
+        return
+    there = weights.convert(state, to, num_heads=heads)
+    assert {tensor.dtype for tensor in there.values()} == {torch.bfloat16}
+    assert equal(weights.convert(there, "timm"), state)
+
+
+@pytest.mark.parametrize("to", ["hf", "torchvision", "dinov2", "jax"])
+def test_a_class_token_without_a_position_gets_one_of_zero(to):
+    """Other libraries have a row for it in the table of positions; ours may not."""
+    model = drawn(vit_fast.create_model("vit_tiny_patch16_224", 5, **TINY, no_embed_class=True))
+    same = vit_fast.create_model("vit_tiny_patch16_224", 5, **TINY).eval()
+    same.load_state_dict(weights.convert(weights.convert(model.state_dict(), to), "timm"))
+    x = images()
+    assert torch.equal(same(x), model(x))
+
+
+# ---- layouts without a library: their published names
+
+
+def _published_dinov2(state: dict, gated: bool, chunks: bool) -> dict:
+    """facebookresearch/dinov2: register_tokens, a class position in pos_embed, w12 and w3, blocks in chunks."""
+    found = {}
+    for name, tensor in state.items():
+        if gated:
+            name = name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3")
+        if chunks and name.startswith("blocks."):
+            name = name.replace("blocks.", "blocks.0.", 1)
+        found[name.replace("reg_token", "register_tokens")] = tensor
+    return found | {"mask_token": torch.randn(1, 64)}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("chunks", [False, True])
+def test_dinov2s_own_names(gated, chunks):
+    name = "vit_giant_patch14_dinov2" if gated else "vit_small_patch14_dinov2"
+    sizes = {**TINY, "embed_dim": 64, "mlp_ratio": 4.0}
+    model = drawn(timm.create_model(name, **sizes))
+    published = _published_dinov2(model.state_dict(), gated, chunks)
+    assert equal(weights.convert(published, "timm"), model.state_dict())
+    written = weights.convert(model.state_dict(), "dinov2")
+    expected = _published_dinov2(model.state_dict(), gated, False)
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[key], expected[key]) for key in written if key != "mask_token")
+
+
+def test_dinov2s_registers_bring_the_position_of_the_class_token():
+    """In the original the class token has a position and the registers have none; timm has it in the token."""
+    model, x = drawn(timm.create_model("vit_small_patch14_reg4_dinov2", **TINY)), images()
+    expected = model(x)
+    published = _published_dinov2(model.state_dict(), False, False)
+    shift = torch.randn(1, 1, 64)
+    published["pos_embed"] = torch.cat([shift, published["pos_embed"]], dim=1)
+    published["cls_token"] = published["cls_token"] - shift
+    model.load_state_dict(weights.convert(published, "timm"))
+    assert relative_error(model(x), expected) < CLOSE
+
+
+def test_dinos_checkpoint_of_a_wrapped_teacher():
+    model = drawn(timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY))
+    published = {f"module.backbone.{name}": tensor for name, tensor in _of(model)}
+    published |= {"module.head.mlp.0.weight": torch.randn(4, 64), "module.head.last_layer.weight_v": torch.randn(4, 4)}
+    assert equal(weights.convert(published, "timm"), model.state_dict())
+
+
+def test_maes_own_names():
+    model = drawn(timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY))
+    decoder = ("mask_token", "decoder_pos_embed", "decoder_embed.weight", "decoder_blocks.0.attn.qkv.weight")
+    published = {**model.state_dict(), **{name: torch.randn(3) for name in (*decoder, "decoder_pred.bias")}}
+    found, coverage = weights.to_ours(published)
+    assert equal(found, model.state_dict())
+    assert len(coverage.dropped) == 5
+
+
+def _published_jax(state: dict, heads: int) -> dict[str, np.ndarray]:
+    """google-research/vision_transformer, flax's names and shapes."""
+    found = {
+        "cls": state["cls_token"],
+        "embedding/kernel": state["patch_embed.proj.weight"].permute(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
+        "Transformer/encoder_norm/scale": state["norm.weight"],
+        "Transformer/encoder_norm/bias": state["norm.bias"],
+        "head/kernel": state["head.weight"].T,
+        "head/bias": state["head.bias"],
+    }
+    for index in range(2):
+        block, ours = f"Transformer/encoderblock_{index}", f"blocks.{index}"
+        for theirs, name in (("LayerNorm_0", "norm1"), ("LayerNorm_2", "norm2")):
+            found[f"{block}/{theirs}/scale"] = state[f"{ours}.{name}.weight"]
+            found[f"{block}/{theirs}/bias"] = state[f"{ours}.{name}.bias"]
+        attention = f"{block}/MultiHeadDotProductAttention_1"
+        weight, bias = state[f"{ours}.attn.qkv.weight"], state[f"{ours}.attn.qkv.bias"]
+        for part, w, b in zip(("query", "key", "value"), weight.chunk(3), bias.chunk(3)):
+            found[f"{attention}/{part}/kernel"] = w.T.reshape(len(w), heads, -1)
+            found[f"{attention}/{part}/bias"] = b.reshape(heads, -1)
+        w = state[f"{ours}.attn.proj.weight"]
+        found[f"{attention}/out/kernel"] = w.T.reshape(heads, -1, len(w))
+        found[f"{attention}/out/bias"] = state[f"{ours}.attn.proj.bias"]
+        for theirs, name in (("Dense_0", "fc1"), ("Dense_1", "fc2")):
+            found[f"{block}/MlpBlock_3/{theirs}/kernel"] = state[f"{ours}.mlp.{name}.weight"].T
+            found[f"{block}/MlpBlock_3/{theirs}/bias"] = state[f"{ours}.mlp.{name}.bias"]
+    return {name: tensor.contiguous().numpy() for name, tensor in found.items()}
+
+
+def test_google_researchs_npz(tmp_path):
+    sizes = {**TINY, "num_heads": 2}
+    theirs, x = drawn(timm.create_model("vit_tiny_patch16_224", num_classes=5, **sizes)), images()
+    published = _published_jax(theirs.state_dict(), heads=2)
+    np.savez(tmp_path / "theirs.npz", **published)
+    ours = vit_fast.load(tmp_path / "theirs.npz", num_heads=2)
+    assert relative_error(ours(x), theirs(x)) < CLOSE
+    written = weights.convert(ours.state_dict(), "jax", num_heads=2)
+    assert written.keys() == published.keys()
+    assert all(np.array_equal(written[name].numpy(), published[name]) for name in published)
+
+
+# ---- what is refused
+
+
+@pytest.fixture
+def state() -> dict:
+    return drawn(vit_fast.create_model("vit_tiny_patch16_224", 5, **TINY)).state_dict()
+
+
+def test_left_over_and_missing_are_errors_unless_named(state):
+    state["extra.weight"] = torch.ones(1)
+    with pytest.raises(ValueError, match=r"1 left over: extra\.weight"):
+        weights.convert(state, "torchvision")
+    assert "conv_proj.weight" in weights.convert(state, "torchvision", partial=["extra.*"])
+    del state["extra.weight"], state["blocks.1.norm2.bias"]
+    with pytest.raises(ValueError, match=r"1 missing: blocks\.1\.norm2\.bias"):
+        weights.convert(state, "torchvision")
+
+
+def test_one_of_three_is_missing(state):
+    there = weights.convert(state, "hf")
+    del there["vit.encoder.layer.0.attention.attention.key.weight"]
+    with pytest.raises(ValueError, match=r"missing: encoder\.layer\.0\.attention\.attention\.key\.weight"):
+        weights.convert(there, "timm")
+
+
+def test_names_of_two_layouts(state):
+    with pytest.raises(ValueError, match=r"names of two layouts, (timm and torchvision|torchvision and timm)"):
+        weights.convert({**state, **weights.convert(state, "torchvision")}, "hf")
+
+
+def test_names_of_no_layout():
+    with pytest.raises(ValueError, match="names of no layout that is known: timm, "):
+        weights.convert({"conv1.bias": torch.ones(1)}, "timm")
+    with pytest.raises(ValueError, match="to: got 'onnx'"):
+        weights.convert({}, "onnx")
+
+
+def test_an_architecture_that_the_weights_do_not_fit(state, tmp_path):
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="of another shape"):
+        vit_fast.load(tmp_path / "model.safetensors", model="vit_tiny_patch16_224")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "swin"}))
+    with pytest.raises(ValueError, match="model_type: got 'swin', takes "):
+        vit_fast.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_none", "model_args": {}}))
+    with pytest.raises(ValueError, match="vit_none"):
+        vit_fast.load(tmp_path)
+
+
+def test_partial_load_keeps_fresh_weights(state, tmp_path):
+    del state["head.weight"], state["head.bias"]
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": TINY, "num_classes": 7}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"2 missing: head\.weight, head\.bias"):
+        vit_fast.load(tmp_path)
+    model = vit_fast.load(tmp_path, partial=["head.*"])
+    assert torch.equal(model.blocks[0].norm1.weight, state["blocks.0.norm1.weight"])
+    assert model.head.weight.isfinite().all()
+    assert model(images()).shape == (2, 7)
+
+
+def test_files_that_are_cut_off_and_pickles(state, tmp_path):
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(state, file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut off"):
+        vit_fast.load(file)
+    np.savez(tmp_path / "a.npz", **{name: tensor.numpy() for name, tensor in state.items()})
+    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut off"):
+        vit_fast.load(tmp_path / "a.npz")
+    np.savez(tmp_path / "objects.npz", **{"embedding/kernel": np.array([{}], dtype=object)})
+    with pytest.raises(ValueError, match=r"no \.npz of arrays alone"):
+        vit_fast.load(tmp_path / "objects.npz")
+    torch.save(state, tmp_path / "model.pth")
+    torch.save(state, tmp_path / "named.safetensors")
+    for name in ("model.pth", "named.safetensors"):
+        with pytest.raises(ValueError, match="refused, a pickle"):
+            vit_fast.load(tmp_path / name)
+
+
+def test_shards(state, tmp_path):
+    names = sorted(state)
+    parts = {"model-1.safetensors": names[:10], "model-2.safetensors": names[10:]}
+    for part, of_part in parts.items():
+        safetensors.torch.save_file({name: state[name] for name in of_part}, tmp_path / part)
+    places = {name: part for part, of_part in parts.items() for name in of_part}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    assert equal(weights.read(tmp_path), state)
+    for wrong in ("../model-1.safetensors", "/etc/model.safetensors", "model-1.bin", "a/b.safetensors"):
+        index.write_text(json.dumps({"weight_map": {**places, "x": wrong}}))
+        with pytest.raises(ValueError, match=r"refused, .* is no name of a safetensors file"):
+            weights.read(tmp_path)
+    index.write_text(json.dumps({"weight_map": {**places, "x": "model-1.safetensors"}}))
+    with pytest.raises(ValueError, match="x is in no file"):
+        weights.read(tmp_path)
+    index.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="no JSON that can be read"):
+        weights.read(tmp_path)
+
+
+def test_a_clip_without_a_config_is_not_guessed(tmp_path):
+    model = vit_fast.create_model("vit_base_patch16_clip_quickgelu_224", 24, **TINY)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="does not show its activation"):
+        vit_fast.load(tmp_path / "model.safetensors")
+
+
+def test_a_write_that_fails_leaves_the_old_file(state, tmp_path, monkeypatch):
+    target = tmp_path / "out.safetensors"
+    weights.write(target, {"old": torch.ones(1)})
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+    for name in ("out.safetensors", "out.npz"):
+        with pytest.raises(OSError, match="the disk is full"):
+            weights.write(tmp_path / name, state)
+    assert list(weights.read(target)) == ["old"]
+    assert os.listdir(tmp_path) == ["out.safetensors"]
+    with pytest.raises(ValueError, match=r"takes \.safetensors or \.npz"):
+        weights.write(tmp_path / "out.pth", state)
+
+
+# ---- the Hub, and the command line
+
+
+def test_a_repository_of_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    model = drawn(vit_fast.create_model("vit_tiny_patch16_224", 5, **TINY))
+    model.save_pretrained(tmp_path)
+    asked = []
+
+    def snapshot_download(repository, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    for name in ("hf-hub:someone/vit", "someone/vit", "hf-hub:someone/vit@v1"):
+        assert torch.equal(vit_fast.load(name).head.weight, model.head.weight)
+    assert [(repository, revision) for repository, revision, _ in asked] == [
+        *[("someone/vit", None)] * 2,
+        ("someone/vit", "v1"),
+    ]
+    assert asked[0][2] == pretrained.WANTED
+    assert not any(pattern.endswith((".bin", ".pt", "*")) for pattern in pretrained.WANTED)
+    for name in ("../secret", "a/b/c", "hf-hub:a", "vit_tiny_patch16_224"):
+        with pytest.raises(ValueError, match="no such file or folder"):
+            vit_fast.load(name)
+
+
+def test_push_to_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    def upload_folder(repo_id, folder_path, **kwargs):
+        calls.append((repo_id, sorted(os.listdir(folder_path)), kwargs))
+        return "address"
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **kwargs: calls.append((name, kwargs)))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
+    model = vit_fast.create_model("vit_tiny_patch16_224", 5, **TINY)
+    assert model.push_to_hub("someone/vit", commit_message="first") == "address"
+    assert calls == [
+        ("someone/vit", {"exist_ok": True, "token": None}),
+        ("someone/vit", ["config.json", "model.safetensors"], {"commit_message": "first"}),
+    ]
+
+
+def _run(line: str):
+    return CliRunner().invoke(cli.app, shlex.split(line))
+
+
+def test_convert_on_the_command_line(state, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights.write(tmp_path / "in.safetensors", state)
+    result = _run("convert in.safetensors out.safetensors --to torchvision")
+    assert result.exit_code == 0, result.output
+    assert f"timm: {len(state)} tensors placed" in result.output
+    assert equal(weights.convert(weights.read(tmp_path / "out.safetensors"), "timm"), state)
+    assert _run("convert in.safetensors out.npz --to jax").exit_code == 0
+    assert equal(weights.convert(weights.read(tmp_path / "out.npz"), "timm"), state)
+    weights.write(tmp_path / "in.safetensors", {**state, "extra": torch.ones(1)})
+    result = _run("convert in.safetensors other.safetensors --to torchvision")
+    assert result.exit_code == 1
+    assert "1 left over: extra" in result.stderr
+    assert not (tmp_path / "other.safetensors").exists()
+    assert _run("convert in.safetensors other.safetensors --to torchvision --partial 'ext*'").exit_code == 0
+
+
+def test_classify_and_attend_from_a_checkpoint_of_transformers(tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    config = hf.ViTConfig(**SIZES, num_labels=2, id2label={0: "cat", 1: "dog"})
+    theirs = drawn(hf.ViTForImageClassification(config))
+    theirs.save_pretrained("model")
+    processor = hf.ViTImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained("model")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save("picture.png")
+    result = _run("classify model picture.png --json")
+    assert result.exit_code == 0, result.output
+    top = json.loads(result.stdout)[0]["top"]
+    with torch.no_grad():
+        pixels = processor(Image.open("picture.png"), return_tensors="pt")["pixel_values"]
+        expected = theirs(pixels).logits.softmax(-1)[0]
+    found = {one["class"]: one["probability"] for one in top}
+    assert found == pytest.approx({"cat": expected[0].item(), "dog": expected[1].item()}, abs=1e-3)
+    assert _run("attend model picture.png -o looked.png").exit_code == 0
+    assert Image.open("looked.png").size[0] > 100

@@ -1,0 +1,138 @@
+"""Models from checkpoints of timm, transformers and other libraries, with their settings, and to the Hub and back."""
+
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vit_fast import checkpoint
+from vit_fast.model import VisionTransformer
+from vit_fast.weights import read, to_ours
+from vit_fast.weights.files import read_json
+from vit_fast.weights.settings import Settings, from_shapes, from_timm, from_transformers, to_timm
+from vit_fast.zoo import entries
+
+log = logging.getLogger("vit_fast")
+
+PROCESSOR = "preprocessor_config.json"
+WANTED = [checkpoint.CONFIG, PROCESSOR, "*.safetensors", "*.safetensors.index.json"]  # of a repository: no pickle
+
+
+def load(
+    path_or_repo: str | os.PathLike,
+    *,
+    model: str | None = None,
+    num_heads: int | None = None,
+    partial: Sequence[str] = (),
+    device: str | torch.device = "cpu",
+) -> VisionTransformer:
+    """A model with the weights and the settings of a checkpoint, in evaluation mode.
+
+    Args:
+        path_or_repo: a folder with config.json and safetensors, as timm, transformers, `save_pretrained` and `vit-fast
+            train` write it; a file of safetensors, or google-research's .npz; a repository of the Hub,
+            "hf-hub:owner/name" or "owner/name", of which only those files are fetched.
+        model: a name of `list_models()`, for a file that does not say what it is of. Without it the architecture is
+            worked out from the shapes, with heads of 64, and the log says what was assumed.
+        num_heads: for such a file, the number of heads.
+        partial: shell patterns of names that may be missing (they keep fresh weights) or left over.
+        device: where the model shall be.
+
+    Returns:
+        A VisionTransformer with the checkpoint's eps, activation and pool. `pretrained_cfg` has mean, std,
+        interpolation and crop of its pictures, `pos_interpolation` how its library resamples positions, `label_names`
+        its classes where they are known.
+
+    Raises:
+        ValueError: for names of no layout or of two, names missing or left over, weights that do not fit the
+            architecture, a file that is cut off, and a pickle, which is never opened.
+        ImportError: for a repository where huggingface_hub is not installed.
+    """
+    path = Path(path_or_repo)
+    if not path.exists():
+        path = _fetched(str(path_or_repo))
+    config = _config(path, checkpoint.CONFIG)
+    if "format" in config:
+        network, own = checkpoint.load(path, device)
+        network.label_names = own.classes
+        return network
+    names, coverage = to_ours(read(path), partial)
+    log.info(str(coverage))
+    if model is not None:
+        settings = Settings({"num_classes": len(names.get("head.weight", ()))}, {}, model)
+    elif "architecture" in config:
+        settings = from_timm(config)
+    elif "model_type" in config:
+        settings = from_transformers(config, _config(path, PROCESSOR), names)
+    else:
+        settings = from_shapes(names, coverage, num_heads)
+        assumed = {name: settings.args[name] for name in ("num_heads", "norm_eps", "global_pool")}
+        log.warning(f"{path}: it does not say what model it is of; assumed from its names and shapes: {assumed}")
+    network = settings.build(weight_init="" if partial else "skip")
+    checkpoint.load_weights(network, names, str(path), partial)
+    network.label_names = settings.classes
+    return network.to(device).eval()
+
+
+def _config(path: Path, name: str) -> dict:
+    """A config beside the weights, or an empty one."""
+    return read_json(path / name) if path.is_dir() and (path / name).is_file() else {}
+
+
+def save_pretrained(model: VisionTransformer, folder: str | os.PathLike) -> None:
+    """Write config.json and model.safetensors as timm reads them, each whole or not at all.
+
+    What timm's config has no word for (a norm's eps, SwiGLU by argument, how positions are resampled) stands there too:
+    `load` reads it, and timm refuses what it cannot build.
+
+    Raises:
+        ValueError: for a folder that cannot be written to.
+    """
+    folder = Path(folder)
+    checkpoint.check_writable(folder)
+    config = to_timm(model, tuple(getattr(model, "label_names", ())))
+    checkpoint.write_text(folder / checkpoint.CONFIG, json.dumps(config, indent=2) + "\n")
+    checkpoint.write_weights(folder / checkpoint.WEIGHTS, model)
+
+
+def push_to_hub(model: VisionTransformer, repository: str, **kwargs) -> str:
+    """Upload what `save_pretrained` writes to a repository of the Hub, made where it is not there.
+
+    Args:
+        repository: owner/name.
+        kwargs: of huggingface_hub.upload_folder: commit_message, token, revision, …
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ImportError: where huggingface_hub is not installed.
+    """
+    hub = _hub()
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder)
+        hub.create_repo(repository, exist_ok=True, token=kwargs.get("token"))
+        return str(hub.upload_folder(repo_id=repository, folder_path=folder, **kwargs))
+
+
+def _hub():
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError("repositories of the Hub need huggingface_hub: pip install 'vit-fast[hub]'") from error
+    return huggingface_hub
+
+
+def _fetched(name: str) -> Path:
+    """The folder that holds a repository's files."""
+    repository = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", repository):
+        known = "; it is an architecture: create_model makes one with fresh weights" if name in entries() else ""
+        raise ValueError(f"{name}: no such file or folder{known or '; a repository of the Hub is hf-hub:owner/name'}")
+    repository, _, revision = repository.partition("@")
+    return Path(_hub().snapshot_download(repository, revision=revision or None, allow_patterns=WANTED))

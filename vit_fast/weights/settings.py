@@ -1,0 +1,329 @@
+"""What a checkpoint says beside its weights: architecture, eps, activation, pool, and what pictures it takes.
+
+Read from the config of timm or of transformers, or from the shapes of the weights where there is none; written as
+timm's.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from vit_fast.inference import CROP_MODES
+from vit_fast.layers import LayerScale, QuickGELU, SwiGLUPacked
+from vit_fast.model import VisionTransformer, VisionTransformerDistilled
+from vit_fast.weights.layout import Coverage, is_gated
+from vit_fast.zoo import create_model, entries
+
+# transformers' names of activations, and ours.
+ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+# By layout, what its library builds where a file has no config: eps. A CLIP's activation cannot be guessed.
+EPS = {"timm": 1e-6, "torchvision": 1e-6, "google-research": 1e-6, "dinov2": 1e-6, "transformers": 1e-12}
+ANY = "vit_base_patch16_224"  # whose arguments are all replaced, where a checkpoint names no architecture
+NORMALISATION = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+OF_CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+
+
+class Settings(NamedTuple):
+    """All that builds the model that a checkpoint is of."""
+
+    args: dict  # of VisionTransformer, with "norm_eps" and "distilled"
+    pictures: dict  # mean, std, interpolation, crop_pct, crop_mode: of `pretrained_cfg`
+    architecture: str = ""  # a name of the zoo, whose arguments `args` replace
+    classes: tuple[str, ...] = ()
+    pos_interpolation: str = "antialiased"
+
+    def build(self, **more) -> VisionTransformer:
+        """The model with fresh weights; `more` are further arguments."""
+        model = create_model(self.architecture or ANY, **{**self.args, **more})
+        pictures = {name: tuple(value) if isinstance(value, list) else value for name, value in self.pictures.items()}
+        size = {"input_size": (model.in_chans, *model.patch_embed.img_size)}
+        model.pretrained_cfg = {**model.pretrained_cfg, **pictures, **size}
+        if not self.architecture:
+            del model.pretrained_cfg["architecture"]
+        model.pos_interpolation = self.pos_interpolation
+        return model
+
+
+# ---- transformers
+
+
+def from_transformers(config: dict, processor: dict, names: Mapping[str, Tensor]) -> Settings:
+    """Of its config.json and preprocessor_config.json; `names` are the weights under our names.
+
+    Raises:
+        ValueError: for a model_type, or an activation, that there is none of here.
+    """
+    kind = config.get("model_type", "")
+    config = config.get("vision_config", config) if kind in ("clip", "siglip") else config
+    kind = config.get("model_type", kind)
+    if kind not in _TRANSFORMERS:
+        takes = ", ".join(sorted(_TRANSFORMERS))
+        raise ValueError(f"model_type: got {kind!r}, takes {takes}")
+    defaults, ours = _TRANSFORMERS[kind]
+    config = {**defaults, **config}
+    activation = "silu" if is_gated(names) else ACTIVATIONS.get(config["hidden_act"])  # a gated MLP reads no config
+    if activation is None:
+        raise ValueError(f"hidden_act: got {config['hidden_act']!r}, takes {', '.join(ACTIVATIONS)}")
+    args = {
+        "img_size": config["image_size"],
+        "patch_size": config["patch_size"],
+        "in_chans": config["num_channels"],
+        "embed_dim": config["hidden_size"],
+        "depth": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "mlp_ratio": _ratio(names, config["hidden_size"]),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in names,
+        "act_layer": activation,
+        "norm_eps": config["layer_norm_eps"],
+        "num_classes": len(names["head.weight"]) if "head.weight" in names else 0,
+        **ours,
+    }
+    how = "plain"
+    if kind.startswith("dinov2"):
+        args |= _of_dinov2(config, names)
+        how = "antialiased" if "reg_token" in names else "plain"
+    if kind == "deit":
+        args |= _of_deit(names)
+    labels = config.get("id2label") or {}
+    classes = tuple(str(labels[key]) for key in sorted(labels, key=int)) if args["num_classes"] == len(labels) else ()
+    pictures = {**_NORMALISED_BY.get(kind, {}), **_of_processor(processor)}
+    return Settings(args, pictures, classes=classes, pos_interpolation=how)
+
+
+_VIT = {
+    **{"image_size": 224, "patch_size": 16, "num_channels": 3, "hidden_size": 768, "num_hidden_layers": 12},
+    **{"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
+}
+# By model_type: what transformers' config does not write where it is so, and what is always so in ours.
+_TRANSFORMERS = {
+    "vit": (_VIT, {}),
+    "vit_mae": (_VIT, {}),
+    "deit": (_VIT, {}),
+    "ijepa": (
+        {**_VIT, "layer_norm_eps": 1e-6},
+        {"class_token": False, "global_pool": "avg", "fc_norm": False},
+    ),
+    "dinov2": ({**_VIT, "layer_norm_eps": 1e-6, "patch_size": 14, "layerscale_value": 1.0}, {}),
+    "dinov2_with_registers": ({**_VIT, "layer_norm_eps": 1e-6, "layerscale_value": 1.0}, {"no_embed_class": True}),
+    "clip_vision_model": (
+        {**_VIT, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_size": 32},
+        {"pre_norm": True},
+    ),
+    "siglip_vision_model": (
+        {**_VIT, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+        {"class_token": False, "global_pool": "map"},
+    ),
+}
+
+
+# Where no processor says it; the other models take pixels from -1 to 1.
+_NORMALISED_BY = {
+    **dict.fromkeys(("deit", "dinov2", "dinov2_with_registers", "ijepa", "vit_mae"), NORMALISATION),
+    "clip_vision_model": OF_CLIP,
+}
+
+
+def _of_dinov2(config: dict, names: Mapping[str, Tensor]) -> dict:
+    args = {"init_values": config["layerscale_value"] or 1.0}
+    if "reg_token" in names:
+        args["reg_tokens"] = names["reg_token"].shape[1]
+    if is_gated(names):
+        args["mlp_layer"] = "swiglu"
+    if "head.weight" in names and names["head.weight"].shape[1] == 2 * config["hidden_size"]:
+        args["global_pool"] = "token_avg"
+    return args
+
+
+def _of_deit(names: Mapping[str, Tensor]) -> dict:
+    """Where one head alone reads, the distillation token is a register."""
+    return {"distilled": True} if "dist_token" in names else {"reg_tokens": 1}
+
+
+def _of_processor(processor: dict) -> dict:
+    """What a processor of transformers does to pictures, as `pretrained_cfg` says it."""
+    found = {name: tuple(processor[f"image_{name}"]) for name in ("mean", "std") if f"image_{name}" in processor}
+    if processor.get("resample") in RESAMPLE:
+        found["interpolation"] = RESAMPLE[processor["resample"]]
+    size, crop = processor.get("size", {}), processor.get("crop_size", {})
+    size = {"height": size, "width": size} if isinstance(size, int) else size
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    if not size:
+        return found
+    side = size.get("shortest_edge") or size.get("height")
+    cuts = processor.get("do_center_crop") and crop
+    found["crop_pct"] = crop["height"] / side if cuts else 1.0
+    found["crop_mode"] = "center" if "shortest_edge" in size else "squash"
+    return found
+
+
+# ---- timm
+
+
+def from_timm(config: dict) -> Settings:
+    """Of the config.json that timm writes, or `save_pretrained` here.
+
+    Raises:
+        ValueError: for an architecture that is not here.
+    """
+    pictures = config.get("pretrained_cfg", {})
+    args = dict(config.get("model_args", {}))
+    if "num_classes" in config:
+        args.setdefault("num_classes", config["num_classes"])
+    if config.get("global_pool") is not None:
+        args.setdefault("global_pool", config["global_pool"])
+    taken = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size")
+    classes = tuple(map(str, config.get("label_names") or ()))
+    pictures = {name: value for name, value in pictures.items() if value is not None}
+    if pictures.get("crop_mode") not in CROP_MODES:
+        pictures.pop("crop_mode", None)
+    return Settings(
+        args,
+        {name: pictures[name] for name in taken if name in pictures},
+        config["architecture"],
+        classes,
+        config.get("pos_interpolation", "antialiased"),
+    )
+
+
+def to_timm(model: VisionTransformer, classes: tuple[str, ...] = ()) -> dict:
+    """A config.json as timm reads it: what the model's architecture leaves to be said, and its settings."""
+    name, args = model.pretrained_cfg.get("architecture", ""), arguments_of(model)
+    if name in entries():
+        with_defaults = arguments_of(create_model(name, device="meta", weight_init="skip"))
+        args = {key: value for key, value in args.items() if with_defaults[key] != value}
+    pictures = {key: value for key, value in model.pretrained_cfg.items() if key != "architecture"}
+    config = {
+        "architecture": name or ANY,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "global_pool": model.global_pool,
+        "model_args": args,
+        "pretrained_cfg": pictures,
+        "pos_interpolation": model.pos_interpolation,
+    }
+    return {**config, "label_names": list(classes)} if classes else config
+
+
+def arguments_of(model: VisionTransformer) -> dict:
+    """The arguments that build this model, as JSON has them, rates of dropout left out."""
+    embed, norms = model.patch_embed, [m for m in (model.norm, model.fc_norm) if isinstance(m, nn.LayerNorm)]
+    args = {
+        "img_size": list(embed.img_size),
+        "patch_size": list(embed.patch_size),
+        "in_chans": model.in_chans,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "class_token": model.has_class_token,
+        "reg_tokens": model.num_reg_tokens,
+        "no_embed_class": model.no_embed_class,
+        "pos_embed": "none" if model.pos_embed is None else "sincos2d" if model.fixed_pos_embed else "learn",
+        "pre_norm": isinstance(model.norm_pre, nn.LayerNorm),
+        "final_norm": bool(norms),
+        "fc_norm": isinstance(model.fc_norm, nn.LayerNorm),
+        "pool_include_prefix": model.pool_include_prefix,
+        "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": embed.dynamic_img_pad,
+        "distilled": isinstance(model, VisionTransformerDistilled),
+        "representation_size": None if isinstance(model.pre_logits, nn.Identity) else model.head_hidden_size,
+    }
+    if not len(model.blocks):
+        return args
+    block = model.blocks[0]
+    attn, mlp = block.attn, block.mlp
+    gated = isinstance(mlp, SwiGLUPacked)
+    return args | {
+        "num_heads": attn.num_heads,
+        "mlp_ratio": _ratio({"blocks.0.mlp.fc1.weight": mlp.fc1.weight}, model.embed_dim),
+        "qkv_bias": attn.qkv.bias is not None,
+        "proj_bias": attn.proj.bias is not None,
+        "qk_norm": isinstance(attn.q_norm, nn.LayerNorm),
+        "scale_attn_norm": isinstance(attn.norm, nn.LayerNorm),
+        "scale_mlp_norm": isinstance(mlp.norm, nn.LayerNorm),
+        "init_values": block.ls1.init_values if isinstance(block.ls1, LayerScale) else None,
+        "mlp_layer": "swiglu" if gated else None,
+        "act_layer": "silu" if gated else _activation(mlp.act),
+        "norm_eps": block.norm1.eps,
+    }
+
+
+def _activation(module: nn.Module) -> str:
+    if isinstance(module, QuickGELU):
+        return "quick_gelu"
+    return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+
+
+def _ratio(names: Mapping[str, Tensor], width: int) -> float:
+    """The hidden width of an MLP over the width, such that `int` of their product is the hidden width."""
+    hidden = len(names["blocks.0.mlp.fc1.weight"]) if "blocks.0.mlp.fc1.weight" in names else 4 * width
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
+# ---- nothing but weights
+
+
+def from_shapes(names: Mapping[str, Tensor], coverage: Coverage, num_heads: int | None) -> Settings:
+    """Of the weights under our names alone: square pictures, heads of 64 unless a norm shows them or they are given.
+
+    Raises:
+        ValueError: where the shapes fit no architecture, or for a CLIP, whose activation they do not show.
+    """
+    library = coverage.layout.split()[0]
+    weight = names["patch_embed.proj.weight"]
+    width, channels, *patch = weight.shape
+    blocks = 1 + max((int(name.split(".")[1]) for name in names if name.startswith("blocks.")), default=-1)
+    if library not in EPS or "norm_pre.weight" in names:
+        raise ValueError("the weights: a CLIP's file does not show its activation; give the name of its model")
+    prefix = [names[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in names]
+    patches = names["pos_embed"].shape[1] if "pos_embed" in names else 0
+    side = math.isqrt(patches)
+    bare = side * side == patches
+    if not bare:
+        side = math.isqrt(patches - sum(prefix))
+        if side * side + sum(prefix) != patches:
+            raise ValueError(f"pos_embed: {patches} positions are no square and {sum(prefix)} tokens; name the model")
+    heads = num_heads or max(1, width // 64)
+    if "blocks.0.attn.q_norm.weight" in names:
+        heads = width // len(names["blocks.0.attn.q_norm.weight"])
+    pooled = "map" if "attn_pool.latent" in names else "token" if "cls_token" in names else "avg"
+    if "fc_norm.weight" in names:
+        pooled = "avg"
+    if "head.weight" in names and names["head.weight"].shape[1] == 2 * width:
+        pooled = "token_avg"
+    registers = names["reg_token"].shape[1] if "reg_token" in names else 0
+    distilled = "dist_token" in names
+    args = {
+        "img_size": [side * patch[0], side * patch[1]],
+        "patch_size": patch,
+        "in_chans": channels,
+        "embed_dim": width,
+        "depth": blocks,
+        "num_heads": heads,
+        "mlp_ratio": _ratio(names, width),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in names,
+        "proj_bias": "blocks.0.attn.proj.bias" in names,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in names,
+        "scale_attn_norm": "blocks.0.attn.norm.weight" in names,
+        "scale_mlp_norm": "blocks.0.mlp.norm.weight" in names,
+        "init_values": 1.0 if "blocks.0.ls1.gamma" in names else None,
+        "class_token": "cls_token" in names,
+        "reg_tokens": registers,
+        "no_embed_class": bare and bool(prefix),
+        "pos_embed": "learn" if patches else "none",
+        "final_norm": "norm.weight" in names or "fc_norm.weight" in names,
+        "fc_norm": "fc_norm.weight" in names,
+        "global_pool": pooled,
+        "num_classes": len(names["head.weight"]) if "head.weight" in names else 0,
+        "distilled": distilled,
+        "representation_size": len(names["pre_logits.fc.weight"]) if "pre_logits.fc.weight" in names else None,
+        "norm_eps": EPS[library],
+    }
+    if is_gated(names):
+        args |= {"mlp_layer": "swiglu", "act_layer": "silu"}
+    how = "offset" if library == "dinov2" else "plain" if library == "transformers" else "antialiased"
+    return Settings(args, NORMALISATION, pos_interpolation=how)
