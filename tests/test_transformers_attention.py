@@ -202,11 +202,18 @@ def test_attentions_that_a_hook_alone_collects(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its new name is of 5.24
-def test_gradient_checkpointing_with_attentions():
-    model, inputs = _made("ViT")
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("name", ["ViT", "SigLIP", "SigLIP 2, padded"])
+def test_gradient_checkpointing_with_attentions(name, accelerated):
+    """Layers run again in the backward pass, when nobody collects; SigLIP's are not told what was asked for."""
+    model, inputs = _made(name)
     theirs = _run(model, "eager", inputs, output_attentions=True)
+    if accelerated:
+        vit_fast.accelerate(model, verify=False)
     model.train().gradient_checkpointing_enable()  # its dropouts are 0
-    _assert_same(_run(model, "vit_fast", inputs, output_attentions=True), theirs)
+    for recorded in (True, False, True):
+        ours = _run(model, "vit_fast", inputs, output_attentions=recorded)
+        _assert_same(ours, theirs if recorded else (theirs[0], [], theirs[2]))
 
 
 def test_from_pretrained(tmp_path, calls):

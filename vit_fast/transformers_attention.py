@@ -1,6 +1,7 @@
 """`attn_implementation="vit_fast"` for every model of transformers that takes an attention implementation."""
 
 import importlib.util
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from vit_fast import ops
 from vit_fast.ops.backend import say_aside
 
 NAME = "vit_fast"
+_recorded = weakref.WeakSet()  # the attention modules whose last forward pass was collected
 
 
 def register_transformers() -> None:
@@ -41,7 +43,8 @@ def records_attention(module: nn.Module) -> bool:
     """Whether this forward pass collects the attentions that `module` returns beside its output.
 
     transformers collects by hooks that stay where they are once any output was asked for. Where its version cannot be
-    asked, a hook counts as collecting.
+    asked, a hook counts as collecting. Gradient checkpointing runs a layer again where no model's forward pass is under
+    way: that run is as the one before it, or it would save other tensors.
     """
     if not module._forward_hooks:
         return False
@@ -50,7 +53,12 @@ def records_attention(module: nn.Module) -> bool:
     except ImportError:
         return True
     collected = _active_collector.get()
-    return collected is not None and "attentions" in collected
+    if collected is None:
+        return module in _recorded
+    records = "attentions" in collected
+    if not torch.compiler.is_compiling():
+        (_recorded.add if records else _recorded.discard)(module)
+    return records
 
 
 def attention_forward(
