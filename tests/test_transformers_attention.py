@@ -205,7 +205,7 @@ def test_attentions_that_a_hook_alone_collects(monkeypatch):
 @pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize("name", ["ViT", "SigLIP", "SigLIP 2, padded"])
 def test_gradient_checkpointing_with_attentions(name, accelerated):
-    """Layers run again in the backward pass, when nobody collects; SigLIP's are not told what was asked for."""
+    """Layers run again in the backward pass, when nobody collects; SigLIP's do not say what was asked for."""
     model, inputs = _made(name)
     theirs = _run(model, "eager", inputs, output_attentions=True)
     if accelerated:

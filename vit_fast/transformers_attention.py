@@ -92,9 +92,7 @@ def attention_forward(
     """
     for name in ("s_aux", "sinks"):
         if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{name}: got attention sinks, takes None: run this model with attn_implementation='eager'"
-            )
+            raise ValueError(f"{name}: got attention sinks, takes None: choose attn_implementation='eager'")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if is_causal and (attention_mask is not None or query.shape[2] == 1):
