@@ -51,7 +51,7 @@ class Report(tuple):
         for first, count, line in _runs(self):
             name = first if count == 1 else f"{first} … {line.name}"
             error = "" if line.error is None else f"{line.error:.0e}"
-            rows.append((name, line.kind, line.op if line.replaced else "its own", error, line.reason))
+            rows.append((name, line.kind, line.op or "its own", error, line.reason))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         table = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[4]]).rstrip() for row in rows]
         replaced = sum(line.replaced for line in self)

@@ -1,0 +1,570 @@
+"""accelerate: somebody else's models on the fused ops: the cells of docs/matrix.md, the report, what must not fit."""
+
+import copy
+import gc
+import json
+import logging
+import subprocess
+import sys
+import types
+
+import pytest
+import timm
+import torch
+import torchvision
+import transformers as hf
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import vit_fast
+from tests import matrix
+from tests.conftest import INTERPRETING
+from tests.error_rule import relative_error
+from tests.originals import OriginalVisionTransformer
+from vit_fast import ops
+from vit_fast.foreign import block as foreign_block
+from vit_fast.foreign.block import Fused
+
+# One a library in every run of the tests, two where there are kinds that differ; the others are slow.
+ALWAYS = {
+    "vit_tiny_patch16_224",
+    "vit_small_patch14_reg4_dinov2",
+    "ViTForImageClassification",
+    "Dinov2Model, SwiGLU",
+    "CLIPVisionModel",
+    "vit_b_16",
+    "ViT, LayerScale",
+    "TransformerEncoder, F.gelu",
+    "DINO",
+    "DINOv2, SwiGLU",
+}
+MODELS = [
+    pytest.param(*one, id="-".join(one), marks=() if one[1] in ALWAYS else pytest.mark.slow) for one in matrix.NAMES
+]
+
+
+@pytest.mark.parametrize("what", matrix.CELLS)
+@pytest.mark.parametrize(("library", "name"), MODELS)
+def test_cell(library, name, what):
+    matrix.run_cell(library, name, what)
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        pytest.param([one for one in matrix.NAMES if one[1] in ALWAYS], id="some"),
+        pytest.param(matrix.NAMES, id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes(models):
+    matrix.run_parallel([(*one, how) for one in models for how in matrix.PARALLEL])
+
+
+def test_the_page_is_of_these_models_and_cells():
+    def without_versions(text: str) -> list[str]:
+        return [line for line in text.splitlines() if not line.startswith("torch ")]
+
+    assert without_versions(matrix.PAGE.read_text()) == without_versions(matrix.page())
+    assert len(matrix.NAMES) >= 40
+
+
+@pytest.mark.parametrize("cell", ["forward", "gradients", "training step", "hooks", "autocast"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_giant_patch14_reg4_dinov2"])
+def test_a_cell_can_fail(monkeypatch, name, cell):
+    """What computes something else, by one part in a thousand (in bf16 by one in five), is seen."""
+    mlp, scale = foreign_block._mlp, 1.2 if cell == "autocast" else 1.001
+    monkeypatch.setattr(foreign_block, "_is_whole", lambda *_: False)
+    monkeypatch.setattr(foreign_block, "_mlp", lambda x, half: x + scale * (mlp(x, half) - x))
+    with pytest.raises(AssertionError):
+        matrix.run_cell("timm", name, cell)
+
+
+# ---- in the interpreter
+
+
+SMALLER = {**matrix.SIZES, "num_hidden_layers": 1, "patch_size": 16}
+INTERPRETED = {
+    "timm": lambda: timm.create_model(
+        "vit_small_patch14_reg4_dinov2", **{**matrix.TINY, "depth": 1, "patch_size": 16, "num_classes": 0}
+    ),
+    "transformers": lambda: hf.ViTModel(hf.ViTConfig(**SMALLER), add_pooling_layer=False),
+    "transformers, SwiGLU": lambda: hf.Dinov2Model(hf.Dinov2Config(**SMALLER, use_swiglu_ffn=True)),
+    "torchvision": lambda: torchvision.models.VisionTransformer(32, 16, 1, 3, 48, 96, num_classes=5),
+    "open_clip": lambda: matrix.open_clip_model(quick_gelu=True, layers=1, patch_size=16).visual,
+    "torch.nn": lambda: nn.TransformerEncoderLayer(48, 3, 96, 0.0, "gelu", norm_first=True, batch_first=True),
+    "original": lambda: OriginalVisionTransformer("dino", depth=1, patch_size=16),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(not INTERPRETING, reason="runs in Triton's interpreter")
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_on_the_kernels(name):
+    model = matrix.drawn(INTERPRETED[name]()).eval()
+    x = torch.randn(2, 5, 48) if name == "torch.nn" else torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        upstream = torch.randn(matrix.flat(model(x)).shape)
+
+    def output_and_gradients(one: nn.Module) -> tuple[torch.Tensor, dict]:
+        output = matrix.flat(one(x))
+        output.backward(upstream)
+        return output.detach(), {key: p.grad for key, p in one.named_parameters() if p.grad is not None}
+
+    fast = matrix.accelerated(model)
+    expected, their_gradients = output_and_gradients(model)
+    with vit_fast.use_backend("triton"):
+        output, our_gradients = output_and_gradients(fast)
+    assert matrix.distance(output, expected) <= matrix.OUTPUT
+    matrix.assert_equal_gradients(our_gradients, their_gradients)
+
+
+# ---- the report
+
+
+def _timm(**more) -> nn.Module:
+    return matrix.drawn(timm.create_model("vit_tiny_patch16_224", **{**matrix.TINY, **more})).eval()
+
+
+def _vit(**more) -> nn.Module:
+    return matrix.drawn(hf.ViTModel(hf.ViTConfig(**matrix.SIZES, **more))).eval()
+
+
+def _lines(report) -> dict:
+    return {line.name: line for line in report}
+
+
+def test_report():
+    report = vit_fast.accelerate(_timm())
+    assert [line.name for line in report] == ["patch_embed.proj", "blocks.0", "blocks.1"]
+    assert [line.op for line in report] == ["patch_embed", "block", "block"]
+    assert all(line.replaced and not line.reason and 0 < line.error < 1e-6 for line in report)
+    assert report[1].kind == "timm Block"
+    assert report.verification == "3 verified against fp64, forward"
+    text = str(report).splitlines()
+    assert text[2].split() == [
+        "blocks.0",
+        "…",
+        "blocks.1",
+        "timm",
+        "Block",
+        "block",
+        f"{max(report[1].error, report[2].error):.0e}",
+    ]
+    assert text[-1] == "3 of 3 modules replaced; 3 verified against fp64, forward"
+    found = json.loads(report.to_json())
+    assert found["verification"] == report.verification
+    assert [one["name"] for one in found["modules"]] == [line.name for line in report]
+    assert found["modules"][0]["replaced"] is True
+
+
+def test_training_is_verified_backwards():
+    assert vit_fast.accelerate(_timm().train()).verification.endswith("forward and backward")
+
+
+def test_a_second_call_changes_nothing():
+    model = _timm()
+    first = vit_fast.accelerate(model)
+    before = [(id(module), type(module)) for module in model.modules()]
+    second = vit_fast.accelerate(model)
+    assert [(id(module), type(module)) for module in model.modules()] == before
+    assert [line[:5] for line in second] == [line[:5] for line in first]
+    assert vit_fast.restore(model) == 3
+    assert vit_fast.restore(model) == 0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_wrong_goes_back(monkeypatch, training):
+    """An op whose output, or whose gradient alone, is a little wrong: what it would run keeps its code."""
+
+    class Shifted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x if training else x * 1.0001
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy * 1.0001
+
+    block = ops.block
+    monkeypatch.setattr(ops, "block", lambda x, *rest: Shifted.apply(block(x, *rest)))
+    model = _timm().train(training)
+    expected = [type(module) for module in model.blocks]
+    lines = _lines(vit_fast.accelerate(model))
+    assert lines["patch_embed.proj"].replaced
+    assert [type(module) for module in model.blocks] == expected
+    for name in ("blocks.0", "blocks.1"):
+        assert not lines[name].replaced
+        what = "gradients" if training else "output"
+        assert f"its {what} is further from fp64 than twice the original's" in lines[name].reason
+
+
+def test_a_model_that_cannot_run_so_goes_back(monkeypatch):
+    """The parts are right, but what stands between them does not take what they return."""
+
+    class Picky(nn.Module):
+        def forward(self, x):
+            assert type(model.blocks[0]).__module__.startswith("timm"), "somebody else's block"
+            return x
+
+    model = _timm()
+    model.norm_pre = Picky()
+    lines = _lines(vit_fast.accelerate(model))
+    assert not any(line.replaced for line in lines.values())
+    assert "the model as a whole raised AssertionError: somebody else's block" in lines["blocks.0"].reason
+    assert not any(isinstance(module, Fused) for module in model.modules())
+
+
+@pytest.mark.parametrize("given_as", ["tensor", "tuple", "dict"])
+def test_example(given_as):
+    model, images = _timm(), torch.randn(1, 3, 32, 32)
+    seen = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((*args, *kwargs.values())), with_kwargs=True
+    )
+    example = {"tensor": images, "tuple": (images,), "dict": {"x": images}}[given_as]
+    assert vit_fast.accelerate(model, example=example).verification.startswith("3 verified")
+    assert all(one[0] is images for one in seen)
+    assert len(seen) == 2  # before, and after
+
+
+def test_verification_leaves_no_trace():
+    """Neither in the generator, nor in modes, gradients, hooks or buffers."""
+    model = matrix.build("timm", "vit_tiny_r_s16_p8_224").train()
+    model.blocks[0].eval()
+    state = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    generator = torch.get_rng_state()
+    vit_fast.accelerate(model)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+# ---- what does not fit
+
+
+def test_nothing_that_fits(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Linear(3, 3))
+    with caplog.at_level(logging.WARNING, "vit_fast"):
+        report = vit_fast.accelerate(model)
+    assert list(report) == []
+    assert "nothing of the Sequential was replaced: no module of a library that it knows" in caplog.text
+    assert type(model[0]) is nn.Conv2d
+    with pytest.raises(TypeError, match=r"model: got str, takes an nn\.Module"):
+        vit_fast.accelerate("vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: nn.TransformerEncoderLayer(48, 3, 96, batch_first=True), "norm_first is False"),
+        (lambda: nn.TransformerEncoderLayer(48, 3, 96, norm_first=True), "batch_first is False"),
+        (lambda: _timm().double(), "its parameters are float64"),
+        (lambda: _mixed(), "its parameters are bfloat16, float32"),
+        (lambda: hf.CLIPTextModel(hf.CLIPTextConfig(**matrix.TEXT)), "a causal tower"),
+    ],
+)
+def test_what_stays(build, reason, caplog):
+    model = build()
+    before = [type(module) for module in model.modules()]
+    with caplog.at_level(logging.WARNING, "vit_fast"):
+        report = vit_fast.accelerate(model)
+    assert reason in caplog.text
+    assert [type(module) for module in model.modules()] == before
+    assert all(reason in line.reason for line in report if not line.replaced)
+
+
+def _mixed() -> nn.Module:
+    model = _timm()
+    for block in model.blocks:
+        block.norm1.bfloat16()
+    return model
+
+
+def test_relu_keeps_its_half():
+    layer = nn.TransformerEncoderLayer(48, 3, 96, 0.0, "relu", norm_first=True, batch_first=True).eval()
+    x = torch.randn(2, 5, 48)
+    expected = layer(x)
+    (line,) = vit_fast.accelerate(layer)
+    assert (line.op, line.reason) == ("attention", "activation is relu")
+    assert relative_error(layer(x), expected) < 1e-6
+
+
+def test_meta_and_two_devices():
+    model = timm.create_model("vit_tiny_patch16_224", **matrix.TINY, device="meta")
+    report = vit_fast.accelerate(model)
+    assert all(line.replaced for line in report)
+    assert report.verification == "not verified: parameters on meta have no values"
+    model = _timm()
+    model.blocks[1].to("meta")
+    assert all(line.replaced for line in vit_fast.accelerate(model))
+
+
+def test_in_a_compiled_region():
+    model = _timm()
+
+    def change(x):
+        vit_fast.accelerate(model)
+        return x
+
+    with pytest.raises(Exception, match="called in a region that is being compiled"):
+        torch.compile(change, fullgraph=True, backend="eager")(torch.ones(1))
+
+
+def test_under_inference_mode():
+    model = _timm().train()
+    with torch.inference_mode():
+        report = vit_fast.accelerate(model)
+    assert report.verification == "3 verified against fp64, forward and backward"
+    assert all(line.replaced for line in report)
+    model(torch.randn(1, 3, 32, 32)).sum().backward()
+
+
+def test_a_model_of_ours_is_left_alone():
+    model = vit_fast.create_model("vit_tiny_patch16_224", **matrix.TINY)
+    before = [type(module) for module in model.modules()]
+    assert list(vit_fast.accelerate(model)) == []
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_a_subclass_of_the_users_stays():
+    class Mine(type(_timm().blocks[0])):
+        def forward(self, x, **kwargs):
+            return super().forward(x) * 2
+
+    model = _timm()
+    model.blocks[0].__class__ = Mine
+    lines = _lines(vit_fast.accelerate(model))
+    assert lines["blocks.0"].reason == "it is a Mine, a class of its own"
+    assert lines["blocks.1"].replaced
+
+
+def test_no_library_is_imported():
+    code = """
+import sys, torch, vit_fast
+vit_fast.accelerate(torch.nn.TransformerEncoderLayer(8, 1, 8, activation="gelu", norm_first=True, batch_first=True))
+vit_fast.accelerate(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+assert not {"timm", "transformers", "torchvision", "open_clip"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- what somebody wrapped
+
+
+class _Lora(nn.Module):
+    """As peft wraps a Linear."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class _Quantised(torch.Tensor):
+    """A weight of a class of its own."""
+
+
+def _as_lora(parent: nn.Module, name: str) -> str:
+    setattr(parent, name, _Lora(getattr(parent, name)))
+    return "is a _Lora"
+
+
+def _as_quantised(parent: nn.Module, name: str) -> str:
+    linear = getattr(parent, name)
+    weight = linear.weight.detach().as_subclass(_Quantised)
+    del linear.weight
+    linear.register_parameter("weight", None)
+    linear._parameters["weight"] = weight
+    return "holds a _Quantised"
+
+
+def _as_hooked(parent: nn.Module, name: str) -> str:
+    getattr(parent, name).register_forward_hook(lambda module, args, output: output * 1.25)
+    return "has a hook"
+
+
+def _as_parametrised(parent: nn.Module, name: str) -> str:
+    parametrizations.weight_norm(getattr(parent, name))
+    return "is a ParametrizedLinear"
+
+
+def _as_patched(parent: nn.Module, name: str) -> str:
+    linear = getattr(parent, name)
+    linear.forward = types.MethodType(lambda self, x: 0.5 * nn.functional.linear(x, self.weight, self.bias), linear)
+    return "has a forward of its own"
+
+
+WRAPPERS = (_as_lora, _as_quantised, _as_hooked, _as_parametrised, _as_patched)
+HALVES = {
+    "timm attention": (_timm, lambda m: (m.blocks[0].attn, "qkv"), "blocks.0", "mlp"),
+    "timm mlp": (_timm, lambda m: (m.blocks[0].mlp, "fc2"), "blocks.0", "attention"),
+    "transformers attention": (_vit, lambda m: (m.layers[0].attention, "v_proj"), "layers.0", "mlp"),
+    "transformers mlp": (_vit, lambda m: (m.layers[0].mlp, "fc1"), "layers.0", "attention"),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_wrapped_half_keeps_its_code(wrap, half, when):
+    build, place, name, other = HALVES[half]
+    model = build()
+    original = copy.deepcopy(model)
+    torch.manual_seed(3)
+    wrap(*place(original))
+    if when == "after":
+        vit_fast.accelerate(model, verify=False)
+    torch.manual_seed(3)
+    reason = wrap(*place(model))
+    x = torch.randn(2, 3, 32, 32)
+    line = _lines(vit_fast.accelerate(model, verify=False))[name]
+    assert line.replaced
+    assert line.op == other
+    assert reason in line.reason
+    with torch.no_grad():
+        ours, theirs = matrix.flat(model(x)), matrix.flat(original(x))
+    assert relative_error(ours, theirs) < 1e-5
+
+
+def test_both_halves_wrapped_stay():
+    model = _timm()
+    _as_hooked(model.blocks[0].attn, "proj")
+    _as_lora(model.blocks[0].mlp, "fc1")
+    line = _lines(vit_fast.accelerate(model))["blocks.0"]
+    assert not line.replaced
+    assert line.reason == "attn.proj has a hook"
+
+
+# ---- what a call asks for
+
+
+def _counting(monkeypatch) -> list[str]:
+    """The names of the ops of blocks that run from here on."""
+    calls = []
+
+    def counted(name: str, op):
+        def call(*args):
+            calls.append(name)
+            return op(*args)
+
+        return call
+
+    for name in ("block", "attention", "attention_qkv", "mlp"):
+        monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
+    return calls
+
+
+def test_masks_go_the_librarys_way(monkeypatch):
+    model, x = _timm(), torch.randn(2, 3, 32, 32)
+    mask = torch.ones(17, 17).tril() == 1
+    expected = model(x, attn_mask=mask)
+    vit_fast.accelerate(model)
+    calls = _counting(monkeypatch)
+    assert torch.equal(model(x, attn_mask=mask), expected)
+    assert calls == []
+    layer = nn.TransformerEncoderLayer(48, 3, 96, 0.0, "gelu", norm_first=True, batch_first=True).eval()
+    src, padding = torch.randn(2, 5, 48), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = layer(src, src_key_padding_mask=padding)
+    vit_fast.accelerate(layer, verify=False)
+    assert torch.equal(layer(src, src_key_padding_mask=padding), expected)
+    assert calls == []
+
+
+def test_dinos_attention_map():
+    model = matrix.drawn(OriginalVisionTransformer("dino")).eval()
+    x = torch.randn(2, 5, 48)
+    expected = model.blocks[0](x, return_attention=True)
+    vit_fast.accelerate(model)
+    assert torch.equal(model.blocks[0](x, return_attention=True), expected)
+    nested = matrix.drawn(OriginalVisionTransformer("dinov2")).eval()
+    expected = nested.blocks[0]([x, x[:1]])
+    vit_fast.accelerate(nested)
+    assert all(torch.equal(a, b) for a, b in zip(nested.blocks[0]([x, x[:1]]), expected))
+
+
+def test_attentions_of_transformers(monkeypatch):
+    """Asked for, they are right whichever implementation is set; afterwards the fused path is taken as before."""
+    model, x = _vit(attn_implementation="sdpa"), torch.randn(2, 3, 32, 32)
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    expected = eager(x, output_attentions=True)
+    vit_fast.accelerate(model)
+    found = model(x, output_attentions=True, output_hidden_states=True)
+    assert len(found.attentions) == 2
+    for ours, theirs in zip(found.attentions, expected.attentions):
+        assert relative_error(ours, theirs) < 1e-5
+    assert len(found.hidden_states) == 3
+    assert relative_error(found.last_hidden_state, expected.last_hidden_state) < 1e-5
+    calls = _counting(monkeypatch)
+    assert not model(x).attentions
+    assert calls == ["attention", "mlp"] * 2  # on a CPU three weights are not joined
+
+
+def test_attention_read_out_of_timm_by_a_hook():
+    """The way to timm's attention: no fused one, and a hook on its dropout."""
+    model, x = _timm(), torch.randn(2, 3, 32, 32)
+    seen = []
+    for one in (model, copy.deepcopy(model)):
+        if one is not model:
+            vit_fast.accelerate(one)
+        one.blocks[1].attn.fused_attn = False
+        one.blocks[1].attn.attn_drop.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+        one(x)
+    assert relative_error(seen[1], seen[0]) < 1e-5
+    assert seen[1].sum(-1).allclose(torch.ones(1))
+
+
+def test_dropout_inside_a_block_is_drawn_in_training(monkeypatch):
+    model, x = _timm(proj_drop_rate=0.5), torch.randn(2, 3, 32, 32)
+    report = vit_fast.accelerate(model)
+    assert all(line.op in ("block", "patch_embed") for line in report)  # in evaluation mode
+    model.train()
+    torch.manual_seed(0)
+    ours = model(x)
+    vit_fast.restore(model)
+    torch.manual_seed(0)
+    assert torch.equal(ours, model(x))
+
+
+def test_gradient_checkpointing():
+    model, x = _vit(), torch.randn(2, 3, 32, 32)
+    expected = matrix.gradients(model, {"pixel_values": x})
+    vit_fast.accelerate(model)
+    model.train()
+    model.activation_checkpointing_enable()
+    matrix.assert_equal_gradients(matrix.gradients(model, {"pixel_values": x}), expected)
+
+
+def test_explain_tells_of_it():
+    model = _timm()
+    vit_fast.accelerate(model, verify=False)
+    _as_hooked(model.blocks[0].attn, "qkv")
+    lines = [(line.name, line.op, line.reason) for line in vit_fast.explain(model)]
+    assert ("blocks.0", "mlp", "a tensor on cpu: the kernels run on CUDA and ROCm") in lines
+    assert ("blocks.0.attention", "attention", "attn.qkv has a hook") in lines
+    assert ("blocks.1", "block", "a tensor on cpu: the kernels run on CUDA and ROCm") in lines
+
+
+def test_nothing_is_left_behind():
+    """After a hundred times to and fro there are as many tensors and classes as after ten."""
+    model = _timm()
+
+    def count() -> tuple[int, int]:
+        gc.collect()
+        objects = gc.get_objects()
+        kinds = [type(one) for one in objects]  # isinstance would ask objects that answer with a warning
+        return sum(issubclass(kind, torch.Tensor) for kind in kinds), sum(issubclass(kind, type) for kind in kinds)
+
+    for turn in range(100):
+        vit_fast.accelerate(model, verify=turn < 3)
+        vit_fast.restore(model)
+        if turn == 9:
+            before = count()
+    assert count() == before
