@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="the steps count its launches")
 pytest.importorskip("timm", reason="what models are compared with")
 
-from benchmarks import gpu, records
+from benchmarks import accelerated, gpu, records, timing
 
 ROOT = Path(__file__).parent.parent
 STEPS = ("entries", "ops", "models", "rest", "kernels")
@@ -121,6 +121,26 @@ def test_one_file_is_one_run(tmp_path, monkeypatch):
     monkeypatch.setenv("VIT_FAST_COMMIT", "another")
     with pytest.raises(SystemExit, match=r"its commit is .*, here it is another; choose another OUT"):
         gpu.known_of(path)
+
+
+def test_accelerated_models_before_and_after(tmp_path, monkeypatch):
+    """One command leaves one file; an accelerated model whose numbers are wrong is not timed."""
+    monkeypatch.setattr(timing, "ROUNDS", 2)
+    monkeypatch.setattr(sys, "argv", ["accelerated", str(tmp_path / "accelerated.json"), "--no-compile"])
+    accelerated.main()
+    found = json.loads((tmp_path / "accelerated.json").read_text())
+    records.validate(found)
+    assert [line["training"] for line in found["results"]] == [False, True]
+    for line in found["results"]:
+        assert set(line["us"]) == {"before", "after"}
+        assert line["wrong"] == []
+    assert set(found["results"][0]["aside"]) == {"before graph", "after graph"}
+
+    errors = iter((0.001, 0.001, 0.1, 0.1))
+    monkeypatch.setattr(accelerated.whole_models, "error_of", lambda model, images: next(errors))
+    line = accelerated.measure("timm ViT-Ti/16, one block", False, 1, compiling=False)
+    assert line["wrong"] == ["after"]
+    assert set(line["us"]) == {"before"}
 
 
 def test_a_whole_day_leaves_six_files():
