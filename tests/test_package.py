@@ -124,6 +124,21 @@ assert "triton" not in sys.modules or "triton" in before
     run_python(code, cwd=ROOT)
 
 
+def test_a_gpus_day_needs_torch_and_triton_alone():
+    """`make gpu` takes the Python that is there: no package of ours or of the tests' need be."""
+    code = """
+import sys
+for name in ("safetensors", "numpy", "timm", "transformers", "torchvision", "pytest", "rich", "PIL", "matplotlib"):
+    sys.modules[name] = None
+import torch, vit_fast
+from benchmarks import accelerated, gpu, sweep
+model = vit_fast.create_model("vit_tiny_patch16_224", depth=1, img_size=32)
+model(torch.rand(1, 3, 32, 32)).sum().backward()
+vit_fast.accelerate(torch.nn.TransformerEncoderLayer(16, 1, 16, 0.0, "gelu", norm_first=True, batch_first=True))
+"""
+    run_python(code, cwd=ROOT)
+
+
 def test_without_triton_everything_runs_in_pytorch():
     """triton has no wheels for Windows and macOS."""
     code = """

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 
 import vit_fast
@@ -250,7 +250,7 @@ def test_a_first_save_that_fails_leaves_the_folder_free(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise safetensors.SafetensorError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(ValueError, match=r"output: cannot write .*No space left"):
         training.train(tiny_config(tmp_path))
     assert not list(tmp_path.glob(".*"))

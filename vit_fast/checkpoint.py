@@ -19,9 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vit_fast.zoo import create_model
@@ -123,6 +121,9 @@ def write_weights(path: Path, weights: nn.Module | dict[str, Tensor]) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    import safetensors  # where a file is: a model needs torch alone
+    from safetensors.torch import save_file
+
     with replacing(path) as beside:
         try:
             save_file(tensors, beside, {"format": "pt", **header})
@@ -192,6 +193,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: for a pickle, which is never opened, and a file that is cut off or no safetensors.
     """
+    import safetensors
+    from safetensors.torch import load_file
+
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -191,7 +190,10 @@ def preprocess(
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct: got {crop_pct}, takes more than 0 and at most 1")
     if hasattr(images, "__array__") and not hasattr(images, "getbands"):
-        images = images if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
+        if not isinstance(images, Tensor):
+            import numpy as np
+
+            images = torch.from_numpy(np.array(images))
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != 3:
             shape = list(images.shape)
             raise TypeError(f"images: got {images.dtype} {shape}, a tensor of pictures is uint8 [B, rows, columns, 3]")

@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +32,8 @@ def read(path: Path) -> dict[str, Tensor]:
         return checkpoint.read_tensors(path)[0]
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    import numpy as np
+
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
@@ -80,6 +81,8 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
     """
     path = Path(path)
     if path.suffix == ".npz":
+        import numpy as np
+
         with checkpoint.replacing(path) as beside, beside.open("wb") as file:
             np.savez(file, **{name: tensor.numpy() for name, tensor in tensors.items()})
     elif path.suffix == ".safetensors":
