@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_fast import ops
-from vit_fast.ops.backend import compute_dtype, say_aside, use_triton
+from vit_fast.ops.backend import cast, compute_dtype, say_aside, use_triton
 
 
 class Fused:
@@ -135,14 +135,14 @@ def _joins(weights: tuple[Tensor, ...], x: Tensor) -> bool:
     return len(weights) == 1 or use_triton("ln_linear", x, weights[0])
 
 
-def _joined(weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
+def _joined(weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], x: Tensor) -> tuple[Tensor, Tensor | None]:
     """One weight and its bias, from which each of those that it is made of gets its own gradient."""
     if len(weights) == 1:
         return weights[0], biases[0]
-    if any(bias is not None for bias in biases):
-        biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in zip(weights, biases)]
-        return torch.cat(weights), torch.cat(biases)
-    return torch.cat(weights), None
+    weight = torch.cat([cast(one, compute_dtype(x)) for one in weights])  # under autocast half the bytes to join
+    if all(bias is None for bias in biases):
+        return weight, None
+    return weight, torch.cat([w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases)])
 
 
 def _factors(path: nn.Module | None, scale: Tensor | None, x: Tensor) -> Tensor | None:
@@ -159,7 +159,7 @@ def _block(x: Tensor, attention: AttentionHalf, mlp: MlpHalf) -> Tensor:
         x,
         attention.norm.weight,
         attention.norm.bias,
-        *_joined(attention.weights, attention.biases),
+        *_joined(attention.weights, attention.biases, x),
         attention.proj.weight,
         attention.proj.bias,
         attention.scale,
@@ -182,7 +182,7 @@ def _block(x: Tensor, attention: AttentionHalf, mlp: MlpHalf) -> Tensor:
 def _attention(x: Tensor, half: AttentionHalf) -> Tensor:
     norm = half.norm
     if _joins(half.weights, x):
-        qkv = ops.ln_linear(x, norm.weight, norm.bias, *_joined(half.weights, half.biases), norm.eps)
+        qkv = ops.ln_linear(x, norm.weight, norm.bias, *_joined(half.weights, half.biases, x), norm.eps)
         qkv = qkv.unflatten(-1, (3, half.heads, -1))
         if half.q_norm is None or type(half.q_norm) is type(half.k_norm) is nn.Identity:
             heads = ops.attention_qkv(qkv)
@@ -202,7 +202,7 @@ def _attention(x: Tensor, half: AttentionHalf) -> Tensor:
 
 def _mlp(x: Tensor, half: MlpHalf) -> Tensor:
     norm, fc2 = half.norm, half.fc2
-    weight, bias = _joined(half.weights, half.biases)
+    weight, bias = _joined(half.weights, half.biases, x)
     first = (x, norm.weight, norm.bias, weight, bias)
     last = (fc2.weight, fc2.bias)
     end = (half.scale, _factors(half.path, half.scale, x))
