@@ -79,6 +79,21 @@ def test_a_cell_can_fail(monkeypatch, name, cell):
         matrix.run_cell("timm", name, cell)
 
 
+@pytest.mark.parametrize("name", ["ViTModel", "Dinov2Model, SwiGLU", "CLIPVisionModel", "a key without a bias"])
+def test_weights_joined_as_on_a_gpu(monkeypatch, name):
+    """Three weights of queries, keys and values, or a gate's two, as one product."""
+    monkeypatch.setattr(foreign_block, "_joins", lambda *_: True)
+    if name == "a key without a bias":
+        model = matrix.build("transformers", "ViTModel")
+        for layer in model.layers:
+            layer.attention.k_proj.bias = None
+    else:
+        model = matrix.build("transformers", name)
+    inputs = matrix.inputs_of(model)
+    for cell in ("forward", "gradients", "training step", "autocast"):
+        matrix.CELLS[cell](model, inputs)
+
+
 # ---- in the interpreter
 
 
