@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 import vit_fast
 from benchmarks import timing, whole_models
-from benchmarks.contenders import DTYPES, LeftOut, compiled
+from benchmarks.contenders import DTYPES, LeftOut
 from benchmarks.records import record
 from benchmarks.timing import DEVICE, quantiles
 from tests import mend_torchvision
 from vit_fast.checkpoint import replacing
 from vit_fast.verify import in_a_line
 
-FORMS = {"inference": ("", " graph", " compiled"), "training": ("", " compiled")}
+FORMS = {"inference": ("", "graph", "compiled"), "training": ("", "compiled")}
 
 
 class _Field(nn.Module):
@@ -83,50 +83,35 @@ if DEVICE == "cpu":
     MODELS = {"timm ViT-Ti/16, one block": _tiny}
 
 
-def prepared(build: Callable, form: str, training: bool, images: Tensor, accelerated: bool) -> tuple[Callable, float]:
-    """What is timed, and the error of what the model returns."""
-    with torch.device(DEVICE):
-        model = whole_models.draw_anew(build()).to(images.dtype).eval()
-    if accelerated:
-        vit_fast.accelerate(model, verify=False)  # what it returns is held to fp64 in the next line
-    error = whole_models.error_of(model, images)
-    model.train(training)
-    if form == " compiled":
-        model = compiled(model, None)
-    if training:
-        labels = torch.randint(100, (len(images),), device=DEVICE)
-        return whole_models.training_step(model, images, labels), error
-
-    @torch.inference_mode()
-    def infer():
-        return model(images)
-
-    if form == " graph" and DEVICE == "cpu":
-        raise LeftOut("graphs are a GPU's")
-    return whole_models.graphed(infer) if form == " graph" else infer, error
-
-
 def measure(name: str, training: bool, batch: int, compiling: bool = True) -> dict:
     """One line of results: microseconds a batch of each form, "before" and "after".
 
-    What an accelerated form returns may be four times as far from fp64 as the original's.
+    What an accelerated form returns may be four times as far from fp64 as the original's, or it is wrong.
     """
     images = torch.randn(batch, 3, 224, 224, device=DEVICE).to(DTYPES["bf16"])
+    labels = torch.randint(100, (batch,), device=DEVICE)
     runs, errors, aside, wrong = {}, {}, {}, []
-    forms = [form for form in FORMS["training" if training else "inference"] if compiling or form != " compiled"]
+    forms = [form for form in FORMS["training" if training else "inference"] if compiling or form != "compiled"]
     for when, form in itertools.product(("before", "after"), forms):
         torch._dynamo.reset()
+        key = f"{when} {form}".strip()
         try:
-            run, errors[when + form] = prepared(MODELS[name], form, training, images, when == "after")
-            if not errors[when + form] <= 4 * errors["before"]:
-                raise ValueError(f"its error is {errors[when + form]:.1e}, the original's {errors['before']:.1e}")
-            run()
-            runs[when + form] = run
+            with torch.device(DEVICE):
+                model = whole_models.draw_anew(MODELS[name]()).to(images.dtype).train(training)
+            truth = whole_models.truth_of(model, images)
+            if when == "after":
+                vit_fast.accelerate(model, verify=False)  # what it returns is held to fp64 below
+            contender = whole_models.started(model, form, training, images, labels)
+            errors[key] = whole_models.error_of(contender.logits(), truth)
+            if not errors[key] <= 4 * errors["before"]:
+                raise ValueError(f"its error is {errors[key]:.1e}, the original's {errors['before']:.1e}")
+            contender.run()
+            runs[key] = contender.run
         except LeftOut as reason:
-            aside[when + form] = str(reason)
+            aside[key] = str(reason)
         except Exception as error:  # too little memory, or what a compiler says; a failure of ours is a fault
-            aside[when + form] = in_a_line(error)
-            wrong += [when + form] * (when == "after")
+            aside[key] = in_a_line(error)
+            wrong += [key] * (when == "after")
     samples = timing.time_in_turn(runs, timing.ROUNDS, held=False)
     return {
         **{"model": name, "batch": batch, "dtype": "bf16", "training": training},

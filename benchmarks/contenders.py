@@ -56,6 +56,10 @@ class LeftOut(Exception):
     """Why a contender does not take part."""
 
 
+class Wrong(Exception):
+    """What is wrong with what a contender returns."""
+
+
 def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
@@ -392,19 +396,40 @@ def _draw(case: Case) -> tuple[Tensor, ...]:
     return OPS[case.op].draw(case, normal)
 
 
-def error_of(case: Case, call: Callable, tensors: tuple[Tensor, ...]) -> float:
-    """‖y − fp64‖ / ‖fp64‖ of what a contender makes of the first two images."""
-    op = OPS[case.op]
-    few = [t[:2] for t in tensors[: op.images]] + list(tensors[op.images :])
+def errors_of(case: Case, call: Callable, tensors: tuple[Tensor, ...]) -> tuple[float, float]:
+    """‖y − fp64‖ / ‖fp64‖ of the first and the last image, and of their gradient, from a run of the whole batch.
+
+    The gradient is that of the first tensor, where it has one of its own for each image (0 elsewhere): the tiles of a
+    product depend on all rows, and fp64 of all of them would take most of the day.
+    """
+    op, images = OPS[case.op], [0, -1]
+    ends = [t.detach()[images].double() for t in tensors[: op.images]]
+    rest = [t.detach().double() for t in tensors[op.images :]]
+    by_image = not op.constant
+    ends[0].requires_grad_(by_image)
+    truth = op.truth(*ends, *rest, **_settings(case))
+    upstream = torch.randn_like(truth).to(tensors[0].dtype)
     with torch.no_grad():
-        truth = op.truth(*(t.double() for t in few), **_settings(case))
-        return ((call(*few).double() - truth).norm() / truth.norm()).item()
+        output = call(*tensors)
+        error = _relative(output[images], truth)
+    if not by_image:
+        return error, 0.0
+    everywhere = torch.zeros_like(output)
+    everywhere[images] = upstream
+    gradient = _both(call, 0, everywhere, *tensors)[0]
+    (wanted,) = torch.autograd.grad(truth, ends[:1], upstream.double())
+    return error, _relative(gradient[images], wanted)
+
+
+def _relative(ours: Tensor, truth: Tensor) -> float:
+    return ((ours.detach().double() - truth.detach()).norm() / truth.detach().norm()).item()
 
 
 def measure(case: Case, contenders: list[str], rounds: int = timing.ROUNDS) -> dict[str, Measured]:
     """Each contender forward, and forward and backward, in turn with the others.
 
-    Its output may be four times as far from fp64 as eager PyTorch's in the same dtype, or it is wrong, and not timed.
+    Its output, and its gradient, may be four times as far from fp64 as eager PyTorch's in the same dtype, or it is
+    wrong, and not timed.
     """
     torch._dynamo.reset()  # its limits are for one piece of code, and all cases share theirs
     op = OPS[case.op]
@@ -414,24 +439,27 @@ def measure(case: Case, contenders: list[str], rounds: int = timing.ROUNDS) -> d
     for tensors in inputs:
         for t in tensors[op.constant :]:
             t.requires_grad_()
-    allowed = 4 * error_of(case, call_of(case, "eager"), first) + torch.finfo(DTYPES[case.dtype]).eps / 8
+    rounding = torch.finfo(DTYPES[case.dtype]).eps / 8
+    allowed = [4 * error + rounding for error in errors_of(case, call_of(case, "eager"), first)]
     found, runs = {}, {"forward": {}, "both": {}}
     for name in contenders:
         try:
             call = call_of(case, name)
-            error = None if name == "cublas" else error_of(case, call, first)
-            if error is not None and not error <= allowed:
-                found[name] = Measured({}, wrong=f"its error is {error:.1e}, {allowed:.1e} is allowed")
-                continue
             own = [call.laid_out(*tensors) for tensors in inputs] if isinstance(call, _ChannelsLast) else inputs
+            errors = () if name == "cublas" else errors_of(case, call, tuple(own[0]))
+            for what, error, most in zip(("error", "gradient's error"), errors, allowed):
+                if not error <= most:
+                    raise Wrong(f"its {what} is {error:.1e}, {most:.1e} is allowed")
             upstream = torch.randn_like(call(*own[0]))
             for direction, run in (("forward", _forward), ("both", _both)):
                 one = functools.partial(run, call, op.constant, upstream)
                 one(*own[0])
                 runs[direction][name] = timing.rotated(one, own)
-            found[name] = Measured({}, error)
+            found[name] = Measured({}, errors[0] if errors else None)
         except LeftOut as reason:
             found[name] = Measured({}, left_out=str(reason))
+        except Wrong as reason:
+            found[name] = Measured({}, wrong=str(reason))
         except Exception as error:  # as SDPA says that a backend takes no such heads; a failure of ours is a fault
             said = in_a_line(error)
             found[name] = Measured({}, wrong=said) if name == "vit_fast" else Measured({}, left_out=said)

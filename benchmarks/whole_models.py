@@ -215,8 +215,8 @@ def draw_anew(model: nn.Module) -> nn.Module:
     return model
 
 
-def graphed(run: Callable) -> Callable:
-    """A run as a CUDA graph."""
+def graphed(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A run as a CUDA graph; what it returns lies in the same memory each time."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -225,8 +225,13 @@ def graphed(run: Callable) -> Callable:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+        output = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
 
 
 def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
@@ -241,11 +246,20 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[
     return step
 
 
-def error_of(model: nn.Module, images: Tensor) -> float:
-    """‖y − fp64‖ / ‖fp64‖ of the logits of two images."""
-    with torch.no_grad():
-        truth = copy.deepcopy(model).double()(images[:2].double())
-        return ((model(images[:2]).double() - truth).norm() / truth.norm()).item()
+def ends(batch: Tensor) -> Tensor:
+    """The first and the last of a batch: those that are held to fp64, from a run of the whole."""
+    return batch[[0, -1]]
+
+
+@torch.no_grad()
+def truth_of(model: nn.Module, images: Tensor) -> Tensor:
+    """The logits of both ends of a batch in fp64, in evaluation mode: no contender draws in training."""
+    return copy.deepcopy(model).double().eval()(ends(images).double())
+
+
+def error_of(logits: Tensor, truth: Tensor) -> float:
+    """‖y − fp64‖ / ‖fp64‖ of both ends of a batch of logits."""
+    return ((ends(logits.detach()).double() - truth).norm() / truth.norm()).item()
 
 
 def launches_of(run: Callable) -> int:
@@ -257,62 +271,73 @@ def launches_of(run: Callable) -> int:
     return sum(not event.name.startswith(("Memcpy", "Memset", "Optimizer")) for event in on_device)
 
 
-def prepared(case: ModelCase, name: str, images: Tensor, labels: Tensor, allowed: float) -> tuple[Callable, float]:
-    """What a contender runs, and its error.
+class Contender(NamedTuple):
+    """What is timed, and the same in a form that returns logits."""
+
+    run: Callable
+    logits: Callable[[], Tensor]
+
+
+def started(model: nn.Module, form: str, training: bool, images: Tensor, labels: Tensor) -> Contender:
+    """A model in one of `FORMS`; a graph is captured here, and compilation waits for the first run.
 
     Raises:
-        LeftOut: where it does not take part. ValueError: where its error is more than allowed.
+        LeftOut: for a graph without a GPU.
     """
-    whose, _, form = name.partition(" ")
     if form == "graph" and DEVICE == "cpu":
         raise LeftOut("graphs are a GPU's")
-    training = case.direction == "training"
-    with torch.device(DEVICE):
-        model = draw_anew(PEERS[whose](case)).to(DTYPES[case.dtype]).train(training)
-    error = error_of(model.eval(), images)
-    if not error <= allowed:
-        raise ValueError(f"its error is {error:.1e}, {allowed:.1e} is allowed")
-    model.train(training)
     if form.startswith("compiled"):
         mode = None
         if form.endswith("max"):
             mode = "max-autotune-no-cudagraphs" if training else "max-autotune"
         model = compiled(model, mode)
     if training:
-        return training_step(model, images, labels), error
+        return Contender(training_step(model, images, labels), lambda: model(images))
 
     @torch.inference_mode()
     def infer():
         return model(images)
 
-    return graphed(infer) if form == "graph" else infer, error
+    run = graphed(infer) if form == "graph" else infer
+    return Contender(run, run)
 
 
 def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS) -> dict[str, MeasuredModel]:
     """Each contender's time a batch, in turn with the others; training steps one contender after the other on a GPU,
     whose memory may not hold two.
 
-    Logits may be four times as far from fp64 as those of our model in PyTorch in the same dtype. A contender's memory
-    is the most that it takes with the images, without what the others hold; of a graph, whose memory is its own pool,
-    it is not known.
+    Logits of the form that is timed, at both ends of the batch, may be four times as far from fp64 as those of our
+    model in PyTorch in the same dtype. A contender's first call includes capture or compilation; its memory is the most
+    that it takes with the images, without what the others hold; of a graph, whose memory is its own pool, it is not
+    known.
     """
     torch._dynamo.reset()  # its limits are for one piece of code, and all cases share theirs
     images = torch.randn(case.batch, 3, case.pixels, case.pixels, device=DEVICE).to(DTYPES[case.dtype])
     labels = torch.randint(CLASSES, (case.batch,), device=DEVICE)
     with torch.device(DEVICE), vit_fast.use_backend("torch"):
-        allowed = 4 * error_of(draw_anew(_ours(case)).to(DTYPES[case.dtype]).eval(), images)
-    alone = case.direction == "training" and DEVICE == "cuda"
+        ours = draw_anew(_ours(case)).to(DTYPES[case.dtype]).eval()
+        with torch.no_grad():
+            allowed = 4 * error_of(ours(ends(images)), truth_of(ours, images))
+    del ours
+    training = case.direction == "training"
+    alone = training and DEVICE == "cuda"
     found, runs = {}, {}
     for name in contenders:
         try:
             others = timing.held_gb() - images.nbytes / 1e9
-            run, error = prepared(case, name, images, labels, allowed)
+            whose, _, form = name.partition(" ")
+            with torch.device(DEVICE):
+                model = draw_anew(PEERS[whose](case)).to(DTYPES[case.dtype]).train(training)
+            truth = truth_of(model, images)
             timing.empty_memory()
             began = time.perf_counter()
-            run()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
+            contender = started(model, form, training, images, labels)
+            error = error_of(contender.logits(), truth)
             facts = {"first_call_s": round(time.perf_counter() - began, 3)}
+            if not error <= allowed:
+                raise ValueError(f"its error is {error:.1e}, {allowed:.1e} is allowed")
+            run = contender.run
+            run()
             if DEVICE == "cuda":
                 if not name.endswith(" graph"):
                     timing.empty_memory()
@@ -322,7 +347,7 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
             found[name] = MeasuredModel([], error, facts)
             if alone:
                 found[name] = found[name]._replace(us=timing.time_in_turn({name: run}, rounds, held=False)[name])
-                del run
+                del run, contender, model
             else:
                 runs[name] = run
         except LeftOut as reason:

@@ -108,7 +108,47 @@ def test_ours_and_eager_agree_with_fp64(op):
     case = Case(op, "tiny", 17, 2, "fp32")
     tensors = contenders._draw(case)
     for name in ("vit_fast", "eager"):
-        assert contenders.error_of(case, contenders.call_of(case, name), tensors) < 1e-5
+        errors = contenders.errors_of(case, contenders.call_of(case, name), _with_gradients(op, tensors))
+        assert max(errors) < 1e-5
+        assert (min(errors) > 0) == (op != "patch_embed"), "whose images have no gradient"
+
+
+def _with_gradients(op: str, tensors: tuple) -> tuple:
+    for tensor in tensors[contenders.OPS[op].constant :]:
+        tensor.requires_grad_()
+    return tensors
+
+
+class _Forgets(torch.autograd.Function):
+    """The output is right, the gradient of the last image is not."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return torch.cat([dy[:-1], 0 * dy[-1:]])
+
+
+@pytest.mark.parametrize("what", ["error", "gradient's error"])
+def test_a_contender_is_held_to_fp64_as_it_is_timed(monkeypatch, what):
+    """On the whole batch: one that leaves out an image of many, forward or backward, is not timed."""
+    case = SMALL._replace(batch=5)
+    eager = contenders.OPS[case.op].eager
+
+    def broken(x, *rest):
+        y = eager(x, *rest)
+        if what == "error":
+            return torch.cat([y[:-1], 0 * y[-1:]]) if len(x) > 2 else y
+        return _Forgets.apply(y)
+
+    peers = {"broken": lambda case: broken}
+    monkeypatch.setitem(contenders.OPS, case.op, dataclasses.replace(contenders.OPS[case.op], peers=peers))
+    found = measure(case, ["broken", "eager"])
+    assert found["broken"].wrong.startswith(f"its {what} is ")
+    assert not found["broken"].us
+    assert found["eager"].us["both"]
 
 
 def test_a_peer_that_holds_its_parameters_gets_the_cases():
@@ -146,7 +186,19 @@ def test_every_library_has_the_same_model(whose):
         pytest.skip(str(reason))
     ours = whole_models.PEERS["vit_fast"](case)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in ours.parameters())
-    assert 0 < whole_models.error_of(model, torch.randn(2, 3, 224, 224)) < 1e-4
+    images = torch.randn(2, 3, 224, 224)
+    assert 0 < whole_models.error_of(model(images), whole_models.truth_of(model, images)) < 1e-4
+
+
+def test_a_model_is_held_to_fp64_in_the_form_that_is_timed(monkeypatch):
+    """A compiler that makes something else of it: only that form is wrong."""
+    monkeypatch.setattr(whole_models, "compiled", lambda model, mode: lambda images: 0 * model(images))
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    case = whole_models.ModelCase("tiny", 224, 2, "fp32", "inference")
+    found = whole_models.measure(case, ["vit_fast", "vit_fast compiled"], rounds=1)
+    assert found["vit_fast"].us
+    assert found["vit_fast compiled"].wrong.startswith("ValueError: its error is 1.0e+00")
+    assert not found["vit_fast compiled"].us
 
 
 HUB = """
@@ -219,5 +271,5 @@ def test_channels_last_is_the_layout_before_the_clock_starts(monkeypatch):
     monkeypatch.setattr(contenders, "_conv2d", noted)
     found = measure(SMALL._replace(op="patch_embed"), ["channels last"], rounds=1)["channels last"]
     assert found.us["both"]
-    assert layouts[0] == [False, False], "its error, of the tensors that all have"
-    assert all(layout == [True, True] for layout in layouts[1:])
+    assert layouts
+    assert all(layout == [True, True] for layout in layouts)
