@@ -97,7 +97,8 @@ def measure_ops(write: Write, batch: int, compiled: bool, which: str = "main", d
 def model_cases(batch: int, which: str) -> list[whole_models.ModelCase]:
     """Of a set: those of "main" count most, "rest" has the others too."""
     if REHEARSAL:
-        return whole_models.cases("small")[:2]
+        small = whole_models.cases("small")
+        return small if which == "rest" else small[:2]
     if which == "full":
         return whole_models.cases("full")
     make = whole_models.ModelCase
@@ -193,46 +194,77 @@ def measure_kernels(write: Write, batch: int) -> None:
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 
-def page(found: dict[str, dict], goals: dict[str, float], tests: str, failed: bool) -> str:
-    """What is wrong, what is slow and what to do first: of the steps' files by name, and of what tests/gpu said."""
+MOST_LINES = 15  # of each list of the page
+
+
+def page(found: dict[str, dict], goals: dict[str, float], endings: dict[str, object], tests: str) -> str:
+    """What is wrong, what is slow and what to do first.
+
+    Args:
+        found: the files of the steps by name.
+        endings: of each step that ran its exit status, "cut" where the time was over, or why it did not run.
+        tests: what tests/gpu said.
+    """
     wrong, slow = [], []
+    for step, ending in endings.items():
+        if ending == "cut" or (isinstance(ending, int) and ending):
+            how = "was cut" if ending == "cut" else f"ended with {ending}"
+            wrong.append(f"the step {step} {how}: what it has not written was not measured")
     for line in found.get("entries", {}).get("results", []):
         if not line["agrees"]:
             what = " ".join(str(line[name]) for name in ("kernel", "op", "shape", "dtype") if name in line)
             wrong.append(f"{what}: {line.get('why') or line['error']}")
     for step in ("ops", "models"):
         for line in found.get(step, {}).get("results", []):
-            place = " ".join(str(line[name]) for name in ("op", "model", "batch", "dtype", "direction") if name in line)
+            place = _place(line)
             wrong += [f"{place}: {name}: {line['aside'][name]}" for name in line["wrong"]]
             if best(line["us"], True) and best(line["us"], False):
                 (_, ours), (form, theirs) = best(line["us"], True), best(line["us"], False)
                 slow.append((ours - theirs, f"{place}: {ours:,.1f} us, {form} {theirs:,.1f}"))
-    ceilings = found.get("ops", {}).get("ceilings", {})
     short = []
+    ceilings = found.get("models", {}).get("ceilings", {})
     for line in found.get("models", {}).get("results", []):
-        case = f"{line['model']} {'training' if line['training'] else 'inference'}"
         ours = best(line["us"], True)
-        if case in goals and ours and ceilings and line["batch"] >= 64:
-            flops = predictions.forward_flops(line["model"]) * line["batch"] * (3 if line["training"] else 1)
+        if ours and ceilings and line["batch"] >= 64:
+            pixels = _case(line).pixels
+            flops = predictions.forward_flops(line["model"], pixels) * line["batch"] * (3 if line["training"] else 1)
             reached = 100 * flops / ours[1] / 1e6 / ceilings["matrix_tflops"]
-            short.append(f"{case}: {reached:.0f} % of {goals[case]}")
+            goal = goals.get(f"{line['model']} {'training' if line['training'] else 'inference'}")
+            has_goal = goal and pixels == 224 and _case(line).dtype == "bf16"
+            short.append(f"{_place(line)}: {reached:.0f} %" + (f" of {goal}" if has_goal else ", no goal"))
     slow = [text for lost, text in sorted(slow, reverse=True) if lost > 0]
-    missing = [step for step in STEPS if step not in found and step != "tests"]
-    broken = wrong or failed
-    first = "mend what is wrong" if broken else slow[0] if slow else "go for the ceiling"
+    missing = [step for step in STEPS if step not in endings or isinstance(endings[step], str)]
+    first = "mend what is wrong" if wrong else slow[0] if slow else "go for the ceiling"
     parts = [
         f"WRONG ({len(wrong)})",
-        *wrong,
+        *_at_most(wrong),
         f"SLOWER THAN THE BEST PEER ({len(slow)}), most time lost first",
-        *slow,
-        "REACHED, IN PER CENT OF THE CEILING, OF THE GOAL",
-        *short,
-        f"NOT DONE: {', '.join(missing) or 'nothing'}",
+        *_at_most(slow),
+        "REACHED, IN PER CENT OF THE CEILING OF THE MODELS' OWN RUN, OF THE GOAL",
+        *_at_most(short),
+        f"NOT DONE, OR NOT TO THE END: {', '.join(missing) or 'nothing'}",
         f"FIRST: {first}",
         "TESTS",
-        tests.strip() or "not run",
+        tests.strip() or str(endings.get("tests", "not run")),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _case(line: dict) -> whole_models.ModelCase:
+    return whole_models.ModelCase(*line["case"])
+
+
+def _place(line: dict) -> str:
+    """Which case a line is of, in words."""
+    if "case" in line:
+        case = _case(line)
+        return f"{line['model']} {case.pixels} px, batch {case.batch}, {case.dtype}, {case.direction}"
+    return " ".join(str(line[name]) for name in ("op", "model", "tokens", "batch", "dtype", "direction"))
+
+
+def _at_most(lines: list[str]) -> list[str]:
+    more = len(lines) - MOST_LINES
+    return lines if more <= 0 else [*lines[:MOST_LINES], f"and {more} more"]
 
 
 def goals() -> dict[str, float]:
@@ -334,7 +366,7 @@ def main() -> None:
         for step in given.steps:
             if step != "rest":  # which adds to the file of the models
                 (given.out / f"{FILES.get(step, step)}.json").unlink(missing_ok=True)
-    start, tests, failed = time.monotonic(), "", False
+    start, tests, endings = time.monotonic(), "", {}
 
     def left() -> float:
         return max(1.0, 60 * given.minutes - (time.monotonic() - start))
@@ -344,10 +376,13 @@ def main() -> None:
 
     pool = multiprocessing.get_context("spawn").Pool(max(1, given.workers // 2))
     waiting = [(task, pool.apply_async(prepare, (task,))) for task in tasks(given.batch_size, not given.no_compile)]
-    ended = []
     for step in given.steps:
         if step == "tiles" and REHEARSAL:
-            continue  # tiles are chosen by timing them on a GPU
+            endings[step] = "not run: tiles are chosen by timing them on a GPU"
+            continue
+        if step == "tests" and not contenders.is_installed("pytest"):
+            endings[step] = "not run: pytest is not installed"
+            continue
         if step != "entries":  # nothing is timed while the cores compile
             for task, outcome in waiting:
                 try:
@@ -358,16 +393,15 @@ def main() -> None:
         try:
             output = subprocess.PIPE if step == "tests" else None
             done = subprocess.run(command_of(step, given), timeout=left(), stdout=output, text=True)
-            if step == "tests":
-                tests, failed = done.stdout, done.returncode != 0
-            said(step, "ended with", done.returncode)
+            tests = done.stdout if step == "tests" else tests
+            endings[step] = done.returncode
         except subprocess.TimeoutExpired as cut:
             tests = (cut.stdout or b"").decode() if step == "tests" else tests
-            said(step, "was cut")
-        ended.append(step)
-        paths = {one: given.out / f"{FILES.get(one, one)}.json" for one in ended}
+            endings[step] = "cut"
+        said(step, "was cut" if endings[step] == "cut" else f"ended with {endings[step]}")
+        paths = {one: given.out / f"{FILES.get(one, one)}.json" for one in endings}
         files = {one: json.loads(path.read_text()) for one, path in paths.items() if path.is_file()}
-        text = page(files, goals(), tests[-3000:], failed)
+        text = page(files, goals(), endings, tests[-3000:])
         (given.out / "page.txt").write_text(text)
     pool.terminate()
     print(text)

@@ -19,7 +19,6 @@ import argparse
 import collections
 import json
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -152,16 +151,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pass", required=True, choices=("forward", "training"), dest="which")
     parser.add_argument("--batch-size", type=int, default=256 if DEVICE == "cuda" else 1)
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16"))
-    parser.add_argument("--trace", type=pathlib.Path, metavar="FILE.json", help="keep the step's Chrome trace there")
+    parser.add_argument(
+        "--trace",
+        type=pathlib.Path,
+        default=pathlib.Path("trace.json"),
+        metavar="FILE.json",
+        help="where the step's Chrome trace goes (default: trace.json)",
+    )
     given = parser.parse_args(argv)
     training = given.which == "training"
     with torch.device(DEVICE):
         model = vit_fast.create_model(given.model, num_classes=1000).to(DTYPES[given.dtype]).train(training)
     run = step_of(model, given.batch_size, training)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = given.trace or pathlib.Path(folder) / "trace.json"
-        profile = profiled(run, trace)
-        events = device_events(json.loads(trace.read_text()))
+    # The kernels, also where `auto` would leave an op to PyTorch: the floors below are of their launches.
+    with vit_fast.use_backend("triton" if DEVICE == "cuda" else "auto"):
+        profile = profiled(run, given.trace)
+    events = device_events(json.loads(given.trace.read_text()))
     print(f"{given.model}, {given.which}, batch {given.batch_size}, {given.dtype}", end=", ")
     if DEVICE == "cuda":
         rates, arch = ceilings(), tile_table.architecture(torch.device(DEVICE))

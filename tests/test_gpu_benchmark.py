@@ -38,7 +38,9 @@ def test_the_steps_run_to_the_end(tmp_path):
     assert len(list(tmp_path.iterdir())) <= 6
     page = (tmp_path / "page.txt").read_text()
     assert page.startswith("WRONG (0)\n"), page
-    assert "NOT DONE: tiles" in page
+    assert "NOT DONE, OR NOT TO THE END: tiles, tests" in page
+    cases = [line["case"] for line in json.loads((tmp_path / "models.json").read_text())["results"]]
+    assert [case[3] for case in cases] == ["bf16", "bf16", "fp32", "fp32"], "those of `models`, then those of `rest`"
 
 
 def line(ours: float, theirs: float, **more) -> dict:
@@ -46,6 +48,7 @@ def line(ours: float, theirs: float, **more) -> dict:
     return {
         "op": "mlp",
         "model": "B",
+        "tokens": 197,
         "batch": 2,
         "dtype": "bf16",
         "direction": "both",
@@ -64,6 +67,7 @@ def test_the_page_says_what_is_wrong_and_slow_and_comes_first():
     ]
     ops = [line(100.0, 90.0), line(500.0, 300.0, op="attention"), line(10.0, 20.0)]
     model = {
+        "case": ["B", 224, 64, "bf16", "inference"],
         "model": "vit_base_patch16_224",
         "training": False,
         "batch": 64,
@@ -71,26 +75,45 @@ def test_the_page_says_what_is_wrong_and_slow_and_comes_first():
         "aside": {"timm": "off"},
     }
     model["us"] = {"vit_fast": [1e3] * 3, "vit_fast graph": [900.0] * 3}
+    larger = {**model, "case": ["B", 384, 64, "bf16", "inference"], "wrong": []}
     found = {
         "entries": {"results": entries},
-        "ops": {"results": ops, "ceilings": {"matrix_tflops": 5000.0}},
-        "models": {"results": [model]},
+        "ops": {"results": ops, "ceilings": {"matrix_tflops": 1.0}},
+        "models": {"results": [model, larger], "ceilings": {"matrix_tflops": 5000.0}},
     }
-    text = gpu.page(found, {"vit_base_patch16_224 inference": 75}, "1 failed", True).splitlines()
-    assert text[0] == "WRONG (3)"
-    assert text[1] == "mlp_fc1 many float16: 0.5"
-    assert text[2] == "mlp_fc2 many float16: no case came"
-    assert text[3] == "vit_base_patch16_224 64: timm: off"
-    assert text[4].startswith("SLOWER THAN THE BEST PEER (2)")
-    assert text[5] == "attention B 2 bf16 both: 500.0 us, eager 300.0"
-    assert text[6].startswith("mlp B 2 bf16 both: 100.0 us")
-    assert text[8] == "vit_base_patch16_224 inference: 50 % of 75"
+    goals = {"vit_base_patch16_224 inference": 75}
+    endings = {"entries": 0, "ops": 0, "models": -6, "rest": "cut", "tests": 1}
+    text = gpu.page(found, goals, endings, "1 failed").splitlines()
+    assert text[0] == "WRONG (6)"
+    assert text[1] == "the step models ended with -6: what it has not written was not measured"
+    assert text[2] == "the step rest was cut: what it has not written was not measured"
+    assert text[3].startswith("the step tests ended with 1")
+    assert text[4] == "mlp_fc1 many float16: 0.5"
+    assert text[5] == "mlp_fc2 many float16: no case came"
+    assert text[6] == "vit_base_patch16_224 224 px, batch 64, bf16, inference: timm: off"
+    assert text[7].startswith("SLOWER THAN THE BEST PEER (2)")
+    assert text[8] == "attention B 197 2 bf16 both: 500.0 us, eager 300.0"
+    assert text[9].startswith("mlp B 197 2 bf16 both: 100.0 us")
+    assert text[11] == "vit_base_patch16_224 224 px, batch 64, bf16, inference: 50 % of 75"
+    assert text[12] == "vit_base_patch16_224 384 px, batch 64, bf16, inference: 158 %, no goal"
+    assert "NOT DONE, OR NOT TO THE END: tiles, rest, kernels" in text
     assert "FIRST: mend what is wrong" in text
+    assert text[-1] == "1 failed"
+
     found["entries"] = {"results": entries[:1]}
     model["wrong"] = []
-    assert "FIRST: attention B 2 bf16 both: 500.0 us, eager 300.0" in gpu.page(
-        found, {}, "an error that a test expects", False
-    )
+    endings = {"entries": 0, "tests": "not run: pytest is not installed"}
+    text = gpu.page(found, {}, endings, "").splitlines()
+    assert text[0] == "WRONG (0)"
+    assert "FIRST: attention B 197 2 bf16 both: 500.0 us, eager 300.0" in text
+    assert text[-1] == "not run: pytest is not installed"
+
+
+def test_no_list_of_the_page_is_longer_than_a_screen():
+    found = {"ops": {"results": [line(100.0 + index, 90.0) for index in range(40)]}}
+    text = gpu.page(found, {}, {"ops": 0}, "").splitlines()
+    assert text[1] == "SLOWER THAN THE BEST PEER (40), most time lost first"
+    assert text[2 + gpu.MOST_LINES] == "and 25 more"
 
 
 def test_a_full_set_goes_on_where_it_was_cut(monkeypatch):
