@@ -122,9 +122,15 @@ MODELS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     },
     "torchvision": {
         f"vit_{name}": (
-            lambda patch=patch: torchvision.models.VisionTransformer(32, patch, 2, 3, 48, 96, num_classes=5)
+            lambda sizes=sizes: torchvision.models.VisionTransformer(32, *sizes, 48, 96, num_classes=5)
+        )  # patch, layers, heads
+        for name, sizes in (
+            ("b_16", (8, 2, 3)),
+            ("b_32", (16, 2, 3)),
+            ("l_16", (8, 3, 3)),
+            ("l_32", (16, 3, 3)),
+            ("h_14", (4, 2, 1)),
         )
-        for name, patch in (("b_16", 8), ("b_32", 16), ("l_16", 8), ("l_32", 16), ("h_14", 4))
     },
     "open_clip": {
         "ViT-B-16": lambda: open_clip_model(layers=2),

@@ -298,6 +298,107 @@ def _mixed() -> nn.Module:
     return model
 
 
+def test_every_model_is_verified_whole():
+    """With what accelerate makes up for itself, and forwards that want more than tokens."""
+    for library, name in [*matrix.NAMES[:3], ("transformers", "Siglip2VisionModel"), ("transformers", "SiglipModel")]:
+        report = vit_fast.accelerate(matrix.build(library, name))
+        assert all(line.replaced and line.error is not None for line in report), str(report)
+        assert "failed" not in report.verification
+
+
+def test_images_of_another_number_of_channels():
+    report = vit_fast.accelerate(_timm(in_chans=1))
+    assert report.verification == "3 verified against fp64, forward"
+
+
+def test_a_model_that_does_not_run_on_its_own_is_compared_part_by_part():
+    model = _timm()
+    model.patch_embed.img_size = (32, 24)  # as somebody's config may be wrong
+    assert vit_fast.accelerate(model).verification.endswith("3 of them on random tokens: no run came by them")
+
+
+def _more_parameters(model: nn.Module) -> str:
+    for block in model.blocks:
+        block.attn.q_bias = nn.Parameter(torch.zeros(48))
+    return "it holds tensors that the block of DINO and DINOv2 does not"
+
+
+def _another_scale(model: nn.Module) -> str:
+    for block in model.blocks:
+        block.attn.scale = 0.3
+    return "its attention has another scale"
+
+
+def _another_part(model: nn.Module) -> str:
+    for block in model.blocks:
+        block.more = nn.Identity()
+    return "its parts are not those of DINO's or DINOv2's block"
+
+
+@pytest.mark.parametrize("change", [_more_parameters, _another_scale, _another_part])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_block_of_that_name_that_is_none(change, training, caplog):
+    """As BEiT's is, whose further parameters start at zero: no comparison of a fresh model would see them."""
+    model = matrix.drawn(OriginalVisionTransformer("dino")).train(training)
+    reason = change(model)
+    assert not any(line.replaced for line in vit_fast.accelerate(model))
+    assert reason in caplog.text
+
+
+def test_a_forward_that_somebody_set():
+    model = _timm()
+    block = model.blocks[0]
+    block.forward = types.MethodType(lambda self, x, **kwargs: type(self).forward(self, x) * 2, block)
+    lines = _lines(vit_fast.accelerate(model))
+    assert lines["blocks.0"].reason == "somebody has given it, or its class, another forward"
+    assert lines["blocks.1"].replaced
+
+
+def test_a_class_that_somebody_patched():
+    """Before accelerate has met it: another process, since forwards are noted at the first look."""
+    code = """
+from tests.mend_torchvision import mend
+mend()
+import timm, torch, vit_fast
+calls, forward = [], timm.layers.Attention.forward
+def patched(self, *args, **kwargs):
+    calls.append(1)
+    return forward(self, *args, **kwargs)
+timm.layers.Attention.forward = patched
+model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=48).eval()
+report = vit_fast.accelerate(model, verify=False)
+assert [line.op for line in report][1:] == ["mlp", "mlp"], str(report)
+model(torch.randn(1, 3, 32, 32))
+assert len(calls) == 2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_heads_pruned_afterwards():
+    model, x = _timm(), torch.randn(2, 3, 32, 32)
+    vit_fast.accelerate(model)
+    for block in model.blocks:
+        attn = block.attn
+        attn.qkv, attn.proj = nn.Linear(48, 96), nn.Linear(32, 48)
+        attn.num_heads, attn.attn_dim = 2, 32
+    ours = model(x)
+    vit_fast.restore(model)
+    assert relative_error(ours, model(x)) < 1e-5
+
+
+def test_a_patch_projection_with_a_weight_of_another_class():
+    model = _timm()
+    weight = model.patch_embed.proj.weight.detach().as_subclass(_Quantised)
+    model.patch_embed.proj._parameters["weight"] = weight
+    assert _lines(vit_fast.accelerate(model, verify=False))["patch_embed.proj"].reason == "weight is a _Quantised"
+
+
+def test_the_report_tells_of_dropout_in_training():
+    layer = nn.TransformerEncoderLayer(48, 3, 96, 0.1, "gelu", norm_first=True, batch_first=True).train()
+    (line,) = vit_fast.accelerate(layer)
+    assert (line.op, line.reason) == ("block", "its own code in training: self_attn.dropout is active")
+
+
 def test_relu_keeps_its_half():
     layer = nn.TransformerEncoderLayer(48, 3, 96, 0.0, "relu", norm_first=True, batch_first=True).eval()
     x = torch.randn(2, 5, 48)

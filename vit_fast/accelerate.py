@@ -16,6 +16,7 @@ from torch import nn
 
 from vit_fast.foreign import check, fused_class
 from vit_fast.foreign.block import Fused, FusedBlock
+from vit_fast.layers import is_genuine
 from vit_fast.ops.backend import DTYPES
 
 log = logging.getLogger("vit_fast")
@@ -169,10 +170,14 @@ def _stays(name: str, kind: type, reason: str) -> Line:
 
 
 def _op_and_reason(module: Fused) -> tuple[str, str]:
-    """Which op runs a module, and why not more of it, as it is now but in evaluation mode."""
+    """Which op runs a module in evaluation mode, and why not more of it, or not in training if it is in that."""
+    if not isinstance(module, FusedBlock):
+        return module.op(), ""
+    now = module.asides()
     with _evaluating(module):
-        asides = module.asides() if isinstance(module, FusedBlock) else ("",)
-        return module.op(), next(filter(None, asides), "")
+        op, reason = module.op(), next(filter(None, module.asides()), "")
+    in_training = next((aside for aside in now if aside), "")
+    return op, reason or (f"its own code in training: {in_training}" if in_training else "")
 
 
 def _inside(model: nn.Module, name: str) -> tuple[nn.Module, ...]:
@@ -188,6 +193,8 @@ def _assess(name: str, module: nn.Module, fused: type[Fused], inside: tuple[nn.M
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return _stays(name, kind, f"its parameters are {names}: the kernels take one of float32, float16 and bfloat16")
+    if "forward" in vars(module) or not is_genuine(kind):
+        return _stays(name, kind, "somebody has given it, or its class, another forward")
     module.__class__ = fused
     try:
         reason = module.never(inside)
@@ -222,6 +229,7 @@ def _verify(model: nn.Module, new: dict, lines: dict, example) -> str:
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
     with torch.inference_mode(False), torch.random.fork_rng(devices=devices), _evaluating(model):
         runs = check.runs_of(model, example)
+        runs = check.those_that_run(runs) if example is None else runs
         inputs, before = check.run(runs, {name: module for name, (module, _) in new.items()})
         for name, (module, fused) in new.items():
             result = check.compare(module, fused, *inputs.get(name, check.random_input(module)), training)
@@ -232,7 +240,8 @@ def _verify(model: nn.Module, new: dict, lines: dict, example) -> str:
         reason = check.run_accelerated(runs, kept, before)
         if reason:
             lines |= {name: _stays(name, type(module), reason) for name, (module, _) in kept.items()}
-    told = f"{len(new)} verified against fp64, {'forward and backward' if training else 'forward'}"
-    if len(inputs) < len(new):
-        told += f", {len(new) - len(inputs)} of them on random tokens: no run came by them"
-    return told
+    passed = [name for name in new if lines[name].replaced]
+    told = f"{len(passed)} verified against fp64, {'forward and backward' if training else 'forward'}"
+    if made_up := sum(name not in inputs for name in passed):
+        told += f", {made_up} of them on random tokens: no run came by them"
+    return told + (f"; {len(new) - len(passed)} failed" if len(passed) < len(new) else "")

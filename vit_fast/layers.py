@@ -617,12 +617,19 @@ _FORWARD = {
     )
 }
 _PLAIN_TENSORS = (nn.Parameter, Tensor, type(None))
+HOLDERS = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
+
+
+def is_genuine(kind: type) -> bool:
+    """Whether a class has the forward that its library wrote: one that somebody set comes from another module."""
+    home = next(one for one in kind.__mro__ if "forward" in vars(one))
+    return home.forward.__module__ == home.__module__
 
 
 def readable(*kinds: type) -> tuple[type, ...]:
-    """These kinds of modules, noted as such that an op may stand for while their forward is the one of now."""
+    """These kinds of modules, noted as such that an op may stand for while their forward is their library's."""
     for kind in kinds:
-        _FORWARD.setdefault(kind, kind.forward)
+        _FORWARD.setdefault(kind, kind.forward if is_genuine(kind) else None)
     return kinds
 
 
@@ -647,6 +654,8 @@ def why_aside(*submodules: tuple[str, nn.Module, tuple[type, ...]]) -> str:
             return _why_other(name, module, kinds)
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"{name} has a hook"
+        if not module._parameters and issubclass(kind, HOLDERS):
+            return f"{name} has no parameters of its own"  # FSDP's first version keeps them elsewhere
         for parameter in module._parameters.values():
             if type(parameter) not in _PLAIN_TENSORS:
                 return f"{name} holds a {type(parameter).__name__}"

@@ -122,8 +122,11 @@ class FusedBlock(Fused):
 
 
 def _is_whole(attention: AttentionHalf, mlp: MlpHalf) -> bool:
-    """Whether both halves make `ops.block`: no norm inside one, no gate."""
-    return not (attention.normalises() or mlp.normalises()) and mlp.activation != "swiglu"
+    """Whether both halves make `ops.block`: no norm inside one, no gate, no head pruned."""
+    if attention.normalises() or mlp.normalises() or mlp.activation == "swiglu":
+        return False
+    width = attention.proj.out_features
+    return attention.proj.in_features == width and sum(map(len, attention.weights)) == 3 * width
 
 
 def _joins(weights: tuple[Tensor, ...], x: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Whether an accelerated module computes what its own code does: both forms on one input, held against fp64."""
 
 import copy
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ def _image_shape(module: nn.Module) -> tuple[int, int, int] | None:
     elif isinstance(getattr(module, "pretrained_cfg", None), dict) and "input_size" in module.pretrained_cfg:
         channels, *size = module.pretrained_cfg["input_size"]
         size = getattr(getattr(module, "patch_embed", None), "img_size", None) or size
+        channels = next((one.in_channels for one in module.modules() if isinstance(one, nn.Conv2d)), channels)
     else:
         seen = next((one for one in (module, getattr(module, "patch_embed", None)) if _says_its_size(one)), None)
         if seen is None:
@@ -83,7 +85,8 @@ def random_input(module: nn.Module) -> tuple[tuple, dict]:
         return (_random(module, (IMAGES, module.in_channels, *sides)),), {}
     first = next(one for one in module.modules() if isinstance(one, (nn.LayerNorm, nn.Linear)))
     width = first.normalized_shape[-1] if isinstance(first, nn.LayerNorm) else first.in_features
-    return (_random(module, (IMAGES, TOKENS, width)),), {}
+    masked = "attention_mask" in inspect.signature(type(module).forward).parameters
+    return (_random(module, (IMAGES, TOKENS, width)),), {"attention_mask": None} if masked else {}
 
 
 def run(runs: list[Run], modules: dict[str, nn.Module]) -> tuple[dict[str, tuple[tuple, dict]], list]:
@@ -105,6 +108,18 @@ def run(runs: list[Run], modules: dict[str, nn.Module]) -> tuple[dict[str, tuple
     finally:
         for handle in handles:
             handle.remove()
+
+
+def those_that_run(runs: list[Run]) -> list[Run]:
+    """Of the runs that were made up those that the model takes."""
+    taken = []
+    for one in runs:
+        try:
+            one()
+            taken.append(one)
+        except Exception:  # whatever code of somebody else's raises: the guess was wrong
+            continue
+    return taken
 
 
 def run_accelerated(runs: list[Run], new: dict[str, tuple[nn.Module, type]], before: list) -> str:
@@ -173,4 +188,5 @@ def _results(module: nn.Module, args: tuple, kwargs: dict, training: bool) -> li
         generator = torch.Generator().manual_seed(0)
         upstream = torch.randn(output.shape, generator=generator).to(output)
         gradients = torch.autograd.grad(output, [x, *wanted], upstream, allow_unused=True)
-    return [output.detach(), torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])]
+    gradients = [torch.zeros_like(of) if g is None else g for of, g in zip((x, *wanted), gradients)]
+    return [output.detach(), torch.cat([gradient.flatten() for gradient in gradients])]

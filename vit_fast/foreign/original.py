@@ -43,6 +43,10 @@ class Block(FusedBlock):
             return "its parts are not those of DINO's or DINOv2's block"
         if set(attn._modules) != _ATTENTION or not hasattr(attn, "num_heads"):
             return "its attention is not that of DINO or DINOv2"
+        if any(part._parameters or part._buffers for part in (self, attn, parts["mlp"])):
+            return "it holds tensors that the block of DINO and DINOv2 does not"
+        if getattr(attn, "scale", None) != (attn.qkv.in_features // attn.num_heads) ** -0.5:
+            return "its attention has another scale"
         return ""
 
     def forward(self, x, *args, **kwargs):

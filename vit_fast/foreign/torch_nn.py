@@ -94,6 +94,8 @@ class Conv2d(Fused, nn.Conv2d):
         return "patch_embed"
 
     def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
+        if type(self._parameters.get("weight")) not in (nn.Parameter, Tensor):
+            return f"weight is a {type(self._parameters.get('weight')).__name__}"
         plain = self.padding in ((0, 0), "valid") and (self.dilation, self.groups) == ((1, 1), 1)
         cuts = self.kernel_size == self.stride and min(self.kernel_size) > 1
         return "" if plain and cuts else "it cuts no patches: its stride is not its kernel, or it pads"
