@@ -494,6 +494,140 @@ def test_a_write_that_fails_leaves_the_old_file(state, tmp_path, monkeypatch):
         weights.write(tmp_path / "out.pth", state)
 
 
+def test_two_names_of_one_tensor(state):
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    assert equal(weights.convert(wrapped, "timm"), state)
+    with pytest.raises(ValueError, match=r"cls_token and module\.cls_token are names of the same tensor"):
+        weights.convert({**state, **wrapped}, "timm")
+
+
+@pytest.mark.parametrize(
+    "gone",
+    ["norm.weight", "norm.*", "*.norm1.*", "*.mlp.fc1.weight", "blocks.*", "head.weight", "pos_embed", "cls_token"],
+)
+def test_what_no_model_is_without(state, gone):
+    """Though no block has it and the other: of transformers' names, which say so of positions and tokens too."""
+    import fnmatch
+
+    kept = {name: tensor for name, tensor in state.items() if not fnmatch.fnmatchcase(name, gone)}
+    if gone not in ("pos_embed", "cls_token"):
+        with pytest.raises(ValueError, match="missing: "):
+            weights.convert(kept, "timm")
+    theirs = weights.convert(state, "hf")
+    position = {"pos_embed": "vit.embeddings.position_embeddings", "cls_token": "vit.embeddings.cls_token"}
+    if gone in position:
+        del theirs[position[gone]]
+        with pytest.raises(ValueError, match=f"missing: {gone}"):
+            weights.convert(theirs, "timm")
+
+
+def _saved(tmp_path, **config):
+    theirs = drawn(hf.ViTForImageClassification(hf.ViTConfig(**SIZES, **LABELS)))
+    theirs.save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**said, **config}))
+    return theirs
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: the config says 1000000000, the weights have 2"),
+        ({"hidden_size": 128}, "hidden_size: the config says 128, the weights have 64"),
+        ({"num_attention_heads": True}, "num_attention_heads: got True"),
+        ({"num_attention_heads": "4"}, "num_attention_heads: got '4'"),
+        ({"hidden_act": "relu"}, "hidden_act: got 'relu'"),
+        ({"image_size": None}, "a config lacks a field|img_size"),
+        ({"model_type": "clip", "vision_config": None}, "a config lacks a field, or one is of another kind"),
+        ({"architecture": 5}, "architecture: got 5"),
+        ({"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 10**9}}, "depth: the config says 1000000000"),
+    ],
+)
+def test_a_config_that_is_wrong_is_named(tmp_path, config, says):
+    _saved(tmp_path, **config)
+    with pytest.raises(ValueError, match=says):
+        vit_fast.load(tmp_path)
+
+
+def test_a_config_beside_a_file_counts(tmp_path):
+    theirs, x = _saved(tmp_path, layer_norm_eps=0.1), images()
+    theirs = hf.ViTForImageClassification.from_pretrained(tmp_path).eval()
+    assert relative_error(vit_fast.load(tmp_path / "model.safetensors")(x), theirs(x).logits) < CLOSE
+    with pytest.raises(ValueError, match=r"model: got .* says what it is of; leave one out"):
+        vit_fast.load(tmp_path, model="vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        lambda: hf.ViTImageProcessor(size={"height": 32, "width": 32}, resample=3),
+        lambda: hf.CLIPImageProcessor(size={"shortest_edge": 40}, crop_size=32),
+        lambda: hf.DeiTImageProcessor(size={"height": 40, "width": 40}, crop_size={"height": 32, "width": 32}),
+        lambda: hf.SiglipImageProcessor(size={"height": 32, "width": 32}, do_normalize=False),
+        lambda: hf.BitImageProcessor(size={"shortest_edge": 36}, crop_size=32, resample=2),
+    ],
+)
+def test_pictures_are_those_of_transformers_processor(tmp_path, processor):
+    from PIL import Image
+
+    from vit_fast.inference import preprocess
+
+    _saved(tmp_path)
+    theirs = processor()
+    theirs.save_pretrained(tmp_path)
+    model = vit_fast.load(tmp_path)
+    # Of a size that leaves even margins: of odd ones transformers cuts the smaller half first, timm the larger.
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (49, 94, 3), dtype=np.uint8))
+    names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    settings = {name: model.pretrained_cfg[name] for name in names if name in model.pretrained_cfg}
+    ours = preprocess(picture, img_size=32, **settings)
+    expected = theirs(picture, return_tensors="pt")["pixel_values"]
+    levels = (ours - expected).abs().max() * min(settings["std"]) * 255
+    assert levels <= 4, "of 256: two ways to resize"
+    assert (ours - expected).abs().mean() * min(settings["std"]) * 255 < 0.5
+
+
+def test_dinov2_takes_pictures_of_its_processors_size(tmp_path):
+    """Trained on larger ones: transformers resamples positions in every call, we once."""
+    theirs = drawn(TRANSFORMERS["DINOv2"]())
+    theirs.save_pretrained(tmp_path)
+    hf.BitImageProcessor(size={"shortest_edge": 28}, crop_size=24).save_pretrained(tmp_path)
+    ours, x = vit_fast.load(tmp_path), torch.randn(2, 3, 24, 24)
+    assert ours.patch_embed.img_size == (24, 24)
+    assert relative_error(ours(x), theirs(x).logits) < CLOSE
+
+
+def test_a_head_of_eighty_in_an_npz(tmp_path):
+    theirs, x = drawn(timm.create_model("vit_tiny_patch16_224", **{**TINY, "embed_dim": 160, "num_heads": 2})), images()
+    np.savez(tmp_path / "a.npz", **_published_jax(theirs.state_dict(), heads=2))
+    ours = vit_fast.load(tmp_path / "a.npz")
+    assert relative_error(ours(x), theirs(x)) < CLOSE
+    assert ours.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+
+
+def test_open_clips_config(tmp_path):
+    vision = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 32}
+    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
+    theirs = drawn(open_clip.model.CLIP(24, vision, text, quick_gelu=True))
+    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
+    model = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text, "quick_gelu": True}
+    config = {"model_cfg": model, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1]}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    ours, x = vit_fast.load(tmp_path), images()
+    assert relative_error(ours(x), theirs.encode_image(x)) < CLOSE
+    assert ours.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
+    with pytest.raises(ValueError, match="the projection of a CLIP, which has no classes"):
+        ours.predict(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
+
+
+def test_timm_builds_what_came_from_transformers(tmp_path):
+    _saved(tmp_path, layer_norm_eps=1e-6)
+    ours, x = vit_fast.load(tmp_path), images()
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval()
+    assert relative_error(theirs(x), ours(x)) < CLOSE
+
+
 # ---- the Hub, and the command line
 
 
@@ -582,3 +716,16 @@ def test_classify_and_attend_from_a_checkpoint_of_transformers(tmp_path, monkeyp
     assert found == pytest.approx({"cat": expected[0].item(), "dog": expected[1].item()}, abs=1e-3)
     assert _run("attend model picture.png -o looked.png").exit_code == 0
     assert Image.open("looked.png").size[0] > 100
+
+
+def test_attend_on_a_model_without_a_head(tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    drawn(hf.Dinov2Model(hf.Dinov2Config(**SIZES))).save_pretrained("model")
+    Image.fromarray(np.zeros((40, 60, 3), dtype=np.uint8)).save("picture.png")
+    result = _run("attend model picture.png -o looked.png")
+    assert result.exit_code == 0, result.output
+    result = _run("classify model picture.png")
+    assert result.exit_code == 1
+    assert "gives no logits of a picture" in result.stderr

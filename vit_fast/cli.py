@@ -321,11 +321,13 @@ def attend(
     maps.check_picture_path(output)
     network, classes = _open_model(model, weights, device)
     looked = [maps.look(network, path) for path in paths]
+    says_classes = network.num_classes and not network.pretrained_cfg.get("projection")
     titles = []
-    for one in looked:
+    for path, one in zip(paths, looked):
         probability, index = one.probabilities.max(dim=0)
-        name = classes[index] if len(classes[index]) <= 14 else classes[index][:13] + "…"
-        titles.append(f"{name} · {100 * probability:.1f} %")
+        name = classes[index] if says_classes else path.name
+        name = name if len(name) <= 14 else name[:13] + "…"
+        titles.append(f"{name} · {100 * probability:.1f} %" if says_classes else name)
     maps.draw_attention(looked, titles, output)
     _console().print(escape(output))
 

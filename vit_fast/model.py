@@ -723,6 +723,8 @@ class VisionTransformer(nn.Module):
         if not self.num_classes or self.global_pool == "":
             raise ValueError("predict: the model gives no logits of a picture; build it with num_classes and a pool")
         config = self.pretrained_cfg
+        if config.get("projection"):
+            raise ValueError("predict: the head is the projection of a CLIP, which has no classes; call the model")
         pixels = preprocess(
             images,
             img_size=self.patch_embed.img_size,

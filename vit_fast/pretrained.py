@@ -12,15 +12,17 @@ import torch
 
 from vit_fast import checkpoint
 from vit_fast.model import VisionTransformer
-from vit_fast.weights import read, to_ours
-from vit_fast.weights.files import read_json
-from vit_fast.weights.settings import Settings, from_shapes, from_timm, from_transformers, to_timm
+from vit_fast.weights import jax, read, to_ours
+from vit_fast.weights.files import NAMES, read_json
+from vit_fast.weights.settings import Settings, from_open_clip, from_shapes, from_timm, from_transformers, to_timm
 from vit_fast.zoo import entries
 
 log = logging.getLogger("vit_fast")
 
-PROCESSOR = "preprocessor_config.json"
-WANTED = [checkpoint.CONFIG, PROCESSOR, "*.safetensors", "*.safetensors.index.json"]  # of a repository: no pickle
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+OPEN_CLIP = "open_clip_config.json"
+# Of a repository: no pickle.
+WANTED = [checkpoint.CONFIG, *PROCESSORS, OPEN_CLIP, "*.safetensors", "*.safetensors.index.json"]
 
 
 def load(
@@ -56,32 +58,48 @@ def load(
     path = Path(path_or_repo)
     if not path.exists():
         path = _fetched(str(path_or_repo))
+    folder = path if path.is_dir() else path.parent
     config = _config(path, checkpoint.CONFIG)
-    if "format" in config:
+    if "format" in config and path.is_dir():
         network, own = checkpoint.load(path, device)
         network.label_names = own.classes
         return network
-    names, coverage = to_ours(read(path), partial)
+    tensors = read(path)
+    names, coverage = to_ours(tensors, partial)
     log.info(str(coverage))
-    if model is not None:
-        settings = Settings({"num_classes": len(names.get("head.weight", ()))}, {}, model)
-    elif "architecture" in config:
-        settings = from_timm(config)
-    elif "model_type" in config:
-        settings = from_transformers(config, _config(path, PROCESSOR), names)
-    else:
-        settings = from_shapes(names, coverage, num_heads)
-        assumed = {name: settings.args[name] for name in ("num_heads", "norm_eps", "global_pool")}
-        log.warning(f"{path}: it does not say what model it is of; assumed from its names and shapes: {assumed}")
-    network = settings.build(weight_init="" if partial else "skip")
+    said = next((key for key in ("architecture", "model_type") if key in config), "")
+    if model is not None and said:
+        raise ValueError(f"model: got {model!r}, but {folder / checkpoint.CONFIG} says what it is of; leave one out")
+    try:
+        if model is not None:
+            settings = Settings({"num_classes": len(names.get("head.weight", ()))}, {}, model)
+        elif said == "architecture":
+            settings = from_timm(config, names)
+        elif said:
+            processor = next(filter(None, (_config(path, name) for name in PROCESSORS)), {})
+            settings = from_transformers(config, processor, names)
+        elif clip := _config(path, OPEN_CLIP):
+            settings = from_open_clip(clip, names)
+        else:
+            settings = from_shapes(names, coverage, num_heads or jax.heads(tensors))
+            assumed = {name: settings.args[name] for name in ("num_heads", "norm_eps", "global_pool")}
+            log.warning(f"{path}: it does not say what model it is of; assumed from its names and shapes: {assumed}")
+        network = settings.build(weight_init="" if partial else "skip")
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: a config lacks a field, or one is of another kind ({error!r})") from error
     checkpoint.load_weights(network, names, str(path), partial)
+    size = settings.pictures.get("input_size", ())[-2:]
+    if said == "model_type" and config["model_type"].startswith("dinov2") and size:
+        network.set_input_size(img_size=size)  # trained on larger pictures than it is shown: it resamples positions
     network.label_names = settings.classes
     return network.to(device).eval()
 
 
 def _config(path: Path, name: str) -> dict:
-    """A config beside the weights, or an empty one."""
-    return read_json(path / name) if path.is_dir() and (path / name).is_file() else {}
+    """A config of the folder, or beside a file that has the name of a folder's weights; an empty one elsewhere."""
+    folder = path if path.is_dir() else path.parent
+    counts = path.is_dir() or path.name in NAMES
+    return read_json(folder / name) if counts and (folder / name).is_file() else {}
 
 
 def save_pretrained(model: VisionTransformer, folder: str | os.PathLike) -> None:

@@ -1,5 +1,9 @@
 """google-research's vision_transformer (.npz): names with slashes, kernels [in, out], heads on an axis of their own."""
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from vit_fast.weights.layout import SAME, TRANSPOSED, Layout, Rule, Way, with_positions_of
 
 _BLOCK = "Transformer/encoderblock_{i}/"
@@ -48,5 +52,11 @@ JAX = Layout(
         *_linear("head", "head"),
     ),
     last=with_positions_of("cls_token"),
+    needs=("pos_embed",),
     aliases=((r"^(params|opt/target)/", ""),),
 )
+
+
+def heads(tensors: Mapping[str, Tensor]) -> int | None:
+    """The number of heads, which kernels [D, H, d] show; None for other layouts."""
+    return next((t.shape[1] for name, t in tensors.items() if name.endswith("query/kernel") and t.dim() == 3), None)

@@ -7,6 +7,7 @@ begins with "/" never has it.
 
 import fnmatch
 import functools
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("vit_fast")
 
 SHOWN = 5  # names listed in an error
 
@@ -109,6 +112,7 @@ class Layout:
     aliases: tuple[tuple[str, str], ...] = ()  # regular expressions of other spellings, and what stands in the rules
     made: dict[str, Callable[[dict], Tensor]] = field(default_factory=dict)  # what they have and we do not, from ours
     projects: bool = False  # their head has no bias
+    needs: tuple[str, ...] = ("pos_embed", "cls_token")  # of ours, what no model of theirs is without
     first: Callable[[dict], dict] | None = None  # of theirs, before the rules
     last: Callable[[dict], dict] | None = None  # of ours that are to be written, before the rules
 
@@ -124,6 +128,8 @@ class Layout:
                 spelled = re.sub(pattern, replacement, spelled)
             if (prefixed and not name.startswith(self.prefix)) or any(p.fullmatch(name) for p in outside):
                 spelled = f"/{name}"
+            if spelled in found:
+                raise ValueError(f"the weights: {found[spelled]} and {name} are names of the same tensor")
             found[spelled] = name
         return found
 
@@ -139,7 +145,7 @@ class Layout:
             n for n in rest if any(fnmatch.fnmatchcase(n.removeprefix("/"), pattern) for pattern in self.dropped)
         }
         left_over = [spelled[name] for name in rest if name not in dropped]
-        missing += _gaps({name for match in whole for name in match.names("ours")})
+        missing += _gaps({name for match in whole for name in match.names("ours")}, self.needs)
         dropped = [spelled[name] for name in rest if name in dropped]
         return whole, Coverage(self.name, len(spelled) - len(rest), dropped, left_over, missing)
 
@@ -147,7 +153,8 @@ class Layout:
         """The tensors under our names, and what became of each."""
         matches, coverage = self.cover(theirs)
         state = {spelled: theirs[name] for spelled, name in self.spelled(theirs).items()}
-        state = self.first(state) if self.first else state
+        if self.first and not coverage.missing:
+            state = self.first(state)
         found = {}
         for match in matches:
             parts = [match.rule.way.to_ours(state[name], 0) for name in match.names("theirs")]
@@ -188,19 +195,26 @@ def _spread(parts: list[Tensor], names: list[str], shares: tuple[int, ...]) -> d
     return {name: part.contiguous() for name, part in zip(names, whole.split(sizes))}
 
 
-def _gaps(ours: set[str]) -> list[str]:
-    """Names that other blocks have and one has not, and the patch projection where it is not there."""
+# What every block of every layout has, and what stands outside of them.
+_OF_A_BLOCK = (
+    *("norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.proj.weight"),
+    *("norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc2.weight"),
+)
+
+
+def _gaps(ours: set[str], needs: tuple[str, ...]) -> list[str]:
+    """Names that a model cannot be without, and those that other blocks have and one has not."""
     blocks: dict[int, set[str]] = {}
     for name in ours:
         if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
             blocks.setdefault(int(match[1]), set()).add(match[2])
-    every = set().union(*blocks.values()) if blocks else set()
-    gaps = [
-        f"blocks.{i}.{name}"
-        for i in range(max(blocks, default=-1) + 1)
-        for name in sorted(every - blocks.get(i, set()))
-    ]
-    return gaps + [name for name in ("patch_embed.proj.weight",) if name not in ours]
+    every = set(_OF_A_BLOCK).union(*blocks.values())
+    depth = max(blocks, default=0) + 1
+    gaps = [f"blocks.{i}.{name}" for i in range(depth) for name in sorted(every - blocks.get(i, set()))]
+    norm = "fc_norm" if "fc_norm.weight" in ours or "fc_norm.bias" in ours else "norm"
+    needed = ("patch_embed.proj.weight", *needs, f"{norm}.weight", f"{norm}.bias")
+    heads = [f"{head}.weight" for head in ("head", "head_dist") if f"{head}.bias" in ours]
+    return gaps + [name for name in (*needed, *heads) if name not in ours]
 
 
 def fold_class_position(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -220,6 +234,8 @@ def with_positions_of(*tokens: str) -> Callable[[dict], dict]:
         count = sum(state[name].shape[1] for name in tokens if name in state)
         if position is None or not count or not _is_square(position.shape[1]) or _is_square(position.shape[1] - count):
             return state
+        without = ", ".join(tokens)
+        log.warning(f"pos_embed: {position.shape[1]} positions are read as a square of patches, none for {without}")
         return {**state, "pos_embed": torch.cat([torch.zeros_like(position[:, :count]), position], dim=1)}
 
     return step

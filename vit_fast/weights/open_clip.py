@@ -42,6 +42,7 @@ OPEN_CLIP_TIMM = Layout(
         Rule("head.weight", "/visual.head.proj.weight"),
     ),
     prefix="visual.trunk.",
+    needs=(),
     dropped=_TEXT,
     projects=True,
 )

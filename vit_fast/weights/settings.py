@@ -14,7 +14,7 @@ from vit_fast.inference import CROP_MODES
 from vit_fast.layers import LayerScale, QuickGELU, SwiGLUPacked
 from vit_fast.model import VisionTransformer, VisionTransformerDistilled
 from vit_fast.weights.layout import Coverage, is_gated
-from vit_fast.zoo import create_model, entries
+from vit_fast.zoo import create_model
 
 # transformers' names of activations, and ours.
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
@@ -22,6 +22,11 @@ RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's
 # By layout, what its library builds where a file has no config: eps. A CLIP's activation cannot be guessed.
 EPS = {"timm": 1e-6, "torchvision": 1e-6, "google-research": 1e-6, "dinov2": 1e-6, "transformers": 1e-12}
 ANY = "vit_base_patch16_224"  # whose arguments are all replaced, where a checkpoint names no architecture
+# By layout, how its library prepares pictures for the weights that it publishes.
+PICTURES = {
+    "google-research": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_mode": "squash", "crop_pct": 1.0},
+    "torchvision": {"interpolation": "bilinear", "crop_pct": 0.875},
+}
 NORMALISATION = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 OF_CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 
@@ -34,13 +39,17 @@ class Settings(NamedTuple):
     architecture: str = ""  # a name of the zoo, whose arguments `args` replace
     classes: tuple[str, ...] = ()
     pos_interpolation: str = "antialiased"
+    projection: bool = False  # whether the head gives no classes, but a point in a space of pictures and text
 
     def build(self, **more) -> VisionTransformer:
         """The model with fresh weights; `more` are further arguments."""
         model = create_model(self.architecture or ANY, **{**self.args, **more})
         pictures = {name: tuple(value) if isinstance(value, list) else value for name, value in self.pictures.items()}
-        size = {"input_size": (model.in_chans, *model.patch_embed.img_size)}
-        model.pretrained_cfg = {**model.pretrained_cfg, **pictures, **size}
+        pictures.pop("input_size", None)
+        model.pretrained_cfg = {**model.pretrained_cfg, **pictures}
+        model.pretrained_cfg["input_size"] = (model.in_chans, *model.patch_embed.img_size)
+        if self.projection:
+            model.pretrained_cfg["projection"] = True
         if not self.architecture:
             del model.pretrained_cfg["architecture"]
         model.pos_interpolation = self.pos_interpolation
@@ -57,13 +66,16 @@ def from_transformers(config: dict, processor: dict, names: Mapping[str, Tensor]
         ValueError: for a model_type, or an activation, that there is none of here.
     """
     kind = config.get("model_type", "")
-    config = config.get("vision_config", config) if kind in ("clip", "siglip") else config
-    kind = config.get("model_type", kind)
+    if kind in ("clip", "siglip"):  # a picture and a text tower
+        config, kind = config["vision_config"], f"{kind}_vision_model"
     if kind not in _TRANSFORMERS:
         takes = ", ".join(sorted(_TRANSFORMERS))
         raise ValueError(f"model_type: got {kind!r}, takes {takes}")
     defaults, ours = _TRANSFORMERS[kind]
     config = {**defaults, **config}
+    for name in ("num_attention_heads", "num_hidden_layers", "hidden_size", "num_channels"):
+        if type(config[name]) is not int or config[name] < 1:
+            raise ValueError(f"{name}: got {config[name]!r}, takes a whole number")
     activation = "silu" if is_gated(names) else ACTIVATIONS.get(config["hidden_act"])  # a gated MLP reads no config
     if activation is None:
         raise ValueError(f"hidden_act: got {config['hidden_act']!r}, takes {', '.join(ACTIVATIONS)}")
@@ -87,10 +99,22 @@ def from_transformers(config: dict, processor: dict, names: Mapping[str, Tensor]
         how = "antialiased" if "reg_token" in names else "plain"
     if kind == "deit":
         args |= _of_deit(names)
+    _agree("num_hidden_layers", config["num_hidden_layers"], _depth(names))
+    _agree("hidden_size", config["hidden_size"], len(names["patch_embed.proj.weight"]))
     labels = config.get("id2label") or {}
     classes = tuple(str(labels[key]) for key in sorted(labels, key=int)) if args["num_classes"] == len(labels) else ()
     pictures = {**_NORMALISED_BY.get(kind, {}), **_of_processor(processor)}
-    return Settings(args, pictures, classes=classes, pos_interpolation=how)
+    return Settings(args, pictures, "", classes, how, projection=kind == "clip_vision_model")
+
+
+def _agree(name: str, said: int, held: int) -> None:
+    """Refuse a config that the tensors do not bear out, before anything of its size is built."""
+    if said != held:
+        raise ValueError(f"{name}: the config says {said}, the weights have {held}")
+
+
+def _depth(names: Mapping[str, Tensor]) -> int:
+    return 1 + max((int(name.split(".")[1]) for name in names if name.startswith("blocks.")), default=-1)
 
 
 _VIT = {
@@ -144,38 +168,53 @@ def _of_deit(names: Mapping[str, Tensor]) -> dict:
 
 def _of_processor(processor: dict) -> dict:
     """What a processor of transformers does to pictures, as `pretrained_cfg` says it."""
+    processor = processor.get("image_processor", processor)  # as a processor of pictures and text nests it
     found = {name: tuple(processor[f"image_{name}"]) for name in ("mean", "std") if f"image_{name}" in processor}
+    if processor.get("do_normalize") is False:
+        found |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     if processor.get("resample") in RESAMPLE:
         found["interpolation"] = RESAMPLE[processor["resample"]]
-    size, crop = processor.get("size", {}), processor.get("crop_size", {})
-    size = {"height": size, "width": size} if isinstance(size, int) else size
+    size, crop = processor.get("size"), processor.get("crop_size")
+    kind = processor.get("image_processor_type") or processor.get("feature_extractor_type") or ""
+    if isinstance(size, int):  # a number is the shorter side for a CLIP, both sides for the others
+        size = {"shortest_edge": size} if "CLIP" in kind else {"height": size, "width": size}
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
     if not size:
         return found
-    side = size.get("shortest_edge") or size.get("height")
-    cuts = processor.get("do_center_crop") and crop
+    side = size.get("shortest_edge") or size["height"]
+    cuts = bool(crop) and processor.get("do_center_crop", False)
+    if cuts and crop["height"] > side:
+        raise ValueError(f"crop_size: got {crop['height']} of a picture of {side}, takes no more than there is")
     found["crop_pct"] = crop["height"] / side if cuts else 1.0
     found["crop_mode"] = "center" if "shortest_edge" in size else "squash"
+    found["input_size"] = (crop["height"], crop["width"]) if cuts else (side, size.get("width", side))
     return found
 
 
 # ---- timm
 
 
-def from_timm(config: dict) -> Settings:
+def from_timm(config: dict, names: Mapping[str, Tensor]) -> Settings:
     """Of the config.json that timm writes, or `save_pretrained` here.
 
     Raises:
         ValueError: for an architecture that is not here.
     """
-    pictures = config.get("pretrained_cfg", {})
+    pictures = config.get("pretrained_cfg") or {}
     args = dict(config.get("model_args", {}))
     if "num_classes" in config:
         args.setdefault("num_classes", config["num_classes"])
     if config.get("global_pool") is not None:
         args.setdefault("global_pool", config["global_pool"])
     taken = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size")
-    classes = tuple(map(str, config.get("label_names") or ()))
+    if not isinstance(config["architecture"], str):
+        raise ValueError(f"architecture: got {config['architecture']!r}, takes a name")
+    held = {"depth": _depth(names), "embed_dim": len(names["patch_embed.proj.weight"])}
+    for name in held.keys() & args.keys():
+        _agree(name, args[name], held[name])
+    labels = config.get("label_names") or ()
+    count = len(names["head.weight"]) if "head.weight" in names else 0
+    classes = tuple(map(str, labels)) if isinstance(labels, list) and len(labels) == count else ()
     pictures = {name: value for name, value in pictures.items() if value is not None}
     if pictures.get("crop_mode") not in CROP_MODES:
         pictures.pop("crop_mode", None)
@@ -185,16 +224,46 @@ def from_timm(config: dict) -> Settings:
         config["architecture"],
         classes,
         config.get("pos_interpolation", "antialiased"),
+        config.get("projection", False),
     )
+
+
+def from_open_clip(config: dict, names: Mapping[str, Tensor]) -> Settings:
+    """Of open_clip_config.json: its own vision tower, or one of timm's.
+
+    Raises:
+        ValueError: for a tower with parts that are not here.
+    """
+    model, pictures = config["model_cfg"], config.get("preprocess_cfg", {})
+    vision = model["vision_cfg"]
+    taken = {name: pictures[name] for name in ("mean", "std", "interpolation") if name in pictures}
+    taken |= {"crop_pct": 1.0, "crop_mode": "squash" if pictures.get("resize_mode") == "squash" else "center"}
+    count = len(names["head.weight"]) if "head.weight" in names else 0
+    if "timm_model_name" in vision:
+        return Settings({"num_classes": count}, taken, vision["timm_model_name"], projection=True)
+    args = {
+        "img_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        "embed_dim": vision["width"],
+        "depth": vision["layers"],
+        "num_heads": vision["width"] // vision.get("head_width", 64),
+        "mlp_ratio": _ratio(names, vision["width"]),
+        "init_values": vision.get("ls_init_value"),
+        "act_layer": "quick_gelu" if model.get("quick_gelu") else "gelu",
+        "norm_eps": 1e-5,
+        "pre_norm": True,
+        "num_classes": count,
+    }
+    _agree("layers", vision["layers"], _depth(names))
+    return Settings(args, taken, projection=True)
 
 
 def to_timm(model: VisionTransformer, classes: tuple[str, ...] = ()) -> dict:
     """A config.json as timm reads it: what the model's architecture leaves to be said, and its settings."""
     name, args = model.pretrained_cfg.get("architecture", ""), arguments_of(model)
-    if name in entries():
-        with_defaults = arguments_of(create_model(name, device="meta", weight_init="skip"))
-        args = {key: value for key, value in args.items() if with_defaults[key] != value}
-    pictures = {key: value for key, value in model.pretrained_cfg.items() if key != "architecture"}
+    with_defaults = arguments_of(create_model(name or ANY, device="meta", weight_init="skip"))
+    args = {key: value for key, value in args.items() if with_defaults.get(key) != value}
+    pictures = {key: v for key, v in model.pretrained_cfg.items() if key not in ("architecture", "projection")}
     config = {
         "architecture": name or ANY,
         "num_classes": model.num_classes,
@@ -203,6 +272,7 @@ def to_timm(model: VisionTransformer, classes: tuple[str, ...] = ()) -> dict:
         "model_args": args,
         "pretrained_cfg": pictures,
         "pos_interpolation": model.pos_interpolation,
+        "projection": model.pretrained_cfg.get("projection", False),
     }
     return {**config, "label_names": list(classes)} if classes else config
 
@@ -276,7 +346,7 @@ def from_shapes(names: Mapping[str, Tensor], coverage: Coverage, num_heads: int 
     library = coverage.layout.split()[0]
     weight = names["patch_embed.proj.weight"]
     width, channels, *patch = weight.shape
-    blocks = 1 + max((int(name.split(".")[1]) for name in names if name.startswith("blocks.")), default=-1)
+    blocks = _depth(names)
     if library not in EPS or "norm_pre.weight" in names:
         raise ValueError("the weights: a CLIP's file does not show its activation; give the name of its model")
     prefix = [names[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in names]
@@ -326,4 +396,4 @@ def from_shapes(names: Mapping[str, Tensor], coverage: Coverage, num_heads: int 
     if is_gated(names):
         args |= {"mlp_layer": "swiglu", "act_layer": "silu"}
     how = "offset" if library == "dinov2" else "plain" if library == "transformers" else "antialiased"
-    return Settings(args, NORMALISATION, pos_interpolation=how)
+    return Settings(args, {**NORMALISATION, **PICTURES.get(library, {})}, pos_interpolation=how)

@@ -20,4 +20,5 @@ TIMM = Layout(
     # DINO's checkpoints hold the module that DDP wrapped; MAE's hold the decoder, and both a token for what is masked.
     aliases=((r"^(module\.)?(backbone\.)?", ""), (r"^head\.(mlp|last_layer)\.", r"dino_head.\1.")),
     dropped=("mask_token", "decoder_*", "dino_head.*"),
+    needs=(),
 )

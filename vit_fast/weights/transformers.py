@@ -51,6 +51,7 @@ IJEPA = Layout(
     prefix="ijepa.",
     aliases=_ALL_TO_DISK,
     dropped=("pooler.dense.*", "embeddings.mask_token"),
+    needs=("pos_embed",),
 )
 _DEIT = {"prefix": "deit.", "aliases": _ALL_TO_DISK, "dropped": ("pooler.dense.*", "embeddings.mask_token")}
 DEIT = Layout(
@@ -153,4 +154,5 @@ SIGLIP = Layout(
     ),
     prefix="vision_model.",
     dropped=_TEXT,
+    needs=("pos_embed",),
 )
