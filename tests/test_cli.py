@@ -294,7 +294,7 @@ def _line(line):
         (_line("classify run/gone pictures"), "run/gone: no such file or folder"),
         (_line("classify pictures pictures"), "pictures: no checkpoint"),
         (_line("classify run gone.png"), "gone.png: no such file or folder"),
-        (_line(f"classify {ZOO_MODEL} pictures --checkpoint run/model.safetensors"), "weights are of another"),
+        (_line(f"classify {ZOO_MODEL} pictures --checkpoint run/model.safetensors"), "says what it is of"),
         (_line("attend run pictures -o a.txt"), "a.txt: got the suffix '.txt', takes one of ."),
         (_line("attend run pictures -o gone/a.png"), "output: cannot write gone/a.png: No such file"),
         (_line("env --device gpu"), "gpu"),

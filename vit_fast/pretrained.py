@@ -38,7 +38,7 @@ def load(
     Args:
         path_or_repo: a folder with config.json and safetensors, as timm, transformers, `save_pretrained` and `vit-fast
             train` write it; a file of safetensors, or google-research's .npz; a repository of the Hub,
-            "hf-hub:owner/name" or "owner/name", of which only those files are fetched.
+            "hf-hub:owner/name", of which only those files are fetched.
         model: a name of `list_models()`, for a file that does not say what it is of. Without it the architecture is
             worked out from the shapes, with heads of 64, and the log says what was assumed.
         num_heads: for such a file, the number of heads.
@@ -60,8 +60,8 @@ def load(
         path = _fetched(str(path_or_repo))
     folder = path if path.is_dir() else path.parent
     config = _config(path, checkpoint.CONFIG)
-    if "format" in config and path.is_dir():
-        network, own = checkpoint.load(path, device)
+    if "format" in config and model is None:
+        network, own = checkpoint.load(folder, device)
         network.label_names = own.classes
         return network
     tensors = read(path)
@@ -148,8 +148,8 @@ def _hub():
 
 def _fetched(name: str) -> Path:
     """The folder that holds a repository's files."""
-    repository = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", repository):
+    kind, _, repository = name.partition(":")
+    if kind != "hf-hub" or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", repository):
         known = "; it is an architecture: create_model makes one with fresh weights" if name in entries() else ""
         raise ValueError(f"{name}: no such file or folder{known or '; a repository of the Hub is hf-hub:owner/name'}")
     repository, _, revision = repository.partition("@")
