@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from tests import unfused
+from tests.error_rule import relative_error
 from tests.ops.harness import BACKENDS, MODES, Case, hold_to_the_rule, named
 from vit_fast import reference
 from vit_fast.ops import patch_embed, use_backend
@@ -79,7 +80,8 @@ def test_strided_images(backend):
     with use_backend(backend):
         for view in views:
             expected = patch_embed(view.contiguous(), **inputs)
-            torch.testing.assert_close(patch_embed(view, **inputs), expected, rtol=1e-6, atol=1e-6)
+            # In norm: for another layout PyTorch's convolution may add in another order, which CPUs decide differently.
+            assert relative_error(patch_embed(view, **inputs), expected) < 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
