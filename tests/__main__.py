@@ -1,7 +1,8 @@
-"""`python -m tests [--slow] [pytest's arguments]`: the two pytest processes of `make test`, side by side.
+"""`python -m tests [--slow] [pytest's arguments]`: the pytest processes of `make test`, two at a time.
 
-Triton reads TRITON_INTERPRET when it is imported, so what runs in its interpreter needs a process of its own. The
-first process prints as it goes; what the second has printed follows when the first is done.
+Triton reads TRITON_INTERPRET when it is imported, so what runs in its interpreter needs processes of its own: tests/ops
+in one beside everything that needs no interpreter, the others in one behind that, which makes two cores about equally
+busy. What the first has printed follows when the second is done.
 """
 
 import os
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 
+PART = "VIT_FAST_TESTS"  # "ops" or "others": which of the interpreted tests tests/conftest.py leaves
 NO_TESTS = 5  # pytest's exit status where nothing was selected
 
 
@@ -24,17 +26,19 @@ def main(arguments: list[str]) -> int:
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     interpreting = {**environment, "TRITON_INTERPRET": "1"}
     environment.pop("TRITON_INTERPRET", None)
+
+    def interpreted(part: str) -> dict:
+        cache = ["-o", f"cache_dir=.pytest_cache/{part}"]
+        return {"args": command(f"interpret{speed}", [*arguments, *cache]), "env": {**interpreting, PART: part}}
+
     with tempfile.TemporaryFile() as output:
-        kernels = subprocess.Popen(
-            command(f"interpret{speed}", [*arguments, "-o", "cache_dir=.pytest_cache/interpret"]),
-            env=interpreting,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+        kernels = subprocess.Popen(**interpreted("ops"), stdout=output, stderr=subprocess.STDOUT)
         try:
-            print("everything but the interpreted kernels, which run in a second process meanwhile:", flush=True)
+            print("everything but the interpreted kernels, of which a second process runs tests/ops:", flush=True)
             plain = subprocess.run(command(f"not interpret{speed}", arguments), env=environment).returncode
-            print("\nthe kernels in Triton's interpreter:", flush=True)
+            print("\nwhat else runs in Triton's interpreter:", flush=True)
+            others = subprocess.run(**interpreted("others")).returncode
+            print("\ntests/ops in Triton's interpreter:", flush=True)
             output_read = 0
             while True:
                 done = kernels.poll() is not None
@@ -48,7 +52,7 @@ def main(arguments: list[str]) -> int:
         finally:
             kernels.terminate()
             kernels.wait()
-    codes = {plain, kernels.returncode}
+    codes = {plain, others, kernels.returncode}
     if arguments and NO_TESTS in codes:  # a chosen file may have tests of one kind only
         codes.discard(NO_TESTS)
         codes = codes or {NO_TESTS}

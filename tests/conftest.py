@@ -16,7 +16,12 @@ if INTERPRETING:
     mend()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    part = os.environ.get("VIT_FAST_TESTS")
+    if part:
+        here = [item for item in items if (item.path.parent.name == "ops") == (part == "ops")]
+        config.hook.pytest_deselected(items=list(set(items) - set(here)))
+        items[:] = here
     skip = pytest.mark.skip(reason="runs in Triton's interpreter: start pytest with TRITON_INTERPRET=1")
     for item in items:
         if item.get_closest_marker("interpret") and not INTERPRETING:
