@@ -12,7 +12,6 @@ import functools
 
 import pytest
 import torch
-import triton
 
 import vit_fast
 from benchmarks import contenders, records, timing, whole_models
@@ -92,7 +91,6 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     else:
         machine_info["device"] = f"{records.cpu_name()}: a rehearsal"
     machine_info["versions"] = {
-        "torch": str(torch.__version__),
-        "triton": triton.__version__,
-        "vit_fast": vit_fast.__version__,
+        **{name: version for name in records.PACKAGES if (version := records.version(name))},
+        "vit-fast": vit_fast.__version__,  # also in a clone that was not installed
     }

@@ -94,6 +94,11 @@ def _mlp(x, norm_weight, norm_bias, w1, b1, w2, b2):
     return x + F.linear(F.gelu(F.linear(_norm(x, norm_weight, norm_bias), w1, b1)), w2, b2)
 
 
+def _swiglu(x, norm_weight, norm_bias, w1, b1, w2, b2):
+    gate, value = F.linear(_norm(x, norm_weight, norm_bias), w1, b1).chunk(2, dim=-1)
+    return x + F.linear(F.silu(gate) * value, w2, b2)
+
+
 def _block(x, g1, c1, wqkv, bqkv, wproj, bproj, g2, c2, w1, b1, w2, b2, heads):
     qkv = F.linear(_norm(x, g1, c1), wqkv, bqkv)
     x = x + F.linear(_sdpa(qkv.view(*x.shape[:2], 3, heads, -1)), wproj, bproj)
@@ -147,6 +152,14 @@ def _draw_attention(case, normal):
 def _draw_mlp(case, normal):
     B, T, D, _, hidden = _sizes(case)
     return normal(B, T, D), normal(D), normal(D), normal(hidden, D), normal(hidden), normal(D, hidden), normal(D)
+
+
+def _draw_swiglu(case, normal):
+    """Gates and values of two thirds of the hidden width each, as DINOv2's giant has them."""
+    B, T, D, _, hidden = _sizes(case)
+    inner = 8 * round(hidden / 12)
+    first = normal(2 * inner, D), normal(2 * inner)
+    return normal(B, T, D), normal(D), normal(D), *first, normal(D, inner), normal(D)
 
 
 def _draw_patch_embed(case, normal):
@@ -318,6 +331,14 @@ OPS = {
         limit=lambda x, g, c, w1, b1, w2, b2: F.linear(F.linear(x, w1, b1), w2, b2),
         peers={"te": functools.partial(_transformer_engine, mlp=True)},
     ),
+    "swiglu": Op(
+        _draw_swiglu,
+        functools.partial(ops.swiglu, eps=EPS),
+        functools.partial(reference.swiglu, eps=EPS),
+        _swiglu,
+        images=1,
+        limit=lambda x, g, c, w1, b1, w2, b2: F.linear(F.linear(x, w1, b1)[..., : w2.shape[1]], w2, b2),
+    ),
     "patch_embed": Op(
         _draw_patch_embed,
         ops.patch_embed,
@@ -325,6 +346,8 @@ OPS = {
         _conv2d,
         images=1,
         constant=1,
+        # The images read as a matrix of patches: as many numbers, no cut.
+        limit=lambda images, weight, *_: F.linear(images.reshape(-1, weight[0].numel()), weight.flatten(1)),
         peers={"channels last": lambda case: _ChannelsLast()},
     ),
     "block": Op(_draw_block, _our_block, _true_block, _block, images=1),

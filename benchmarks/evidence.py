@@ -16,6 +16,7 @@ from vit_fast.ops.evidence import FILE
 
 # What an op's backend in PyTorch runs, where it is not the contender "eager". A whole block is judged by its parts.
 FORMS = {"attention": tuple(SDPA)}
+NEVER_ASK = ("block", "swiglu")  # ops that ask no evidence
 OPS = {"projection": "linear_residual", "fc2": "linear_residual"}
 
 
@@ -39,7 +40,7 @@ def findings(file: dict) -> list[dict]:
         forms = FORMS.get(line["op"], ("eager",))
         theirs = {form: line["us"][form] for form in forms if form in line["us"]}
         ours = line.get("remeasured") if "superseded" in line else line["us"].get("vit_fast")
-        if line["op"] == "block" or not ours or not theirs:
+        if line["op"] in NEVER_ASK or not ours or not theirs:
             continue
         form = min(theirs, key=lambda name: theirs[name][1])
         if ours[0] <= theirs[form][2]:

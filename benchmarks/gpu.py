@@ -184,6 +184,7 @@ def measure_kernels(write: Write, batch: int) -> None:
         line = {"model": whole_models.NAMES[name], "training": training, "batch": batch}
         line["us"] = statistics.median(timing.time_in_turn({"all": run})["all"])
         line["launches"] = [[one[0][0], *quantiles([us for _, us in one])] for one in zip(*passes)]
+        line["samples"] = [[round(us, 3) for _, us in one] for one in zip(*passes)]
         lines.append(line)
         write(lines)
         print(

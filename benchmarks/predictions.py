@@ -70,12 +70,15 @@ def predict_all(arch: str, dtype: str, found: list[Launch]) -> list[roofline.Pre
 # ---- whole models --------------------------------------------------------------------------------------------------
 
 
-def forward_flops(name: str, pixels: int = 224) -> int:
-    """Operations of one image's forward pass, two a multiply-add: every product of the model as it is published."""
+def forward_flops(name: str, pixels: int = 224, **more) -> int:
+    """Operations of one image's forward pass, two a multiply-add: every product of the model as it is published.
+
+    `more` are further arguments of the model.
+    """
     import vit_fast
 
     with torch.device("meta"):
-        model = vit_fast.create_model(name, num_classes=1000, img_size=pixels)
+        model = vit_fast.create_model(name, num_classes=1000, img_size=pixels, **more)
 
     def of_mlp(mlp: torch.nn.Module) -> int:
         return mlp.fc1.weight.numel() + mlp.fc2.weight.numel()

@@ -59,7 +59,7 @@ def commit() -> str:
     return os.environ.get("VIT_FAST_COMMIT") or said
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # as vit-fast in a clone that was not installed
@@ -74,10 +74,10 @@ def record(results: list, rehearsal: bool = False, **more) -> dict:
         "device": "rehearsal" if rehearsal else device,
         "driver": "".join(timing.ask_the_driver("driver_version")),
         "architecture": tile_table.architecture(torch.device("cuda")) if gpu else "",
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": {name: found for name in PACKAGES if (found := version(name))},
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),  # as it was typed: sys.argv has no -m
         **more,
         "results": results,
     }

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import vit_fast
 from benchmarks import timing
 from benchmarks.contenders import DTYPES, LeftOut, compiled, installed
+from benchmarks.predictions import forward_flops
 from benchmarks.timing import DEVICE
 from tests import mend_torchvision
 from vit_fast.verify import in_a_line
@@ -197,6 +198,13 @@ PEERS = {
     "torchvision": _torchvision,
     "dinov2": _dinov2,
 }
+
+
+def rates(case: ModelCase, us: float) -> dict[str, float]:
+    """Images a second, and TFLOP/s of the model as it is published, of a batch that took so many microseconds."""
+    sizes = {name: value for name, value in _arguments(case).items() if name == "depth"}
+    flops = forward_flops(NAMES[case.model], case.pixels, **sizes) * (3 if case.direction == "training" else 1)
+    return {"images_per_second": 1e6 * case.batch / us, "tflops": flops * case.batch / us / 1e6}
 
 
 def names(case: ModelCase) -> list[str]:

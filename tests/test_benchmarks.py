@@ -34,7 +34,7 @@ def test_table_and_json_are_those_of_the_samples(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "liger_kernel is not installed" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["machine_info"]["versions"].keys() == {"torch", "triton", "vit_fast"}
+    assert found["machine_info"]["versions"].keys() >= {"torch", "triton", "vit-fast", "timm"}
     groups = {}
     for one in found["benchmarks"]:
         stats = one["stats"]
@@ -111,6 +111,16 @@ def test_ours_and_eager_agree_with_fp64(op):
         errors = contenders.errors_of(case, contenders.call_of(case, name), _with_gradients(op, tensors))
         assert max(errors) < 1e-5
         assert (min(errors) > 0) == (op != "patch_embed"), "whose images have no gradient"
+
+
+def test_rates_of_a_model():
+    """A ViT-B's 17.6 GMACs an image, as its paper and timm's table have them; three times that in training."""
+    case = whole_models.ModelCase("B", 224, 64, "bf16", "inference")
+    rates = whole_models.rates(case, 64e3)
+    assert rates["images_per_second"] == pytest.approx(1000)
+    assert rates["tflops"] == pytest.approx(35.2, rel=0.01)
+    training = whole_models.rates(case._replace(direction="training"), 64e3)
+    assert training["tflops"] == pytest.approx(3 * rates["tflops"])
 
 
 def _with_gradients(op: str, tensors: tuple) -> tuple:
