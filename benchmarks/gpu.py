@@ -223,9 +223,8 @@ def page(found: dict[str, dict], goals: dict[str, float], endings: dict[str, obj
                 (_, ours), (form, theirs) = best(line["us"], True), best(line["us"], False)
                 slow.append((ours - theirs, f"{place}: {ours:,.1f} us, {form} {theirs:,.1f}"))
     short = []
-    ceilings = found.get("models", {}).get("ceilings", {})
     for line in found.get("models", {}).get("results", []):
-        ours = best(line["us"], True)
+        ours, ceilings = best(line["us"], True), line.get("ceilings") or found["models"].get("ceilings", {})
         if ours and ceilings and line["batch"] >= 64:
             pixels = _case(line).pixels
             flops = predictions.forward_flops(line["model"], pixels) * line["batch"] * (3 if line["training"] else 1)
@@ -320,6 +319,10 @@ def run_step(step: str, out: pathlib.Path, given: argparse.Namespace) -> None:
     before = timing.device_state()
 
     def write(results: list) -> None:
+        if ceilings:
+            for line in results:  # of an earlier call each has its own
+                line.setdefault("ceilings", ceilings["ceilings"])
+                line.setdefault("state", before)
         found = record(results, rehearsal=REHEARSAL, state=[before, timing.device_state()], **ceilings)
         with replacing(path) as beside:
             beside.write_text(json.dumps(found))

@@ -10,7 +10,8 @@ command           what was run
 ceilings          matrix_tflops and copy_tbs, reached in the same run; none on a CPU
 state             clock, temperature and power before and after, where the driver says them
 blocks, tiles     of benchmarks/sweep.py: launches of blocks as they are, and a table of the tiles that won
-results           a list of objects, each one case; times are microseconds, samples or the 20, 50 and 80 % quantiles
+results           a list of objects, each one case (with the ceilings and the state of the call that measured it, where
+                  a file grew in several); times are microseconds, samples or the 20, 50 and 80 % quantiles
 """
 
 import datetime

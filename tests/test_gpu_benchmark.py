@@ -40,6 +40,8 @@ def test_the_steps_run_to_the_end(tmp_path):
     assert page.startswith("WRONG (0)\n"), page
     assert "NOT DONE, OR NOT TO THE END: tiles, tests" in page
     cases = [line["case"] for line in json.loads((tmp_path / "models.json").read_text())["results"]]
+    lines = json.loads((tmp_path / "models.json").read_text())["results"]
+    assert lines[0]["ceilings"] == lines[1]["ceilings"] != lines[2]["ceilings"], "two calls, each with its own"
     assert [case[3] for case in cases] == ["bf16", "bf16", "fp32", "fp32"], "those of `models`, then those of `rest`"
 
 
