@@ -41,9 +41,10 @@ def assert_close_to_truth(ours: Tensor, unfused: Tensor, truth: Tensor, name: st
     assert error <= limit, f"{name}: error {error:.3e}, unfused {peer:.3e}, limit {limit:.3e}"
     if truth.dim() < 2 or truth.shape[:-1].numel() < FEWEST_ROWS:
         return
-    for what, error, peer, factor in zip(
-        ("rows", "worst row"), _row_errors(ours, truth), _row_errors(unfused, truth), (2, 4)
-    ):
+    (rms, worst), (peer_rms, peer_worst) = _row_errors(ours, truth), _row_errors(unfused, truth)
+    # Where all rows of unfused PyTorch happen to err alike, its largest says nothing of what is usual for one row.
+    usual = torch.maximum(peer_worst, 2 * peer_rms)
+    for what, error, peer, factor in (("rows", rms, peer_rms, 2), ("worst row", worst, usual, 4)):
         limit = factor * peer + allowance
         assert error <= limit, f"{name}: {what} {error:.3e}, unfused {peer:.3e}, limit {limit:.3e}"
 
