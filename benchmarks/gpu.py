@@ -51,7 +51,7 @@ FILES = {"tiles": "sweep", "rest": "models"}  # of the steps whose file has anot
 MODELS = ("tiny",) if REHEARSAL else ("B", "L", "H")
 OURS_AND_TIMMS = ("vit_fast", "vit_fast graph", "timm", "timm graph")
 # By model, at the largest batch: to compile takes longer than to measure.
-COMPILED = {"B": ("timm compiled", "vit_fast compiled"), "L": ("timm compiled",)}
+COMPILED = {"B": ("timm compiled", "vit_fast compiled"), "L": ("timm compiled",), "tiny": ("timm compiled",)}
 
 
 # ---- steps ---------------------------------------------------------------------------------------------------------
@@ -64,6 +64,11 @@ def check_entries(write: Write, workers: int) -> None:
     write(verify.report("cpu")[0] if REHEARSAL else verify.verify_entries(DEVICE, workers=workers))
 
 
+def known(done: list[dict], names: Iterable[str]) -> bool:
+    """Whether the lines of a case, from an earlier call, say of each of these contenders what became of it."""
+    return bool(done) and all(line["us"].keys() | line["aside"].keys() >= set(names) for line in done)
+
+
 def label(case: contenders.Case) -> str:
     side, _ = contenders.IMAGES[case.tokens]
     return case.model if side in (32, 224) else f"{case.model} at {side}"
@@ -71,25 +76,25 @@ def label(case: contenders.Case) -> str:
 
 def measure_ops(write: Write, batch: int, compiled: bool, which: str = "main", done: Iterable[dict] = ()) -> None:
     lines = list(done)
-    known = {(line["op"], line["model"], line["tokens"], line["batch"], line["dtype"]) for line in lines}
     for case in contenders.cases_of("small" if REHEARSAL else which):
         if which == "main":
             case = case._replace(batch=min(case.batch, batch))
-        place = case.op, label(case), case.tokens, case.batch, case.dtype
-        if place in known:
+        place = {"op": case.op, "model": label(case), "tokens": case.tokens, "batch": case.batch, "dtype": case.dtype}
+        # Compiling takes most of the time there is.
+        shown = ("compiled", "compiled max") if which == "full" else ("compiled",) if case.model == "B" else ()
+        names = [n for n in contenders.names(case.op) if not n.startswith("compiled") or (compiled and n in shown)]
+        before = [line for line in lines if place.items() <= line.items()]
+        if known(before, names):
             continue
-        names = contenders.names(case.op)
-        if which != "full":  # compiling takes most of the time there is
-            shown = ("compiled",) if compiled and case.model == "B" else ()
-            names = [name for name in names if not name.startswith("compiled") or name in shown]
+        lines = [line for line in lines if line not in before]
         found = contenders.measure(case, names)
         for direction in ("forward", "both"):
             us = {name: quantiles(one.us[direction]) for name, one in found.items() if one.us}
             samples = {name: [round(x, 3) for x in one.us[direction]] for name, one in found.items() if one.us}
-            line = dict(zip(("op", "model", "tokens", "batch", "dtype"), place), direction=direction, us=us)
+            line = {**place, "direction": direction, "us": us}
             aside = {name: one.left_out or one.wrong for name, one in found.items() if not one.us}
             lines.append({**line, "samples": samples, "aside": aside, "wrong": [n for n in found if found[n].wrong]})
-            print(*place, direction, {name: q[1] for name, q in us.items()}, flush=True)
+            print(*place.values(), direction, {name: q[1] for name, q in us.items()}, flush=True)
         write(lines)
         timing.empty_memory()
 
@@ -98,7 +103,7 @@ def model_cases(batch: int, which: str) -> list[whole_models.ModelCase]:
     """Of a set: those of "main" count most, "rest" has the others too."""
     if REHEARSAL:
         small = whole_models.cases("small")
-        return small if which == "rest" else small[:2]
+        return small[:2] if which == "main" else small
     if which == "full":
         return whole_models.cases("full")
     make = whole_models.ModelCase
@@ -115,17 +120,17 @@ def model_cases(batch: int, which: str) -> list[whole_models.ModelCase]:
 
 def measure_models(write: Write, batch: int, compiled: bool, which: str = "main", done: Iterable[dict] = ()) -> None:
     lines = list(done)
-    known = {tuple(line["case"]) for line in lines}
     for case in model_cases(batch, which):
-        if tuple(case) in known:
+        shown = COMPILED.get(case.model, ()) if case[1:4] == (224, batch, "bf16") else ()
+        names = [
+            name
+            for name in whole_models.names(case)
+            if (compiled or "compiled" not in name) and (which == "full" or name in (*OURS_AND_TIMMS, *shown))
+        ]
+        before = [line for line in lines if line["case"] == list(case)]
+        if known(before, names):
             continue
-        names = (
-            whole_models.names(case)
-            if which == "full"
-            else [n for n in whole_models.names(case) if n in OURS_AND_TIMMS]
-        )
-        if compiled and which != "full" and case[1:4] == (224, batch, "bf16"):
-            names += COMPILED.get(case.model, ())
+        lines = [line for line in lines if line not in before]
         found = whole_models.measure(case, names)
         line = {"case": list(case), "model": whole_models.NAMES[case.model], "batch": case.batch}
         line |= {"training": case.direction == "training"}
@@ -298,7 +303,7 @@ def tasks(batch: int, compiled: bool) -> list[tuple]:
 
 
 def known_of(path: pathlib.Path) -> list[dict]:
-    """The lines of a file that an earlier step or call left, or none.
+    """The lines of a file that an earlier step or call left, each with its date, state and ceilings, or none.
 
     Raises:
         SystemExit: where they are of another device, tree or version: one file is one run.
@@ -309,7 +314,8 @@ def known_of(path: pathlib.Path) -> list[dict]:
     for name in ("device", "commit", "versions"):
         if before[name] != now[name]:
             raise SystemExit(f"{path}: its {name} is {before[name]}, here it is {now[name]}; choose another OUT")
-    return before["results"]
+    own = {name: before[name] for name in ("date", "state", "ceilings") if name in before}
+    return [own | line for line in before["results"]]
 
 
 def run_step(step: str, out: pathlib.Path, given: argparse.Namespace) -> None:
@@ -319,11 +325,11 @@ def run_step(step: str, out: pathlib.Path, given: argparse.Namespace) -> None:
     before = timing.device_state()
 
     def write(results: list) -> None:
-        if ceilings:
-            for line in results:  # of an earlier call each has its own
-                line.setdefault("ceilings", ceilings["ceilings"])
-                line.setdefault("state", before)
-        found = record(results, rehearsal=REHEARSAL, state=[before, timing.device_state()], **ceilings)
+        state = [before, timing.device_state()]
+        found = record(results, rehearsal=REHEARSAL, state=state, **ceilings)
+        for line in results if ceilings else ():
+            for name in ("date", "state", "ceilings"):  # of an earlier call each has its own
+                line.setdefault(name, found[name])
         with replacing(path) as beside:
             beside.write_text(json.dumps(found))
 

@@ -10,8 +10,11 @@ command           what was run
 ceilings          matrix_tflops and copy_tbs, reached in the same run; none on a CPU
 state             clock, temperature and power before and after, where the driver says them
 blocks, tiles     of benchmarks/sweep.py: launches of blocks as they are, and a table of the tiles that won
-results           a list of objects, each one case (with the ceilings and the state of the call that measured it, where
-                  a file grew in several); times are microseconds, samples or the 20, 50 and 80 % quantiles
+results           a list of objects, each one case; times, "us", are microseconds, the 20, 50 and 80 % quantiles or the
+                  median, of "samples", which the oldest files lack
+
+A file may grow in several calls on one device, tree and versions. Then date, ceilings and state above are those of the
+last call, and each line has those of the call that measured it.
 """
 
 import datetime
@@ -68,7 +71,11 @@ def version(package: str) -> str | None:
 
 
 def record(results: list, rehearsal: bool = False, **more) -> dict:
-    """A file of results of this run on this machine."""
+    """A file of results of this run on this machine.
+
+    Raises:
+        ValueError: as `validate`; and where a result has times without their samples.
+    """
     gpu = timing.DEVICE == "cuda"
     device = torch.cuda.get_device_name() if gpu else f"{cpu_name()}, {torch.get_num_threads()} threads"
     found = {
@@ -83,6 +90,9 @@ def record(results: list, rehearsal: bool = False, **more) -> dict:
         "results": results,
     }
     validate(found)
+    for line in results:
+        if "us" in line and "samples" not in line:
+            raise ValueError(f"results: got times without samples in {line}, takes both")
     return found
 
 

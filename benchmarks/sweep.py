@@ -149,8 +149,8 @@ class Block:
         return [y.detach(), *torch.autograd.grad(y, self.tensors, self.upstream)]
 
 
-def timed(block: Block, names: tuple, rounds: int) -> list[tuple[str, float]]:
-    """Median microseconds of the launches of these kernels, those of one name and place in a pass apart."""
+def timed(block: Block, names: tuple, rounds: int) -> list[tuple[str, list[float]]]:
+    """Microseconds of the launches of these kernels, a sample a round, those of one name and place in a pass apart."""
     passes = []
     for _ in range(rounds):
         hold_the_device(5_000)
@@ -160,7 +160,7 @@ def timed(block: Block, names: tuple, rounds: int) -> list[tuple[str, float]]:
         for _, _, stop in found:
             stop.synchronize()
         passes.append([(kernel, 1e3 * a.elapsed_time(b)) for kernel, a, b in found if kernel.startswith(names)])
-    return [(one[0][0], round(statistics.median(us for _, us in one), 1)) for one in zip(*passes)]
+    return [(one[0][0], [round(us, 1) for _, us in one]) for one in zip(*passes)]
 
 
 def prepare(task: tuple) -> str:
@@ -184,7 +184,8 @@ def measure(task: tuple, name: str, block: Block, truth: list) -> dict:
         with tile_table.using(arch(), kernel, "16", shape, entry):
             got = block.run()
             line["error"] = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, truth))
-            line["us"] = [us for _, us in timed(block, names, 5)]
+            line["samples"] = [us for _, us in timed(block, names, 5)]
+            line["us"] = [statistics.median(us) for us in line["samples"]]
     except Exception as error:
         line["why"] = f"{type(error).__name__}: {str(error)[:150]}"
     print(
@@ -265,8 +266,9 @@ def main() -> None:
             block = Block(name)
             truth = block.run()
             everything = timed(block, ("",), 5)
-            print(name, "as it is", everything, flush=True)
-            blocks.append({"model": name, "us": everything})
+            medians = [(kernel, statistics.median(us)) for kernel, us in everything]
+            print(name, "as it is", medians, flush=True)
+            blocks.append({"model": name, "us": medians, "samples": [us for _, us in everything]})
             for task, reason in zip(tasks, reasons):
                 if name in task[4] and not reason:
                     lines.append(measure(task, name, block, truth))

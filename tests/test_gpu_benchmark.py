@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,19 +17,21 @@ import vit_fast
 from benchmarks import accelerated, gpu, records, timing
 
 ROOT = Path(__file__).parent.parent
-STEPS = ("entries", "ops", "models", "rest", "kernels")
+STEPS = ("entries", "ops", "models", "rest", "kernels", "tests")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: make gpu")
 def test_the_steps_run_to_the_end(tmp_path):
     """As `make gpu-rehearsal` runs them, in a copy that is not installed; six files at most, and a page."""
     command = [sys.executable, "-m", "benchmarks.gpu", str(tmp_path), *STEPS]
-    command += ["--no-compile", "--batch-size", "2", "--workers", "2", "--minutes", "5"]
+    command += ["--batch-size", "2", "--workers", "2", "--minutes", "5"]
     environment = os.environ | {"VIT_FAST_BACKEND": "torch"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=340)
     assert done.returncode == 0, done.stdout + done.stderr
     for step in STEPS:
         assert f"{step} ended with 0" in done.stdout, done.stdout + done.stderr
+        if step == "tests":
+            continue
         written = json.loads((tmp_path / f"{gpu.FILES.get(step, step)}.json").read_text())
         records.validate(written)
         assert written["device"] == "rehearsal", "no figure of a rehearsal counts"
@@ -38,11 +41,12 @@ def test_the_steps_run_to_the_end(tmp_path):
     assert len(list(tmp_path.iterdir())) <= 6
     page = (tmp_path / "page.txt").read_text()
     assert page.startswith("WRONG (0)\n"), page
-    assert "NOT DONE, OR NOT TO THE END: tiles, tests" in page
-    cases = [line["case"] for line in json.loads((tmp_path / "models.json").read_text())["results"]]
+    assert "NOT DONE, OR NOT TO THE END: tiles\n" in page
+    assert re.search(r"^\d+ skipped", page.partition("\nTESTS\n")[2], re.MULTILINE), "each of tests/gpu wants a GPU"
     lines = json.loads((tmp_path / "models.json").read_text())["results"]
     assert lines[0]["ceilings"] == lines[1]["ceilings"] != lines[2]["ceilings"], "two calls, each with its own"
-    assert [case[3] for case in cases] == ["bf16", "bf16", "fp32", "fp32"], "those of `models`, then those of `rest`"
+    assert [one["case"][3] for one in lines] == ["bf16", "bf16", "fp32", "fp32"], "of `models`, then of `rest`"
+    assert ["timm compiled" in one["us"] for one in lines] == [True, True, False, False]
 
 
 def line(ours: float, theirs: float, **more) -> dict:
@@ -118,32 +122,68 @@ def test_no_list_of_the_page_is_longer_than_a_screen():
     assert text[2 + gpu.MOST_LINES] == "and 25 more"
 
 
-def test_a_full_set_goes_on_where_it_was_cut(monkeypatch):
-    """Cases that a file has are not measured again."""
-    measured = []
-    monkeypatch.setattr(
-        gpu.contenders, "cases_of", lambda which: [gpu.contenders.Case("mlp", "tiny", 17, n, "bf16") for n in (1, 2)]
-    )
+def test_a_full_set_goes_on_where_it_was_cut(tmp_path, monkeypatch):
+    """Two calls make one file: the second measures what the first did not, and each line keeps its own call's facts."""
+    cases = [gpu.contenders.Case(op, "tiny", 17, 2, "fp32") for op in ("patch_embed", "mlp", "projection")]
+    monkeypatch.setattr(gpu.contenders, "cases_of", lambda which: cases)
+    monkeypatch.setattr(sys, "argv", ["gpu", str(tmp_path), "ops", "--alone", "--set", "full", "--no-compile"])
+    path = tmp_path / "ops.json"
+    gpu.main()
+    whole = json.loads(path.read_text())
+    records.validate(whole)
+    assert [line["op"] for line in whole["results"]] == [case.op for case in cases for _ in range(2)]
+    assert not any(name.startswith("compiled") for line in whole["results"] for name in line["us"] | line["aside"])
+    assert all(line["samples"].keys() == line["us"].keys() != set() for line in whole["results"])
+
+    first = whole | {"date": "2026-01-31", "ceilings": {"matrix_tflops": 7.0}, "results": whole["results"][:4]}
+    for line in first["results"][2:]:
+        del line["us"]["eager"], line["samples"]["eager"]  # as another set leaves a case: with fewer contenders
+    for line in first["results"]:
+        line |= {"date": "2026-01-31", "ceilings": {"matrix_tflops": 7.0}}
+    for line in first["results"][:1]:
+        del line["date"], line["ceilings"], line["state"]  # as files were before: the file's are its
+    path.write_text(json.dumps(first))
+    measure, measured = gpu.contenders.measure, []
+    monkeypatch.setattr(gpu.contenders, "measure", lambda case, names: measured.append(case) or measure(case, names))
+    gpu.main()
+    assert measured == cases[1:], "what lacks a contender is measured again, what is whole is not"
+    second = json.loads(path.read_text())
+    assert [line["op"] for line in second["results"]] == [case.op for case in cases for _ in range(2)]
+    assert second["results"][1] == first["results"][1]
+    for index, line in enumerate(second["results"]):
+        assert (line["date"] == "2026-01-31") == (line["ceilings"] == {"matrix_tflops": 7.0}) == (index < 2)
+        assert len(line["state"]) == 2, "before and after"
+        assert "eager" in line["us"]
+
+
+def test_models_too_are_not_measured_twice(monkeypatch):
+    asked = []
 
     def measure(case, names):
-        measured.append(case.batch)
-        return {"vit_fast": gpu.contenders.Measured({"forward": [1.0, 2.0], "both": [3.0, 4.0]}, 0.0)}
+        asked.append((case, names))
+        return {name: gpu.whole_models.MeasuredModel([1.0, 2.0, 3.0]) for name in names}
 
-    monkeypatch.setattr(gpu.contenders, "measure", measure)
+    monkeypatch.setattr(gpu.whole_models, "measure", measure)
+    cases = gpu.whole_models.cases("small")
+    monkeypatch.setattr(gpu, "model_cases", lambda batch, which: cases[:2] if which == "main" else cases)
     written = []
-    gpu.measure_ops(written.append, 2, False, "full")
-    assert measured == [1, 2]
-    assert [one["direction"] for one in written[-1]] == ["forward", "both"] * 2
-    gpu.measure_ops(written.append, 2, False, "full", done=written[0][:2])
-    assert measured == [1, 2, 2]
+    gpu.measure_models(written.append, 2, True, "main")
+    assert [case for case, _ in asked] == cases[:2]
+    gpu.measure_models(written.append, 2, True, "rest", done=json.loads(json.dumps(written[-1])))
+    assert [case for case, _ in asked] == cases
+    gpu.measure_models(written.append, 2, False, "full", done=json.loads(json.dumps(written[-1])))
+    assert [case for case, _ in asked] == cases * 2, "the full set has more contenders"
+    assert [one["case"] for one in written[-1]] == [list(case) for case in cases]
+    assert not any("compiled" in name for _, names in asked[4:] for name in names), "--no-compile is of each set"
 
 
 def test_one_file_is_one_run(tmp_path, monkeypatch):
     """What another tree or device left is not gone on with."""
     path = tmp_path / "ops.json"
     assert gpu.known_of(path) == []
-    path.write_text(json.dumps(records.record([{"op": "mlp"}], rehearsal=gpu.REHEARSAL)))
-    assert gpu.known_of(path) == [{"op": "mlp"}]
+    found = records.record([{"op": "mlp"}], rehearsal=gpu.REHEARSAL)
+    path.write_text(json.dumps(found))
+    assert gpu.known_of(path) == [{"op": "mlp", "date": found["date"]}]
     monkeypatch.setenv("VIT_FAST_COMMIT", "another")
     with pytest.raises(SystemExit, match=r"its commit is .*, here it is another; choose another OUT"):
         gpu.known_of(path)
@@ -192,3 +232,17 @@ def test_what_is_no_file_of_results_is_refused(change, says):
     records.validate(right)
     with pytest.raises(ValueError, match=says):
         records.validate(right | change)
+
+
+def test_times_without_their_samples_are_not_written():
+    line = {"op": "mlp", "us": {"vit_fast": [1.0, 2.0, 3.0]}}
+    with pytest.raises(ValueError, match=r"results: got times without samples in .*mlp"):
+        records.record([line])
+    records.record([line | {"samples": {"vit_fast": [1.0, 2.0, 3.0]}}])
+
+
+def test_a_file_says_what_was_typed():
+    """Of python -m too, whose sys.argv names a file."""
+    code = "import sys; from benchmarks import records; print(records.record([])['command'])"
+    done = subprocess.run([sys.executable, "-c", code, "17"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"python -c {code} 17"

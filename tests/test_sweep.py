@@ -1,8 +1,12 @@
 """What the sweep makes candidates of, and what it keeps: it runs on a GPU, where an error costs the device's time."""
 
+import contextlib
+import itertools
 import json
+import types
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="tiles are a kernel's")
 
@@ -72,3 +76,32 @@ def test_its_one_file_comes_apart(tmp_path):
     records.validate(written)
     assert written["results"] == blocks
     assert written["commit"] == found["commit"]
+
+
+class FakeBlock:
+    def forward(self):
+        pass
+
+    def run(self):
+        return [torch.ones(2)]
+
+
+def test_each_time_has_its_samples(monkeypatch):
+    """A pass launches two kernels; a sample of each is kept a round, and their median is the time."""
+    rounds = itertools.count(1)
+
+    @contextlib.contextmanager
+    def clock():
+        number = next(rounds)
+        start, stop = types.SimpleNamespace(), types.SimpleNamespace(synchronize=lambda: None)
+        start.elapsed_time = lambda _: number * 1e-3
+        yield [(kernel, start, stop) for kernel in ("mlp.fc1", "mlp.fc2")]
+
+    monkeypatch.setattr(sweep, "launch_clock", clock)
+    assert sweep.timed(FakeBlock(), ("",), 3) == [("mlp.fc1", [1.0, 2.0, 3.0]), ("mlp.fc2", [1.0, 2.0, 3.0])]
+    task = "mlp_fc1", "many", in_force("mlp_fc1", "many"), ("mlp.fc1",), ("B",)
+    line = sweep.measure(task, "B", FakeBlock(), [torch.ones(2)])
+    assert line["samples"] == [[4.0, 5.0, 6.0, 7.0, 8.0]]
+    assert line["us"] == [6.0]
+    assert (line["error"], line["why"]) == (0.0, "")
+    records.record([line])
