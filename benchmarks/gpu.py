@@ -212,6 +212,7 @@ def page(found: dict[str, dict], goals: dict[str, float], endings: dict[str, obj
         tests: what tests/gpu said.
     """
     wrong, slow = [], []
+    models = found.get("models") or found.get("rest") or {}  # one file of two steps
     for step, ending in endings.items():
         if ending == "cut" or (isinstance(ending, int) and ending):
             how = "was cut" if ending == "cut" else f"ended with {ending}"
@@ -220,16 +221,15 @@ def page(found: dict[str, dict], goals: dict[str, float], endings: dict[str, obj
         if not line["agrees"]:
             what = " ".join(str(line[name]) for name in ("kernel", "op", "shape", "dtype") if name in line)
             wrong.append(f"{what}: {line.get('why') or line['error']}")
-    for step in ("ops", "models"):
-        for line in found.get(step, {}).get("results", []):
-            place = _place(line)
-            wrong += [f"{place}: {name}: {line['aside'][name]}" for name in line["wrong"]]
-            if best(line["us"], True) and best(line["us"], False):
-                (_, ours), (form, theirs) = best(line["us"], True), best(line["us"], False)
-                slow.append((ours - theirs, f"{place}: {ours:,.1f} us, {form} {theirs:,.1f}"))
+    for line in [*found.get("ops", {}).get("results", []), *models.get("results", [])]:
+        place = _place(line)
+        wrong += [f"{place}: {name}: {line['aside'][name]}" for name in line["wrong"]]
+        if best(line["us"], True) and best(line["us"], False):
+            (_, ours), (form, theirs) = best(line["us"], True), best(line["us"], False)
+            slow.append((ours - theirs, f"{place}: {ours:,.1f} us, {form} {theirs:,.1f}"))
     short = []
-    for line in found.get("models", {}).get("results", []):
-        ours, ceilings = best(line["us"], True), line.get("ceilings") or found["models"].get("ceilings", {})
+    for line in models.get("results", []):
+        ours, ceilings = best(line["us"], True), line.get("ceilings") or models.get("ceilings", {})
         if ours and ceilings and line["batch"] >= 64:
             pixels = _case(line).pixels
             flops = predictions.forward_flops(line["model"], pixels) * line["batch"] * (3 if line["training"] else 1)

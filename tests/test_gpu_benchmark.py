@@ -106,6 +106,9 @@ def test_the_page_says_what_is_wrong_and_slow_and_comes_first():
     assert "FIRST: mend what is wrong" in text
     assert text[-1] == "1 failed"
 
+    alone = gpu.page({"rest": found["models"]}, goals, {"rest": 0}, "").splitlines()
+    assert {text[6], text[11], text[12]} <= set(alone), "the models that `rest` alone measured"
+
     found["entries"] = {"results": entries[:1]}
     model["wrong"] = []
     endings = {"entries": 0, "tests": "not run: pytest is not installed"}
