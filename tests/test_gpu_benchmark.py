@@ -44,7 +44,8 @@ def test_the_steps_run_to_the_end(tmp_path):
     assert "NOT DONE, OR NOT TO THE END: tiles\n" in page
     assert re.search(r"^\d+ skipped", page.partition("\nTESTS\n")[2], re.MULTILINE), "each of tests/gpu wants a GPU"
     lines = json.loads((tmp_path / "models.json").read_text())["results"]
-    assert lines[0]["ceilings"] == lines[1]["ceilings"] != lines[2]["ceilings"], "two calls, each with its own"
+    assert lines[0]["ceilings"] == lines[1]["ceilings"]
+    assert lines[2]["ceilings"] == lines[3]["ceilings"], "those of a call of their own, which may be as high"
     assert [one["case"][3] for one in lines] == ["bf16", "bf16", "fp32", "fp32"], "of `models`, then of `rest`"
     assert ["timm compiled" in one["us"] for one in lines] == [True, True, False, False]
 
