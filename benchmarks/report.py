@@ -245,16 +245,19 @@ def _figure(*args, **options):
 
 
 def _drawn(figure) -> str:
-    """What a figure shows, as JSON: heights of bars, points of lines and clouds, to four digits."""
-    numbers = [
-        [
+    """What a figure shows, as JSON: heights of bars, points of lines and clouds, to four digits, and its words."""
+    shown = [[text.get_text() for text in figure.texts]]
+    for axis in figure.axes:
+        numbers = [
             *(bar.get_height() for bar in axis.patches),
             *(value for line in axis.lines for point in line.get_xydata() for value in point),
             *(value for cloud in axis.collections for point in cloud.get_offsets() for value in point),
         ]
-        for axis in figure.axes
-    ]
-    return json.dumps([[f"{float(number):.4g}" for number in one] for one in numbers])
+        legend = axis.get_legend()
+        ticks = [] if axis.get_xticklabels()[0].get_text().startswith("$") else axis.get_xticklabels()  # powers of ten
+        words = [axis.title, *ticks, *axis.texts, *(legend.get_texts() if legend else ())]
+        shown.append([*(f"{float(number):.4g}" for number in numbers), *(text.get_text() for text in words)])
+    return json.dumps(shown)
 
 
 def _save(figure, path: pathlib.Path) -> None:

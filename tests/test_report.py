@@ -53,6 +53,22 @@ def test_a_picture_of_other_figures_is_seen(name, file, tmp_path, monkeypatch):
     assert _shown(tmp_path / "now.png") != _shown(report.ROOT / f"docs/{name}.png")
 
 
+def test_a_picture_of_the_same_heights_and_other_rates_is_seen(tmp_path, monkeypatch):
+    """All contenders slower alike, by one part in fifty, leave every bar as it is: the images a second tell."""
+    pytest.importorskip("matplotlib")
+    results = report.results
+
+    def changed(wanted, *folder):
+        found = results(wanted, *folder)
+        for row in found["results"] if wanted == "models" else []:
+            row["us"] = {form: [1.02 * us for us in quantiles] for form, quantiles in row["us"].items()}
+        return found
+
+    monkeypatch.setattr(report, "results", changed)
+    report.plot_speed(tmp_path / "now.png")
+    assert _shown(tmp_path / "now.png") != _shown(report.ROOT / "docs/measured.png")
+
+
 def test_a_contender_counts_by_its_fastest_form():
     times = {"vit_fast": [8, 9, 10], "vit_fast graph": [5, 6, 7], "timm": [1, 2, 3], "cublas": [0, 1, 1]}
     assert report.best(times, True) == ("vit_fast graph", 6)
