@@ -419,29 +419,27 @@ def _draw(case: Case) -> tuple[Tensor, ...]:
     return OPS[case.op].draw(case, normal)
 
 
-def errors_of(case: Case, call: Callable, tensors: tuple[Tensor, ...]) -> tuple[float, float]:
-    """‖y − fp64‖ / ‖fp64‖ of the first and the last image, and of their gradient, from a run of the whole batch.
+def errors_of(case: Case, call: Callable, tensors: tuple[Tensor, ...]) -> dict[str, float]:
+    """‖y − fp64‖ / ‖fp64‖ of "output" and of each "gradient" with its tensor's number, in runs of the whole batch.
 
-    The gradient is that of the first tensor, where it has one of its own for each image (0 elsewhere): the tiles of a
-    product depend on all rows, and fp64 of all of them would take most of the day.
+    Output and gradients with an axis of images are compared at the first and the last: fp64 of all would take most of
+    the day. The gradient of the output is zero for the images between, so that the parameters' gradients, sums over
+    all images, are those of these two.
     """
-    op, images = OPS[case.op], [0, -1]
-    ends = [t.detach()[images].double() for t in tensors[: op.images]]
-    rest = [t.detach().double() for t in tensors[op.images :]]
-    by_image = not op.constant
-    ends[0].requires_grad_(by_image)
-    truth = op.truth(*ends, *rest, **_settings(case))
+    op, images = OPS[case.op], [0, -1][: case.batch]
+    ends = [t.detach()[images] if at < op.images else t.detach() for at, t in enumerate(tensors)]
+    ends = [t.double().requires_grad_(at >= op.constant) for at, t in enumerate(ends)]
+    truth = op.truth(*ends, **_settings(case))
     upstream = torch.randn_like(truth).to(tensors[0].dtype)
-    with torch.no_grad():
-        output = call(*tensors)
-        error = _relative(output[images], truth)
-    if not by_image:
-        return error, 0.0
+    wanted = torch.autograd.grad(truth, ends[op.constant :], upstream.double())
+    output = _forward(call, op.constant, upstream, *tensors)
     everywhere = torch.zeros_like(output)
     everywhere[images] = upstream
-    gradient = _both(call, 0, everywhere, *tensors)[0]
-    (wanted,) = torch.autograd.grad(truth, ends[:1], upstream.double())
-    return error, _relative(gradient[images], wanted)
+    gradients = _both(call, op.constant, everywhere, *tensors)
+    errors = {"output": _relative(output[images], truth)}
+    for at, (gradient, true) in enumerate(zip(gradients, wanted, strict=True), op.constant):
+        errors[f"gradient {at}"] = _relative(gradient[images] if at < op.images else gradient, true)
+    return errors
 
 
 def _relative(ours: Tensor, truth: Tensor) -> float:
@@ -451,8 +449,8 @@ def _relative(ours: Tensor, truth: Tensor) -> float:
 def measure(case: Case, contenders: list[str], rounds: int = timing.ROUNDS) -> dict[str, Measured]:
     """Each contender forward, and forward and backward, in turn with the others.
 
-    Its output, and its gradient, may be four times as far from fp64 as eager PyTorch's in the same dtype, or it is
-    wrong, and not timed.
+    Its output, and each of its gradients, may be four times as far from fp64 as eager PyTorch's in the same dtype, or
+    it is wrong, and not timed.
     """
     torch._dynamo.reset()  # its limits are for one piece of code, and all cases share theirs
     op = OPS[case.op]
@@ -463,22 +461,23 @@ def measure(case: Case, contenders: list[str], rounds: int = timing.ROUNDS) -> d
         for t in tensors[op.constant :]:
             t.requires_grad_()
     rounding = torch.finfo(DTYPES[case.dtype]).eps / 8
-    allowed = [4 * error + rounding for error in errors_of(case, call_of(case, "eager"), first)]
+    eager = errors_of(case, call_of(case, "eager"), first)
     found, runs = {}, {"forward": {}, "both": {}}
     for name in contenders:
         try:
             call = call_of(case, name)
             own = [call.laid_out(*tensors) for tensors in inputs] if isinstance(call, _ChannelsLast) else inputs
-            errors = () if name == "cublas" else errors_of(case, call, tuple(own[0]))
-            for what, error, most in zip(("error", "gradient's error"), errors, allowed):
-                if not error <= most:
-                    raise Wrong(f"its {what} is {error:.1e}, {most:.1e} is allowed")
+            errors = {} if name == "cublas" else errors_of(case, call, tuple(own[0]))
+            for what, error in errors.items():
+                allowed = 4 * eager[what] + rounding
+                if not error <= allowed:
+                    raise Wrong(f"the error of its {what} is {error:.1e}, {allowed:.1e} is allowed")
             upstream = torch.randn_like(call(*own[0]))
             for direction, run in (("forward", _forward), ("both", _both)):
                 one = functools.partial(run, call, op.constant, upstream)
                 one(*own[0])
                 runs[direction][name] = timing.rotated(one, own)
-            found[name] = Measured({}, errors[0] if errors else None)
+            found[name] = Measured({}, errors.get("output"))
         except LeftOut as reason:
             found[name] = Measured({}, left_out=str(reason))
         except Wrong as reason:
