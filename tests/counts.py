@@ -1,0 +1,45 @@
+"""What the long runs of the tests counted, kept as data: tests/results/NAME.json, shown in tests/README.md.
+
+what          one sentence: what was run, and what must hold
+command       how to run it again
+date          of the run; commit, of the tree that it ran on, "+" where that had been changed
+duration_s    seconds, all calls of a resumed run together
+machine       whose the figures are
+versions      of Python, torch and triton
+counts        name → number, in the order in which they are shown
+missed        name → why, where something was not caught and is answered by a reason
+"""
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+
+from benchmarks import records
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def keep(
+    name: str, what: str, command: str, duration_s: float, counts: dict[str, int], missed: dict[str, str] | None = None
+) -> pathlib.Path:
+    """Write tests/results/NAME.json, whole or not at all."""
+    versions = {package: records.version(package) for package in ("torch", "triton")}
+    kept = {
+        "what": what,
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "commit": records.commit(),
+        "duration_s": round(duration_s),
+        "machine": f"{records.cpu_name()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), **versions},
+        "counts": counts,
+        **({"missed": missed} if missed else {}),
+    }
+    path = RESULTS / f"{name}.json"
+    RESULTS.mkdir(exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    draft.replace(path)
+    return path
