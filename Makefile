@@ -6,6 +6,8 @@ PYTEST_ARGS ?=
 OUT ?= gpu-output
 MINUTES ?= 9
 SET ?= main
+SEED ?= 0
+SAMPLE ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +15,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PINS := constraints.txt pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench static gpu gpu-rehearsal clean
+.PHONY: help demo test test-all exhaustive mutants lint bench static gpu gpu-rehearsal clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +28,12 @@ test: $(VENV)/test.stamp  ## every test but the slow ones; PYTEST_ARGS="tests/op
 
 test-all: $(VENV)/test.stamp  ## the slow tests too
 	$(BIN)/python -m tests --slow $(PYTEST_ARGS)
+
+exhaustive: $(VENV)/test.stamp  ## every kernel between guard pages, over 5,000 cases: an hour of two cores; SEED=1 draws others
+	$(BIN)/python -m tests.exhaustive --seed $(SEED)
+
+mutants: $(VENV)/test.stamp  ## 100 bugs put into kernels and ops, each against its tests: an hour of two cores; SAMPLE=10 SEED=1
+	$(BIN)/python -m tests.mutants --sample $(SAMPLE) --seed $(SEED)
 
 lint: $(VENV)/lint.stamp  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import mend_torchvision
-from tests.guard import poisoned_empty
+from tests.guard import poisoned_empty, poisoned_empty_like
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -36,5 +36,6 @@ def _seed(request):
 
 @pytest.fixture
 def guarded_memory(monkeypatch):
-    """Kernels allocate through torch.empty: give them poisoned memory that ends at a page no one may touch."""
+    """Kernels allocate through torch.empty and its like: give them poisoned memory up to a page no one may touch."""
     monkeypatch.setattr(torch, "empty", poisoned_empty)
+    monkeypatch.setattr(torch, "empty_like", poisoned_empty_like)

@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,66 @@ def poisoned_empty(*shape, dtype=None, device=None, **_) -> Tensor:
     dtype = dtype or torch.get_default_dtype()
     poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
     return guarded_empty(tuple(shape), dtype).fill_(poison)
+
+
+def poisoned_empty_like(tensor: Tensor, **_) -> Tensor:
+    """Stands in for torch.empty_like as `poisoned_empty` does for torch.empty."""
+    return poisoned_empty(tensor.shape, dtype=tensor.dtype)
+
+
+class counted_writes:
+    """A block in which every element that kernels allocate must be written exactly once, and no other memory at all.
+
+    What they get from torch.empty is poisoned and guarded. Of the interpreter only: each of its stores is looked at.
+    """
+
+    def __enter__(self) -> "counted_writes":
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        self.given: list[Tensor] = []  # kept, so that no address is given twice
+        self.writes: list[np.ndarray] = []
+        self.starts = np.empty(0, np.uint64)
+        self.builder, self.store = InterpreterBuilder, InterpreterBuilder.create_masked_store
+        self.replaced = torch.empty, torch.empty_like
+
+        def store(builder, pointers, value, mask, *hints):
+            self._count(pointers.data[np.asarray(mask.data, bool)])  # a mask may be of bytes
+            return self.store(builder, pointers, value, mask, *hints)
+
+        InterpreterBuilder.create_masked_store = store
+        torch.empty = self._empty
+        torch.empty_like = lambda tensor, **_: self._empty(tensor.shape, dtype=tensor.dtype)
+        return self
+
+    def _empty(self, *shape, **options) -> Tensor:
+        memory = poisoned_empty(*shape, **options)
+        if memory.numel():
+            self.given.append(memory)
+            self.writes.append(np.zeros(memory.numel(), np.int32))
+            self.starts = np.array([t.data_ptr() for t in self.given], np.uint64)
+            self.order = np.argsort(self.starts)
+        return memory
+
+    def _count(self, addresses: np.ndarray) -> None:
+        if not addresses.size:
+            return
+        assert self.given, "a kernel writes, and was given no memory"
+        places = np.searchsorted(self.starts[self.order], addresses, side="right") - 1
+        for place in np.unique(places):
+            index = self.order[place]  # of the last allocation that begins at or before these addresses
+            memory, here = self.given[index], addresses[places == place]
+            elements = ((here - self.starts[index]) // np.uint64(memory.element_size())).astype(np.int64)
+            inside = place >= 0 and elements.max() < memory.numel()
+            assert inside, "a kernel writes to memory that it did not allocate"
+            np.add.at(self.writes[index], elements, 1)
+
+    def __exit__(self, kind, *_) -> None:
+        self.builder.create_masked_store = self.store
+        torch.empty, torch.empty_like = self.replaced
+        if kind is None:
+            for memory, writes in zip(self.given, self.writes):
+                what = f"{memory.dtype} {list(memory.shape)}: {(writes == 0).sum()} elements never written"
+                assert (writes == 1).all(), f"{what}, {(writes > 1).sum()} more than once"
 
 
 def vast(tensor: Tensor, stride: int) -> Tensor:

@@ -1,0 +1,92 @@
+"""Some of the cases of tests/exhaustive.py, and that what it looks for is seen."""
+
+import random
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from tests import exhaustive
+from tests.guard import counted_writes, guarded
+
+pytestmark = pytest.mark.interpret
+
+# Of an op: as many as its time allows, 300 in all.
+HOW_MANY = {"block": 12, "swiglu": 26, "mlp": 40, "linear_residual": 44, "ln_linear": 44, "patch_embed": 44}
+HOW_MANY |= {"attention": 45, "attention_maps": 45}
+
+
+def _some() -> list[exhaustive.Case]:
+    cases = exhaustive.systematic()
+    return [
+        case
+        for op, count in HOW_MANY.items()
+        for case in random.Random(op).sample([case for case in cases if case.op == op], count)
+    ]
+
+
+def _named(case: exhaustive.Case) -> str:
+    place = "start" if case.at_start else "end"
+    return "-".join(map(str, (case.op, *case.sizes, case.mode, case.layout.replace(" ", "_"), place, case.form)))
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=_named(case)) for case in _some()])
+def test_nothing_outside_is_touched(case):
+    exhaustive.run(case)
+
+
+def test_some_cases_have_every_layout_place_form_and_dtype():
+    cases = _some()
+    assert len(cases) == 300
+    for op in exhaustive.OPS:
+        of_op = [case for case in cases if case.op == op]
+        assert {case.mode for case in of_op} == set(exhaustive.DTYPES), op
+        assert {case.form for case in of_op} == {"table", "other"}, op
+        assert {case.at_start for case in of_op} == {True, False}, op
+    assert {case.layout for case in cases} == {*exhaustive.LAYOUTS, *exhaustive.FAR}
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, n, shift, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    tl.store(y_ptr + index, tl.load(x_ptr + index + shift, mask=index < n), mask=index < n)
+
+
+def _copy(read: int, times: int, shift: int = 0, behind: int = 0) -> None:
+    x = guarded(torch.randn(8))
+    with counted_writes():
+        y = torch.empty(8)
+        for _ in range(times):
+            _copy_kernel[(1,)](x, y[behind:], read, shift, 16)
+
+
+def test_a_copy_is_written_once():
+    _copy(8, 1)
+
+
+@pytest.mark.parametrize(
+    ("read", "times", "wrong"), [(8, 2, "0 elements never written, 8 more"), (7, 1, "1 elements never written")]
+)
+def test_writes_are_counted(read, times, wrong):
+    with pytest.raises(AssertionError, match=wrong):
+        _copy(read, times)
+
+
+def test_a_write_past_what_was_allocated_is_refused():
+    with pytest.raises(Exception, match="memory that it did not allocate"):
+        _copy(8, 1, behind=1)
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_a_touched_page_ends_the_process_and_names_the_case(shift):
+    def work(say):
+        say("begins", f"shifted by {shift}")
+        # A tensor of a whole page touches both guards.
+        x = guarded(torch.randn(1024))
+        with counted_writes():
+            _copy_kernel[(1,)](x, torch.empty(1024), 1024, shift, 1024)
+
+    found = exhaustive._in_a_process(work)
+    assert found["fault"] == f"the process ended by SIGSEGV in shifted by {shift}"
+    assert found["cases"] == [f"shifted by {shift}"]
