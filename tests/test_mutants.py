@@ -1,0 +1,15 @@
+from tests import mutants
+
+
+def test_every_mutant_has_its_place_once_and_changes_it():
+    for mutant in mutants.read():
+        assert mutants.mutated(mutant) != (mutants.ROOT / mutant.file).read_text(), mutant
+        compile(mutants.mutated(mutant), mutant.file, "exec")
+        for test in mutants.TESTS[mutant.file]:
+            assert (mutants.ROOT / mutants.OPS.format(test)).is_file(), test
+
+
+def test_there_are_a_hundred_and_each_is_named_once():
+    named = {(mutant.file, mutant.bug) for mutant in mutants.read()}
+    assert len(named) == len(mutants.read()) >= 100
+    assert set(mutants.HARMLESS) <= {bug for _, bug in named}
