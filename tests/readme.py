@@ -1,0 +1,234 @@
+"""Writes tests/README.md: what is covered, from pytest's own collection of the tests, and what the long runs counted.
+
+python -m tests.readme [--check]
+"""
+
+import argparse
+import collections
+import contextlib
+import io
+import json
+import os
+import pathlib
+import sys
+
+import pytest
+
+from tests import counts
+from tests.ops import harness
+
+README = pathlib.Path(__file__).parent / "README.md"
+HELD = ("test_output_and_gradients", "test_every_cut_in_pieces", "test_packed_output_and_gradients")
+
+START = """# What is tested
+
+Written by `python -m tests.readme`, from the tests as pytest collects them and from the counts in
+[results](results); a test fails where this page is not what they give.
+
+`make test` runs all of it but the marked slow, on two cores, without a GPU: kernels run in Triton's interpreter. `make
+test-all` runs the slow tests too, `make exhaustive` and `make mutants` the long runs below, and `pytest tests/gpu` the
+same cases on a GPU. To find a test: an op's are in `ops/test_OP.py`, everything else is named after what it tests.
+"""
+
+OPS = """## Ops
+
+Each case is drawn anew, every parameter too, and held to the error rule ([error_rule.py](error_rule.py)): output and
+the gradient of every operand that has one, against float64, at most twice the error of unfused PyTorch in the same
+dtype. Results lie in poisoned memory that ends at a protected page, and so do the operands.
+
+{table}
+
+By head dim or activation, how many cases in each dtype, in Triton and in PyTorch:
+
+{kinds}
+
+### The cases
+
+Sizes of each tensor as the case draws them.
+
+{cases}
+"""
+
+GUARDED = """## Addresses
+
+`tests/ops/test_guard_pages.py` has {count} of the cases of `make exhaustive`: nothing outside is touched, every element
+that a kernel allocates is written once. How many by op and layout, each in {modes}, at the end and at the start of its
+memory, through descriptors and heads as a whole ("table"), and through pointers and heads streamed ("other"):
+
+{table}
+"""
+
+LEFT_OUT = """## Not covered, and why
+
+- **The compiler.** The interpreter runs what a kernel says, not what a GPU's compiler makes of it. What it makes is
+  compiled without a GPU for ten architectures (`make static`: registers, spills, shared memory, instructions), and
+  run by `tests/gpu` on the one GPU that was at hand, an H200. Not run on any other: sm_80, sm_86, sm_89, sm_100,
+  sm_120 and AMD's gfx90a, gfx942, gfx950, gfx1100 are compiled, never measured, never checked.
+- **Races.** The interpreter runs one program after the other. No kernel has atomics or two writers of one element: the
+  writes are counted, see above. `compute-sanitizer` has not been run over all of them.
+- **bf16 on a CPU** is the interpreter's as `mend_interpreter.py` mends it: rounded to nearest even, products exact in
+  fp32. A GPU's tensor cores sum in another order.
+- **Two GPUs, NCCL.** Two processes are tested on CPUs with gloo. The kernels know of no other process; what could
+  differ is DDP's and FSDP2's overlap with a stream that the kernels run on.
+- **Out of memory on a GPU**, a driver that is reset, a GPU that throttles.
+- **Files from the hubs.** There is no network in the tests: the published names and shapes of DINO, DINOv2, MAE,
+  OpenAI's and Google's files are tested, not the files.
+- **Outputs past 2^31 elements.** Inputs reach past 2^31 and 2^32 in memory that is reserved and not filled; a result of
+  that size would have to be filled. What every product writes with is tested alone (`ops/test_offsets.py`).
+- **Windows and macOS.** Triton is Linux's; PyTorch's backend has nothing of its own there, and was not run there.
+"""
+
+
+def collected(*paths: str) -> list[pytest.Item]:
+    """The tests as pytest collects them, nothing of it printed."""
+
+    class Plugin:
+        def pytest_collection_modifyitems(self, items):
+            self.items = list(items)
+
+    plugin = Plugin()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *paths], plugins=[plugin])
+    if status:
+        raise RuntimeError(f"pytest's collection ended with {status}:\n{said.getvalue()}")
+    return plugin.items
+
+
+def table(rows: list[dict]) -> str:
+    """A table in Markdown of rows with the same keys."""
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names), *([str(row[name]) for name in names] for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _op(item: pytest.Item) -> str:
+    return item.path.stem.removeprefix("test_")
+
+
+def _held(items: list) -> dict[str, list]:
+    """Op → the tests of it that hold a case to the error rule."""
+    found = collections.defaultdict(list)
+    for item in items:
+        if item.path.parent.name == "ops" and item.originalname in HELD and "mode" in item.callspec.params:
+            found[_op(item)].append(item)
+    return dict(sorted(found.items()))
+
+
+def _ops_table(held: dict[str, list]) -> str:
+    rows = []
+    for op, items in held.items():
+        parameters = [item.callspec.params for item in items]
+        cases = {str(p["case"]): p["case"] for p in parameters}
+        by_backend = collections.Counter(p.get("backend", "triton") for p in parameters)
+        rows.append(
+            {
+                "op": f"`{op}`",
+                "passes": "forward, backward",
+                "dtypes": ", ".join(dict.fromkeys(p["mode"] for p in parameters)),
+                "cases": len(cases),
+                "Triton": by_backend["triton"],
+                "PyTorch": by_backend["torch"],
+            }
+        )
+    return table(rows)
+
+
+def _kinds(held: dict[str, list]) -> str:
+    rows, modes = [], list(harness.MODES)
+    for op, items in held.items():
+        found = collections.defaultdict(collections.Counter)
+        for item in items:
+            p = item.callspec.params
+            activation = p["case"].options.get("activation")
+            drawn = p["case"].draw()
+            heads = drawn.get("qkv", drawn.get("q"))
+            kind = activation or (f"head dim {heads.shape[-1]}" if heads is not None else None)
+            if kind:
+                found[kind][p["mode"], p.get("backend", "triton")] += 1
+        for kind in sorted(found, key=lambda kind: (len(kind), kind)):
+            cells = {mode: f"{found[kind][mode, 'triton']} + {found[kind][mode, 'torch']}" for mode in modes}
+            rows.append({"op": f"`{op}`", "head dim or activation": kind} | cells)
+    return table(rows)
+
+
+def _cases(held: dict[str, list]) -> str:
+    parts = []
+    for op, items in held.items():
+        cases = {str(item.callspec.params["case"]): item.callspec.params["case"] for item in items}
+        rows = []
+        for case in cases.values():
+            drawn = {name: list(t.shape) for name, t in case.draw().items() if t is not None}
+            options = ", ".join(f"{name} {value}" for name, value in case.options.items())
+            rows.append({"case": case.why, "sizes": _sizes(drawn), "with": options or "-"})
+        parts.append(f"`{op}`\n\n{table(rows)}")
+    return "\n\n".join(parts)
+
+
+def _sizes(drawn: dict[str, list[int]]) -> str:
+    """Tensors by their shape, those of one shape together."""
+    by_shape = collections.defaultdict(list)
+    for name, shape in drawn.items():
+        by_shape[tuple(shape)].append(name)
+    return ", ".join(f"{' '.join(names)} {list(shape)}" for shape, names in by_shape.items())
+
+
+def _guarded(items: list) -> str:
+    cases = [
+        item.callspec.params["case"]
+        for item in items
+        if item.path.stem == "test_guard_pages" and hasattr(item, "callspec") and "case" in item.callspec.params
+    ]
+    layouts = dict.fromkeys(case.layout for case in cases)
+    rows = [
+        {"op": f"`{op}`"}
+        | {layout: sum(case.op == op and case.layout == layout for case in cases) for layout in layouts}
+        for op in dict.fromkeys(case.op for case in cases)
+    ]
+    modes = ", ".join(dict.fromkeys(case.mode for case in cases))
+    return GUARDED.format(count=len(cases), modes=modes, table=table(rows))
+
+
+def _long_runs() -> str:
+    parts = ["## Long runs\n\nWhat each counted when it last ran to its end; the figures are those of its file.\n"]
+    for path in sorted(counts.RESULTS.glob("*.json")):
+        kept = json.loads(path.read_text())
+        versions = ", ".join(f"{name} {version}" for name, version in kept["versions"].items())
+        parts.append(
+            f"### [{path.stem}](results/{path.name})\n\n{kept['what']}\n\n"
+            f"`{kept['command']}`, {kept['date']}, {kept['duration_s']} s on {kept['machine']}; {versions}; commit "
+            f"{kept['commit']}\n"
+        )
+        parts.append(table([{"count": name, "": f"{number:,}"} for name, number in kept["counts"].items()]) + "\n")
+        if missed := kept.get("missed"):
+            parts.append(table([{"missed": name, "why": why} for name, why in missed.items()]) + "\n")
+        parts += [table(value) + "\n" for name, value in kept.items() if isinstance(value, list)]
+    return "\n".join(parts)
+
+
+def text() -> str:
+    """The page."""
+    items = collected("tests/ops")
+    held = _held(items)
+    ops = OPS.format(table=_ops_table(held), kinds=_kinds(held), cases=_cases(held))
+    return "\n".join([START, ops, _guarded(items), _long_runs(), LEFT_OUT])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.readme", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, fail where the page is another")
+    given = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") != "1":  # without it, tests of the interpreter would be marked as skipped
+        command = [sys.executable, "-m", "tests.readme", *sys.argv[1:]]
+        os.execvpe(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
+    page = text()
+    if given.check:
+        same = README.is_file() and README.read_text() == page
+        if not same:
+            print("tests/README.md is not what the tests give: run python -m tests.readme")
+        return not same
+    README.write_text(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
