@@ -40,6 +40,8 @@ from .tile_table import lookup, residents
 # How many tokens a program multiplies in the time in which it writes its partial, and a later one reads it: 8 bytes an
 # element at a multiprocessor's share of 4.3 TB/s against 2 operations an element and token at its share of 790 TFLOP/s.
 PARTIAL_TOKENS = 750
+# The rows of a program of the second stage, and how many columns it has at once.
+FINISH_TILE = {"BLOCK_M": 2, "BLOCK_N": 1024}
 
 # ---- the gradient of a branch --------------------------------------------------------------------------------------
 
@@ -287,8 +289,8 @@ def finish(*gradients: Partials) -> list:
             partial, sums, weight, bias, layer_scale, dweight, dbias, dscale, N, K, weight.stride(0), float(splits)
         )  # fmt: skip
     rows = max(len(gradient.weight) for gradient in gradients)
-    _finish_kernel[(-(-rows // 2), len(gradients))](
-        first=groups[0], second=groups[1], third=groups[2], fourth=groups[3], COUNT=len(gradients), BLOCK_M=2,
-        BLOCK_N=1024, num_warps=4,
+    _finish_kernel[(-(-rows // FINISH_TILE["BLOCK_M"]), len(gradients))](
+        first=groups[0], second=groups[1], third=groups[2], fourth=groups[3], COUNT=len(gradients), **FINISH_TILE,
+        num_warps=4,
     )  # fmt: skip
     return found

@@ -4,12 +4,18 @@ It stores bf16 as uint16, multiplies these integers in `tl.dot`, and truncates w
 A bf16 result of the interpreter is still no proof of a GPU's: the products here are exact in fp32. Its `tl.fma` rounds
 the product before it adds, which hardware does not. And it looks through all of triton.language at every call of a
 function in a kernel, to replace what it has replaced already: a third of the time that such tests took.
+
+What is left of it goes by the number of programs. The second stage of weight gradients has a program for two rows, and
+took most of the time of a backward pass: here it has 16 rows, and few columns, so that narrow weights have two steps.
 """
 
 import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
+from vit_fast.kernels import linear
+
+FINISH_TILE = linear.FINISH_TILE  # as it is on a GPU
 
 
 def _bf16_to_float32(data: np.ndarray) -> np.ndarray:
@@ -63,3 +69,4 @@ def mend() -> None:
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, launch_patched_once
     builder.cast_impl, builder.create_dot, builder.create_fma = cast_impl, create_dot, create_fma
     builder.create_fp_to_fp = create_fp_to_fp
+    linear.FINISH_TILE = {"BLOCK_M": 16, "BLOCK_N": 32}

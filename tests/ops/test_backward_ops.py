@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from tests import mend_interpreter, unfused
 from tests.ops import test_block, test_linear_residual, test_ln_linear, test_mlp, test_patch_embed
+from tests.ops.harness import MODES, hold_to_the_rule
+from vit_fast import ops, reference
 
 pytestmark = pytest.mark.interpret
 
@@ -81,3 +84,13 @@ def test_spans_are_whole_steps_and_cover_the_tokens(partial_tokens, monkeypatch)
             assert splits == 1 or span >= 256
             seen.add(splits)
     assert len(seen) > 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_second_stage_in_the_tile_that_it_has_on_a_gpu(mode, monkeypatch, guarded_memory):
+    """Of a weight that is wider than that tile; elsewhere the interpreter has another (tests/mend_interpreter.py)."""
+    from vit_fast.kernels import linear
+
+    monkeypatch.setattr(linear, "FINISH_TILE", mend_interpreter.FINISH_TILE)
+    case = test_linear_residual.case("wide", test_linear_residual.shaped(2, 5, 1030, features=9))
+    hold_to_the_rule(ops.linear_residual, reference.linear_residual, unfused.linear_residual, case, mode, "triton")
