@@ -25,10 +25,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 LIMIT = 600  # seconds that a mutant's tests may take: the slowest op's take half of it
 NOTHING_RAN = (2, 3, 4, 5)  # pytest's exit statuses: not collected, an error of its own, wrong arguments, no test
 
-OPS = "tests/ops/test_{}.py"
 # The tests of an op, those first that are quick to fail.
 TESTS = {
-    "kernels/product.py": ["linear_residual", "ln_linear", "offsets", "promises", "swiglu", "guard_pages"],
+    "kernels/product.py": ["linear_residual", "ln_linear", "swiglu", "offsets", "mlp", "promises", "descriptors"],
     "kernels/linear.py": ["linear_residual", "backward_ops", "offsets", "promises", "mlp", "block", "guard_pages"],
     "kernels/layer_norm.py": ["ln_linear", "backward_ops", "offsets", "promises", "mlp", "block", "guard_pages"],
     "kernels/ln_linear.py": ["ln_linear", "promises"],
@@ -74,6 +73,11 @@ def read() -> list[Mutant]:
 HARMLESS: dict[str, str] = {}
 
 
+def file_of(test: str) -> str:
+    """The file of a test by its name, that of an op first."""
+    return next(name for where in ("tests/ops", "tests") if (ROOT / (name := f"{where}/test_{test}.py")).is_file())
+
+
 def copied_tree(folder: pathlib.Path) -> pathlib.Path:
     """A copy of what the tests need, in which `vit_fast.kernels` is found beside the rest."""
     for name in ("kernels", "vit_fast", "benchmarks", "tests"):
@@ -101,7 +105,7 @@ def run(mutant: Mutant | None, tests: list[str]) -> tuple[bool, str]:
         folder = copied_tree(pathlib.Path(name))
         if mutant:
             (folder / mutant.file).write_text(mutated(mutant))
-        files = [OPS.format(test) for test in tests]
+        files = [file_of(test) for test in tests]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "interpret and not slow", "-p", "no:cacheprovider"]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": name}
         try:

@@ -6,7 +6,7 @@ def test_every_mutant_has_its_place_once_and_changes_it():
         assert mutants.mutated(mutant) != (mutants.ROOT / mutant.file).read_text(), mutant
         compile(mutants.mutated(mutant), mutant.file, "exec")
         for test in mutants.TESTS[mutant.file]:
-            assert (mutants.ROOT / mutants.OPS.format(test)).is_file(), test
+            assert mutants.file_of(test)
 
 
 def test_there_are_a_hundred_and_each_is_named_once():

@@ -60,11 +60,12 @@ def test_patch_embed_backward(prefix, strided):
     torch.library.opcheck(torch.ops.vit_fast.patch_embed_backward.default, args)
 
 
-def test_the_cases_of_two_spans_have_two():
+@pytest.mark.parametrize("shape", [(20, 24), (36, 40)])
+def test_the_cases_of_two_spans_have_two(shape):
     from vit_fast.kernels import linear, tile_table
 
     tile = tile_table.lookup("linear_weight_grad", torch.device("cpu"), torch.float32)
-    splits, span = linear.split_tokens(linear.tiles(20, 24, tile), 260, tile["BLOCK_K"], 3)
+    splits, span = linear.split_tokens(linear.tiles(*shape, tile), 260, tile["BLOCK_K"], 3)
     assert splits == 2
     assert 0 < 260 - span <= span
 
