@@ -3,7 +3,8 @@
     config.json             architecture, its arguments, classes, preprocessing
     model.safetensors       the weights, under timm's names
     training.safetensors    all that a run needs to go on: weights, optimiser, generators; its position as JSON in the
-                            header
+                            header, with a digest of all of it
+    training.previous.safetensors    the same of the checkpoint before, for where a disk damages the last one
 
 Each file is written beside its place, flushed to the disk and then renamed over the old one, so that at any moment each
 is whole, the old one or the new. A run goes on from training.safetensors alone: it never meets weights of one step and
@@ -13,19 +14,32 @@ an optimiser of another.
 import contextlib
 import dataclasses
 import fnmatch
+import hashlib
 import json
+import logging
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from vit_fast.inference import check_pictures
 from vit_fast.zoo import create_model
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+log = logging.getLogger("vit_fast")
+
 CONFIG, WEIGHTS, TRAINING = "config.json", "model.safetensors", "training.safetensors"
+PREVIOUS = "training.previous.safetensors"
 FORMAT = 1
+MOST_JSON = 16 << 20  # bytes of a config or an index
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 SHOWN = 5  # names listed in an error
 
@@ -57,24 +71,89 @@ def check_writable(folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable.tmp"
         probe.write_bytes(b"")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may have tried at the same time
     except OSError as error:
         raise ValueError(f"output: cannot write to {folder}: {error.strerror}") from error
 
 
+_claims: set[int] = set()
+
+
+def _let_go() -> None:
+    """A process that was forked, as those that decode pictures are, would keep a claim when its parent is killed."""
+    for handle in _claims:
+        os.close(handle)
+    _claims.clear()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_let_go)
+
+
 @contextlib.contextmanager
-def replacing(path: Path):
-    """A path beside `path` to write to; after the block it is on the disk and has taken the place of `path`."""
-    beside = path.with_name(f".{path.name}.tmp")
+def claimed(folder: Path):
+    """Inside the block no other process has the folder, where the system has locks. A process that dies lets go.
+
+    Raises:
+        ValueError: where another process has it.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    _claims.add(handle)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the folder itself: no file is left behind
+        except BlockingIOError:
+            raise ValueError(f"output: another process is training into {folder}; name another folder") from None
+        except OSError as error:
+            log.warning(f"output: {folder} cannot be locked ({error.strerror}); let no other process write there")
+        yield
+    finally:
+        _claims.discard(handle)
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, previous: Path | None = None):
+    """A path beside `path` to write to; after the block it is on the disk and has taken the place of `path`.
+
+    What stood there is kept as `previous`.
+    """
+    beside = _beside(path)
     try:
         yield beside
         _flush(beside)
+        if previous is not None and path.exists():
+            _keep(path, previous)
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a full disk does not say which file did not fit
         raise
     if os.name != "nt":  # a folder cannot be opened there
         _flush(path.parent)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """The file under a second name too, which stays when another takes the first."""
+    beside = _beside(previous)
+    beside.unlink(missing_ok=True)  # of a process that was killed here
+    try:
+        try:
+            os.link(path, beside)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, beside)
+            _flush(beside)
+        os.replace(beside, previous)
+    finally:
+        beside.unlink(missing_ok=True)  # it is there too where both were one file: then nothing is renamed
 
 
 def _flush(path: Path) -> None:
@@ -91,20 +170,38 @@ def write_text(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
-def save(folder: str | Path, model: nn.Module, config: Config, training: dict[str, Tensor], state: dict) -> None:
+def save(
+    folder: str | Path,
+    model: nn.Module,
+    config: Config,
+    training: dict[str, Tensor],
+    state: dict,
+    keep_previous: bool = True,
+) -> None:
     """Write a checkpoint, replacing the one that the folder holds.
 
     Args:
         training: tensors of the optimiser and the generators by name; no name begins with "model.".
         state: JSON values: the position of the run.
+        keep_previous: keep what a run went on from until now as the checkpoint before.
     """
     folder = Path(folder)
     weights = _weights_of(model)
     everything = {f"model.{name}": tensor for name, tensor in weights.items()} | training
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=2)
     write_text(folder / CONFIG, text + "\n")
-    _write_tensors(folder / TRAINING, everything, {"state": json.dumps(state)})
+    header = {"state": json.dumps(state)}
+    header["sha256"] = _digest(everything, header["state"])
+    _write_tensors(folder / TRAINING, everything, header, folder / PREVIOUS if keep_previous else None)
     _write_tensors(folder / WEIGHTS, weights, {})
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(f"\n{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -120,11 +217,13 @@ def write_weights(path: Path, weights: nn.Module | dict[str, Tensor]) -> None:
     _write_tensors(path, weights if isinstance(weights, dict) else _weights_of(weights), {})
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+def _write_tensors(
+    path: Path, tensors: dict[str, Tensor], header: dict[str, str], previous: Path | None = None
+) -> None:
     import safetensors  # where a file is: a model needs torch alone
     from safetensors.torch import save_file
 
-    with replacing(path) as beside:
+    with replacing(path, previous) as beside:
         try:
             save_file(tensors, beside, {"format": "pt", **header})
         except safetensors.SafetensorError as error:  # a full disk comes as this
@@ -142,9 +241,47 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Mod
     """
     folder = Path(folder)
     config = load_config(folder)
-    model = config.build()
-    load_weights(model, folder / WEIGHTS)
+    weights = read_tensors(folder / WEIGHTS)[0]
+    name = str(folder / WEIGHTS)
+    model = build_to_fit(config.build, config.kwargs, weights, name)
+    load_weights(model, weights, name)
     return model.to(device).eval(), config
+
+
+def build_to_fit(
+    build: Callable[..., nn.Module],
+    kwargs: Mapping[str, object],
+    weights: Mapping[str, Tensor],
+    name: str,
+    partial: Sequence[str] = (),
+) -> nn.Module:
+    """The model that a config describes, of whose sizes nothing is allocated before the weights have borne them out.
+
+    Args:
+        build: makes the model, with further arguments.
+        kwargs: what the config says.
+        name, partial: as `load_weights`.
+
+    Raises:
+        ValueError: for a config of no model, or of one that the weights are not of.
+    """
+    held = sum(tensor.numel() for tensor in weights.values())
+    for key, value in kwargs.items():
+        if key in ("device", "dtype"):
+            raise ValueError(f"{key}: the config says {value!r}; that is not for a checkpoint to say")
+        most = len(weights) if key == "depth" else held  # the shell of a block is no memory, but a while
+        sizes = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(size, int) and size > most for size in sizes):
+            held = f"{len(weights)} tensors of {held} numbers"
+            raise ValueError(f"{key}: the config says {value}, the weights are {held}")
+    try:
+        shell = build(device="meta", weight_init="skip")
+    except ValueError:
+        raise
+    except Exception as error:  # of arguments of any type and size: whatever PyTorch raises
+        raise ValueError(f"{name}: its config describes no model ({error!r})") from error
+    _check_fit(shell.state_dict(), weights, name, partial)
+    return build()
 
 
 def load_config(folder: str | Path) -> Config:
@@ -157,34 +294,69 @@ def load_config(folder: str | Path) -> Config:
     if not path.is_file():
         raise ValueError(f"{folder}: no checkpoint: it holds no {CONFIG}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         config = Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
         shape = [dict, list, dict, str]
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']!r}, this version of vit_fast reads {FORMAT}")
         if [type(part) for part in (config.kwargs, config.classes, config.preprocessing, config.architecture)] != shape:
             raise TypeError("a field has the wrong type")
+        check_pictures(config.preprocessing)
         return dataclasses.replace(config, classes=tuple(map(str, config.classes)))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no config of a checkpoint ({error})") from error
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: for a file that is not there, too large, or no JSON object.
+    """
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"larger than {MOST_JSON >> 20} MB")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"got a {type(found).__name__}, takes an object")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no JSON that can be read ({error})") from error
+
+
 def load_training(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
     """What `save` wrote for going on: (weights, tensors of optimiser and generators, state).
+
+    Where the last checkpoint is damaged it is that of the one before, and a warning says so.
 
     Raises:
         ValueError: as `load`.
     """
-    path = Path(folder) / TRAINING
+    path, before = Path(folder) / TRAINING, Path(folder) / PREVIOUS
+    try:
+        return _read_training(path)
+    except (ValueError, OSError) as error:
+        if not before.is_file():
+            raise
+        try:
+            found = _read_training(before)
+        except (ValueError, OSError) as other:
+            raise ValueError(f"{error}; nor can the checkpoint before be read: {other}") from error
+        log.warning(f"{error}; going on from the checkpoint before, {before}")
+        return found
+
+
+def _read_training(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
     tensors, header = read_tensors(path)
     if "state" not in header:
         raise ValueError(f"{path}: holds weights alone; a run goes on from the {TRAINING} of `vit-fast train`")
+    if header.get("sha256") != _digest(tensors, header["state"]):
+        raise ValueError(f"{path}: damaged, its digest is of other contents")
     weights = {name.removeprefix("model."): tensors.pop(name) for name in list(tensors) if name.startswith("model.")}
     try:
-        state = json.loads(header["state"])
-    except ValueError as error:
+        return weights, tensors, json.loads(header["state"])
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, its state is no JSON ({error})") from error
-    return weights, tensors, state
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -208,7 +380,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
         return load_file(path), header
-    except safetensors.SafetensorError as error:
+    except Exception as error:  # besides its own errors PyTorch's, of shapes and types that only the header has
         raise ValueError(f"{path}: cut off, or no safetensors file ({error})") from error
 
 
@@ -235,8 +407,13 @@ def load_weights(
     weights = source
     if not isinstance(source, dict):
         name, weights = str(source), read_tensors(source)[0]
-    wanted = model.state_dict()
+    _check_fit(model.state_dict(), weights, name, partial)
+    model.load_state_dict(weights, strict=not partial)
 
+
+def _check_fit(
+    wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], name: str, partial: Sequence[str] = ()
+) -> None:
     def known(key: str) -> bool:
         return any(fnmatch.fnmatchcase(key, pattern) for pattern in partial)
 
@@ -256,4 +433,3 @@ def load_weights(
                 more = f", and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
                 lines.append(f"{len(keys)} {problem}: {', '.join(keys[:SHOWN])}{more}")
         raise ValueError("; ".join(lines))
-    model.load_state_dict(weights, strict=not partial)

@@ -6,7 +6,7 @@ the shorter side becomes img_size / crop_pct, then the centre is cut out.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff")
 MAX_PIXELS = 89_478_485  # Pillow's own threshold: a quarter of a GiB in RGB
 MAX_RATIO = 200  # of the sides of a picture
+MAX_RESIZED = MAX_PIXELS  # of a picture once it is resized: a crop_pct of almost nothing asks for any number
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 CROP_MODES = ("center", "squash")
 
@@ -75,6 +76,35 @@ def _check_ratio(name: str, rows: int, columns: int) -> None:
         raise ValueError(f"{name}: refused, {columns} x {rows} pixels; takes sides of a ratio of {MAX_RATIO} at most")
 
 
+def _check_resized(rows: int, columns: int) -> None:
+    if rows * columns > MAX_RESIZED:
+        raise ValueError(f"crop_pct: asks for a picture of {columns} x {rows} pixels, takes {MAX_RESIZED:,} at most")
+
+
+def check_pictures(settings: Mapping[str, object]) -> None:
+    """Refuse what a checkpoint says of its pictures where `preprocess` cannot do it.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+
+    def number(value) -> bool:
+        return isinstance(value, (int, float)) and abs(value) < 1e30
+
+    for name in ("mean", "std"):
+        values = settings.get(name, (1.0,))
+        each = isinstance(values, (list, tuple)) and all(map(number, values))
+        if not each or not values or (name == "std" and min(values) <= 0):
+            takes = "numbers above 0" if name == "std" else "numbers"
+            raise ValueError(f"{name}: got {values!r}, takes a list of {takes}")
+    crop_pct = settings.get("crop_pct", 1.0)
+    if not number(crop_pct) or not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct: got {crop_pct!r}, takes more than 0 and at most 1")
+    for name, takes in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+        if settings.get(name, takes[0]) not in takes:
+            raise ValueError(f"{name}: got {settings[name]!r}, takes one of {', '.join(takes)}")
+
+
 def _scaled_size(size: tuple[int, int], img_size: tuple[int, int], crop_pct: float, crop_mode: str) -> tuple[int, int]:
     """(rows, columns) of a picture of (rows, columns) `size` once it is resized to cover img_size / crop_pct."""
     rows, columns = size
@@ -102,6 +132,7 @@ def to_pixels(
     """A PIL image resized and cropped to [C, rows, columns] uint8."""
     Image, _ = _pillow()
     rows, columns = _scaled_size((image.height, image.width), img_size, crop_pct, crop_mode)
+    _check_resized(rows, columns)
     if (rows, columns) != (image.height, image.width):
         image = image.resize((columns, rows), Image.Resampling[interpolation.upper()])
     top, left = _crop_origin((rows, columns), img_size)
@@ -118,6 +149,7 @@ def _tensor_to_pixels(images: Tensor, img_size, crop_pct, interpolation, crop_mo
         red, green, blue = images.int().unbind(1)
         images = ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8).unsqueeze(1)
     size = _scaled_size(images.shape[2:], img_size, crop_pct, crop_mode)
+    _check_resized(*size)
     if size != tuple(images.shape[2:]):
         if interpolation == "lanczos":
             raise ValueError("interpolation: 'lanczos' resizes files and PIL images only; a tensor takes the others")

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from vit_fast import checkpoint
+from vit_fast.inference import check_pictures
 from vit_fast.model import VisionTransformer
 from vit_fast.weights import jax, read, to_ours
-from vit_fast.weights.files import NAMES, read_json
+from vit_fast.weights.files import NAMES
 from vit_fast.weights.settings import Settings, from_open_clip, from_shapes, from_timm, from_transformers, to_timm
 from vit_fast.zoo import entries
 
@@ -21,6 +22,7 @@ log = logging.getLogger("vit_fast")
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 OPEN_CLIP = "open_clip_config.json"
+MOST_SIDE = 4096  # of the pictures that a processor makes
 # Of a repository: no pickle.
 WANTED = [checkpoint.CONFIG, *PROCESSORS, OPEN_CLIP, "*.safetensors", "*.safetensors.index.json"]
 
@@ -84,12 +86,19 @@ def load(
             settings = from_shapes(names, coverage, num_heads or jax.heads(tensors))
             assumed = {name: settings.args[name] for name in ("num_heads", "norm_eps", "global_pool")}
             log.warning(f"{path}: it does not say what model it is of; assumed from its names and shapes: {assumed}")
-        network = settings.build(weight_init="" if partial else "skip")
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        check_pictures(settings.pictures)
+    except (ArithmeticError, AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
         raise ValueError(f"{folder}: a config lacks a field, or one is of another kind ({error!r})") from error
+
+    def build(**more) -> VisionTransformer:
+        return settings.build(**{"weight_init": "" if partial else "skip", **more})
+
+    network = checkpoint.build_to_fit(build, settings.args, names, str(path), partial)
     checkpoint.load_weights(network, names, str(path), partial)
     size = settings.pictures.get("input_size", ())[-2:]
     if said == "model_type" and config["model_type"].startswith("dinov2") and size:
+        if max(size) > MOST_SIDE:  # a position for each of its patches is made at once
+            raise ValueError(f"size: the processor says {size}, takes {MOST_SIDE} at most")
         network.set_input_size(img_size=size)  # trained on larger pictures than it is shown: it resamples positions
     network.label_names = settings.classes
     return network.to(device).eval()
@@ -99,7 +108,7 @@ def _config(path: Path, name: str) -> dict:
     """A config of the folder, or beside a file that has the name of a folder's weights; an empty one elsewhere."""
     folder = path if path.is_dir() else path.parent
     counts = path.is_dir() or path.name in NAMES
-    return read_json(folder / name) if counts and (folder / name).is_file() else {}
+    return checkpoint.read_json(folder / name) if counts and (folder / name).is_file() else {}
 
 
 def save_pretrained(model: VisionTransformer, folder: str | os.PathLike) -> None:
@@ -149,7 +158,8 @@ def _hub():
 def _fetched(name: str) -> Path:
     """The folder that holds a repository's files."""
     kind, _, repository = name.partition(":")
-    if kind != "hf-hub" or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", repository):
+    # No ".." in a revision: the Hub's client keeps it as the name of a file.
+    if kind != "hf-hub" or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", repository) or ".." in repository:
         known = "; it is an architecture: create_model makes one with fresh weights" if name in entries() else ""
         raise ValueError(f"{name}: no such file or folder{known or '; a repository of the Hub is hf-hub:owner/name'}")
     repository, _, revision = repository.partition("@")

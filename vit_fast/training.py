@@ -128,26 +128,36 @@ def train(
 
     A checkpoint is written after each epoch, and after the running step on Ctrl-C (a second Ctrl-C stops at once, and
     leaves the checkpoint before). The last weights are kept, whatever the held-out accuracy of an earlier epoch was.
+    While it trains no other process may train into this folder.
 
     Args:
         resume: the folder of a checkpoint to go on from. Settings other than `FREE_ON_RESUME` must be as they were.
+            Where the last checkpoint is damaged the run goes on from the one before, and a warning says so.
         on_step: called after each step. It may raise KeyboardInterrupt, which counts as Ctrl-C.
         on_epoch: called after each epoch with its line of the history: epoch, step, lr, train_loss, held_out_loss,
             held_out_accuracy, images_per_second (of training).
 
     Raises:
-        ValueError: for an output that cannot be written or holds another run, data that does not fit, a picture that
-            cannot be read, a checkpoint of other settings or data. KeyboardInterrupt: after Ctrl-C.
+        ValueError: for an output that cannot be written, holds another run or is trained into by another process, data
+            that does not fit, a picture that cannot be read, a checkpoint of other settings or data.
+        OSError: for a disk that is full. KeyboardInterrupt: after Ctrl-C.
         FloatingPointError: where the loss is no number any more; the last checkpoint is from before.
     """
     checkpoint.check_writable(config.output)
     output = Path(config.output)
-    if (output / checkpoint.TRAINING).exists() and (resume is None or not output.samefile(resume)):
+    with checkpoint.claimed(output):
+        return _train(config, output, resume, on_step, on_epoch)
+
+
+def _train(config: Config, output: Path, resume: str | Path | None, on_step, on_epoch) -> Result:
+    held = any((output / name).exists() for name in (checkpoint.TRAINING, checkpoint.PREVIOUS))
+    if held and (resume is None or not output.samefile(resume)):
         raise ValueError(f"output: {output} holds a checkpoint already; resume it, or name another folder")
     run = _Run(config)
     if resume is not None:
         run.restore(Path(resume))
-        run.save(output)  # a checkpoint from the start, should the output be another folder
+        # A checkpoint from the start, should the output be another folder, or the last one damaged: that is not kept.
+        run.save(output, keep_previous=False)
     with _Interrupt() as interrupt:
         while run.epoch < config.epochs:
             started, images_before = time.monotonic(), run.images
@@ -415,7 +425,7 @@ class _Run:
             if parameter in self.optimiser.state:
                 yield name, self.optimiser.state[parameter]
 
-    def save(self, output: Path) -> None:
+    def save(self, output: Path, keep_previous: bool = True) -> None:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise FloatingPointError(f"a weight is no number any more at step {self.step}; try a lower lr")
         tensors = {
@@ -435,7 +445,7 @@ class _Run:
             "loss_sum": self.loss_sum.item(),
             "history": self.history,
         }
-        checkpoint.save(output, self.model, self.model_config, tensors, state)
+        checkpoint.save(output, self.model, self.model_config, tensors, state, keep_previous)
         checkpoint.write_text(output / HISTORY, "".join(json.dumps(record) + "\n" for record in self.history))
 
     def _settings(self) -> dict:

@@ -33,6 +33,7 @@ LAYOUTS = (
     open_clip.OPEN_CLIP_TIMM,
     jax.JAX,
 )
+MOST_TENSORS = 10_000  # ten times what the largest model has
 TARGETS = ("timm", "hf", "torchvision", "open_clip", "dinov2", "jax")
 
 
@@ -64,9 +65,19 @@ def to_ours(state_dict: Mapping[str, Tensor], partial: Sequence[str] = ()) -> tu
         partial: shell patterns of names that may be missing or left over.
 
     Raises:
-        ValueError: for names that are left over or missing and not in `partial`, for names of no layout or of two.
+        ValueError: for names that are left over or missing and not in `partial`, for names of no layout or of two, for
+            shapes that the layout does not have.
     """
-    found, coverage = recognise(state_dict).to_ours(state_dict)
+    if len(state_dict) > MOST_TENSORS:
+        raise ValueError(f"the weights: {len(state_dict)} tensors, takes {MOST_TENSORS} at most")
+    empty = [name for name, tensor in state_dict.items() if not tensor.numel()]
+    if empty:  # its other sides may be of any length
+        raise ValueError(f"the weights: no number in {shortened(empty)}")
+    layout = recognise(state_dict)
+    try:
+        found, coverage = layout.to_ours(state_dict)
+    except (IndexError, RuntimeError, TypeError) as error:
+        raise ValueError(f"the weights: a tensor is of another shape than in {layout.name} ({error})") from error
     _refuse(coverage, partial)
     return found, coverage
 

@@ -1,7 +1,8 @@
 """Files of weights: safetensors, one or in shards, and google-research's .npz. No pickle is ever opened."""
 
-import json
+import math
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -11,7 +12,9 @@ from vit_fast import checkpoint
 
 INDEX = "model.safetensors.index.json"
 NAMES = (checkpoint.WEIGHTS, "open_clip_model.safetensors")  # of the one file in a folder
-MOST_JSON = 16 << 20  # bytes of a config or an index
+# What a .npz may unpack to. Weights hardly pack; zeros unpack to a thousand times their file.
+MOST_UNPACKED = 64 << 20  # bytes of a small file
+MOST_RATIO = 20  # times a larger one
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -32,45 +35,52 @@ def read(path: Path) -> dict[str, Tensor]:
         return checkpoint.read_tensors(path)[0]
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    import numpy as np
-
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            unpacked = sum(member.file_size for member in members)
+            if unpacked > max(MOST_UNPACKED, MOST_RATIO * path.stat().st_size):
+                raise ValueError(f"it says that it unpacks to {unpacked:,} bytes")
+            return {member.filename.removesuffix(".npy"): _array(archive, member) for member in members}
     except Exception as error:  # zipfile and numpy have many of their own
         raise ValueError(f"{path}: cut off, or no .npz of arrays alone ({error})") from error
 
 
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Tensor:
+    """One array of a .npz. numpy's own reader allocates what the header says before it has seen that it is there."""
+    import numpy as np
+
+    if not member.filename.endswith(".npy"):
+        raise ValueError(f"{member.filename} is no array")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{member.filename} is packed as no .npz is")
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{member.filename} is of version {version}")
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, columns_first, dtype = read_header(file)
+        if dtype.hasobject:
+            raise ValueError(f"{member.filename} holds pickled objects")
+        if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
+            raise ValueError(f"{member.filename} is not of the length of {shape} {dtype}")
+        array = np.frombuffer(bytearray(file.read()), dtype)
+    return torch.from_numpy(array.reshape(shape, order="F" if columns_first else "C"))
+
+
 def _read_sharded(folder: Path) -> dict[str, Tensor]:
-    places = read_json(folder / INDEX).get("weight_map")
+    places = checkpoint.read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict):
         raise ValueError(f"{folder / INDEX}: no weight_map")
     tensors = {}
-    for name in sorted(set(map(str, places.values()))):
-        if not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
+    for name in sorted(set(places.values()), key=str):
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
             raise ValueError(f"{folder / INDEX}: refused, {name!r} is no name of a safetensors file beside it")
         tensors |= checkpoint.read_tensors(folder / name)[0]
     missing = sorted(set(places) - set(tensors))
     if missing:
         raise ValueError(f"{folder / INDEX}: {missing[0]} is in no file")
     return tensors
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: for a file that is not there, too large, or no JSON object.
-    """
-    try:
-        if path.stat().st_size > MOST_JSON:
-            raise ValueError(f"larger than {MOST_JSON >> 20} MB")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"got a {type(found).__name__}, takes an object")
-        return found
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no JSON that can be read ({error})") from error
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:

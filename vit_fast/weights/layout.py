@@ -96,8 +96,9 @@ def _matches(rules: Iterable[Rule], side: str, names: Iterable[str]) -> list[_Ma
     found = []
     for rule in rules:
         patterns = [_compiled(pattern) for pattern in _names(getattr(rule, side))]
-        groups = [match.groupdict() for name in names for p in patterns if (match := p.fullmatch(name))]
-        found += [_Match(rule, one) for index, one in enumerate(groups) if one not in groups[:index]]
+        matches = (match for name in names for p in patterns if (match := p.fullmatch(name)))
+        groups = dict.fromkeys(tuple(match.groupdict().items()) for match in matches)
+        found += [_Match(rule, dict(one)) for one in groups]
     return found
 
 
@@ -209,7 +210,7 @@ def _gaps(ours: set[str], needs: tuple[str, ...]) -> list[str]:
         if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
             blocks.setdefault(int(match[1]), set()).add(match[2])
     every = set(_OF_A_BLOCK).union(*blocks.values())
-    depth = max(blocks, default=0) + 1
+    depth = min(max(blocks, default=0), len(ours)) + 1  # a name may have any number: fewer blocks than names are whole
     gaps = [f"blocks.{i}.{name}" for i in range(depth) for name in sorted(every - blocks.get(i, set()))]
     norm = "fc_norm" if "fc_norm.weight" in ours or "fc_norm.bias" in ours else "norm"
     needed = ("patch_embed.proj.weight", *needs, f"{norm}.weight", f"{norm}.bias")
