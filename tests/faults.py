@@ -6,8 +6,9 @@ A run of 18 steps and three checkpoints is killed four times, each time at a mom
 end: its weights, its optimiser, its generators and its history must be those of a run that nothing happened to.
 
 clock      SIGKILL after a random part of the run's duration
-line       SIGKILL before a random line of training.py or checkpoint.py
-save       SIGKILL before a random line of checkpoint.py: between any two calls that write, flush, link or rename
+line       SIGKILL before a random line of training.py or of what writes checkpoints
+save       SIGKILL before a random line of checkpoint.py or pathlib: between any two calls that open, write, flush, link
+           or rename
 write      SIGKILL a random moment after a checkpoint's writing began, inside the calls too
 
 Then runs whose disk is full at a random byte, runs that Ctrl-C stops twice, and checkpoints damaged at random. Each
@@ -36,7 +37,8 @@ from vit_fast import checkpoint, training
 
 EPOCHS, STEPS = 3, 18
 KINDS = ("clock", "line", "save", "write")
-RUN_FILES = (training.__file__, checkpoint.__file__)
+SAVE_FILES = (checkpoint.__file__, sys.modules[Path.write_text.__module__].__file__)
+RUN_FILES = (training.__file__, *SAVE_FILES)
 PATIENCE_S = 120  # of a run that takes half a second
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -125,7 +127,7 @@ def _measure(folder: Path, results) -> None:
         seconds.append(time.monotonic() - started)
     checkpoint.save = save
     lines = {}
-    for kind, files in (("line", RUN_FILES), ("save", RUN_FILES[1:])):
+    for kind, files in (("line", RUN_FILES), ("save", SAVE_FILES)):
         count = count_lines(files)
         go_on(folder / kind)
         sys.settrace(None)
@@ -165,7 +167,7 @@ def _interrupted_twice(folder: Path, step: int, line: int, results) -> None:
 
     def on_step(report):
         if report.step == step:
-            at_line(RUN_FILES[1:], line, press)
+            at_line(SAVE_FILES, line, press)
             press()
 
     os.replace = replaces
@@ -246,7 +248,7 @@ def killed(folder: Path, kind: str, draw: random.Random, expected: Expected) -> 
     of_a = expected.of_a
     saving = CONTEXT.RawValue("b", 0)
     if kind in ("line", "save"):
-        files = RUN_FILES if kind == "line" else RUN_FILES[1:]
+        files = RUN_FILES if kind == "line" else SAVE_FILES
         process = start(_run, folder, saving, files, draw.randrange(of_a[kind]))
     else:
         process = start(_run, folder, saving)

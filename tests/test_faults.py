@@ -1,6 +1,7 @@
 """Faults: killed, interrupted, without room or rights, damaged, two at once, a peer that dies: and going on."""
 
 import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -100,6 +101,8 @@ def test_a_folder_that_may_only_be_read(when):
 
 
 def _wait_in_a_step(config: training.Config, reached) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of what decodes pictures: it inherits what is open
+
     def on_step(report):
         reached.set()
         time.sleep(faults.PATIENCE_S)

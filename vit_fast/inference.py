@@ -97,6 +97,9 @@ def check_pictures(settings: Mapping[str, object]) -> None:
         if not each or not values or (name == "std" and min(values) <= 0):
             takes = "numbers above 0" if name == "std" else "numbers"
             raise ValueError(f"{name}: got {values!r}, takes a list of {takes}")
+    sides = settings.get("input_size", (1,))
+    if not isinstance(sides, (list, tuple)) or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"input_size: got {sides!r}, takes a list of numbers above 0")
     crop_pct = settings.get("crop_pct", 1.0)
     if not number(crop_pct) or not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct: got {crop_pct!r}, takes more than 0 and at most 1")

@@ -272,7 +272,8 @@ class VisionTransformer(nn.Module):
     @torch.no_grad()
     def _write_sincos(self, table: Tensor) -> None:
         """The sine-cosine positions of this grid, zeros for the prefix tokens."""
-        positions = sincos_position(*self.patch_embed.grid_size, self.embed_dim)
+        grid = (1, 1) if table.is_meta else self.patch_embed.grid_size  # a shell has no values, and may be of any size
+        positions = sincos_position(*grid, self.embed_dim)
         table.zero_()
         table[0, table.shape[1] - len(positions) :].copy_(positions)
 

@@ -97,8 +97,10 @@ def load(
     checkpoint.load_weights(network, names, str(path), partial)
     size = settings.pictures.get("input_size", ())[-2:]
     if said == "model_type" and config["model_type"].startswith("dinov2") and size:
-        if max(size) > MOST_SIDE:  # a position for each of its patches is made at once
-            raise ValueError(f"size: the processor says {size}, takes {MOST_SIDE} at most")
+        if not all(
+            isinstance(side, int) and 0 < side <= MOST_SIDE for side in size
+        ):  # it makes positions for all of it
+            raise ValueError(f"size: the processor says {size}, takes 1 to {MOST_SIDE}")
         network.set_input_size(img_size=size)  # trained on larger pictures than it is shown: it resamples positions
     network.label_names = settings.classes
     return network.to(device).eval()

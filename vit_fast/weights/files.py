@@ -1,6 +1,8 @@
 """Files of weights: safetensors, one or in shards, and google-research's .npz. No pickle is ever opened."""
 
+import io
 import math
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -36,7 +38,7 @@ def read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _NoLonger(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             unpacked = sum(member.file_size for member in members)
             if unpacked > max(MOST_UNPACKED, MOST_RATIO * path.stat().st_size):
@@ -44,6 +46,15 @@ def read(path: Path) -> dict[str, Tensor]:
             return {member.filename.removesuffix(".npy"): _array(archive, member) for member in members}
     except Exception as error:  # zipfile and numpy have many of their own
         raise ValueError(f"{path}: cut off, or no .npz of arrays alone ({error})") from error
+
+
+class _NoLonger(io.BufferedReader):
+    """A file of which no more is asked than there is: Python allocates what it is asked for, and zipfile asks for what
+    the file says."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(os.fstat(self.fileno()).st_size - self.tell(), 0)
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Tensor:
@@ -73,9 +84,10 @@ def _read_sharded(folder: Path) -> dict[str, Tensor]:
     if not isinstance(places, dict):
         raise ValueError(f"{folder / INDEX}: no weight_map")
     tensors = {}
-    for name in sorted(set(places.values()), key=str):
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
+    for name in places.values():
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{,200}\.safetensors", name):
             raise ValueError(f"{folder / INDEX}: refused, {name!r} is no name of a safetensors file beside it")
+    for name in sorted(set(places.values())):
         tensors |= checkpoint.read_tensors(folder / name)[0]
     missing = sorted(set(places) - set(tensors))
     if missing:
