@@ -8,6 +8,7 @@ machine       whose the figures are
 versions      of Python, torch and triton
 counts        name → number, in the order in which they are shown
 missed        name → why, where something was not caught and is answered by a reason
+table         a list of rows, each the same names → values, where one number a name does not say it
 """
 
 import datetime
@@ -22,7 +23,13 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def keep(
-    name: str, what: str, command: str, duration_s: float, counts: dict[str, int], missed: dict[str, str] | None = None
+    name: str,
+    what: str,
+    command: str,
+    duration_s: float,
+    counts: dict[str, int],
+    missed: dict[str, str] | None = None,
+    table: list[dict] | None = None,
 ) -> pathlib.Path:
     """Write tests/results/NAME.json, whole or not at all."""
     versions = {package: records.version(package) for package in ("torch", "triton")}
@@ -36,6 +43,7 @@ def keep(
         "versions": {"python": platform.python_version(), **versions},
         "counts": counts,
         **({"missed": missed} if missed else {}),
+        **({"table": table} if table else {}),
     }
     path = RESULTS / f"{name}.json"
     RESULTS.mkdir(exist_ok=True)

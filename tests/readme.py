@@ -201,7 +201,8 @@ def _long_runs() -> str:
         parts.append(table([{"count": name, "": f"{number:,}"} for name, number in kept["counts"].items()]) + "\n")
         if missed := kept.get("missed"):
             parts.append(table([{"missed": name, "why": why} for name, why in missed.items()]) + "\n")
-        parts += [table(value) + "\n" for name, value in kept.items() if isinstance(value, list)]
+        if rows := kept.get("table"):
+            parts.append(table(rows) + "\n")
     return "\n".join(parts)
 
 
