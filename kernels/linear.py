@@ -234,7 +234,7 @@ def _finish_rows(gradient, mine, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     row = tl.program_id(0) * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
     # Masks and no branch, of which there would be four in a row.
-    inside = (rows < N) & mine
+    inside = rows < tl.where(mine, N, 0)
     stop = tl.where(mine, K, 0)
     dweight = matrix(dweight_ptr, N, K, K, BLOCK_M, BLOCK_N, False)
     weight = matrix(weight_ptr, N, K, stride_weight, BLOCK_M, BLOCK_N, False)

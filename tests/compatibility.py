@@ -23,7 +23,7 @@ from tests import counts
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOME = ROOT / "build" / "compatibility"
-NEEDS = ("numpy", "safetensors", "pytest", "pytest-timeout", "hypothesis", "setuptools>=77")
+NEEDS = ("numpy", "safetensors", "Pillow", "pytest", "pytest-timeout", "hypothesis", "setuptools>=77")
 # Of each op a case whose sizes no tile divides.
 CASES = "no_tile_divides or every_operand or first_key_of_a_second_tile or heads_of_72 or two_prefix_tokens"
 KERNELS = ["-m", "interpret", "-k", f"output_and_gradients and ({CASES}) and (fp32 or bf16)", "tests/ops"]

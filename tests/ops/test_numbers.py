@@ -1,7 +1,7 @@
 """Numbers that a careless kernel spoils, for every op that can meet them, and bits that must not depend on anything.
 
 Elsewhere: rows of a large mean, of equal elements and with one giant (`hard_rows` of test_ln_linear, in the tests of
-the four ops with a LayerNorm); of attention scores of ±10,000, one giant score, equal keys, NaN and infinity in an image
+the four ops with a LayerNorm); scores of ±10,000, one giant score, equal keys, NaN and infinity in one image's queries
 (test_attention); a pixel that is NaN (test_patch_embed). What is not here does not apply: LayerScale is an argument of
 four ops, and what is near fp16's largest number in an op with a LayerNorm is its output alone.
 """
