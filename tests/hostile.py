@@ -266,7 +266,7 @@ def other_json(value, draw: random.Random):
             (
                 [*value[:index], other_json(value[index], draw), *value[index + 1 :]],
                 value[:index],
-                value * draw.choice((2, 1000)),
+                value * (draw.choice((2, 1000)) if len(value) < 20 else 2),
                 [value],
             )
         )

@@ -4,7 +4,9 @@ The resize and the crop are those of timm's evaluation (`create_transform(..., i
 the shorter side becomes img_size / crop_pct, then the centre is cut out.
 """
 
+import io
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,20 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 CROP_MODES = ("center", "squash")
 
 
+class NoLonger(io.BufferedReader):
+    """A file that is read, of which nobody can ask more than there is.
+
+    Python allocates what it is asked to read, and Pillow and zipfile ask for the lengths that stand in a file.
+    """
+
+    def __init__(self, path: str | Path):
+        super().__init__(io.FileIO(path))
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(os.fstat(self.fileno()).st_size - self.tell(), 0)
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def open_image(path: str | Path, in_chans: int = 3, max_pixels: int = MAX_PIXELS):
     """Open a picture file whole, turned as its EXIF orientation says, as a PIL image in RGB (greyscale for in_chans=1).
 
@@ -33,7 +49,7 @@ def open_image(path: str | Path, in_chans: int = 3, max_pixels: int = MAX_PIXELS
     """
     Image, _ = _pillow()
     path = Path(path)
-    with path.open("rb") as file, warnings.catch_warnings():
+    with NoLonger(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of a bomb where we refuse one, and of tags that we do not read
         try:
             image = Image.open(file, formats=FORMATS)

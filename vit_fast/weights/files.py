@@ -1,8 +1,6 @@
 """Files of weights: safetensors, one or in shards, and google-research's .npz. No pickle is ever opened."""
 
-import io
 import math
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vit_fast import checkpoint
+from vit_fast.inference import NoLonger
 
 INDEX = "model.safetensors.index.json"
 NAMES = (checkpoint.WEIGHTS, "open_clip_model.safetensors")  # of the one file in a folder
@@ -38,7 +37,7 @@ def read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        with _NoLonger(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
+        with NoLonger(path) as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             unpacked = sum(member.file_size for member in members)
             if unpacked > max(MOST_UNPACKED, MOST_RATIO * path.stat().st_size):
@@ -46,15 +45,6 @@ def read(path: Path) -> dict[str, Tensor]:
             return {member.filename.removesuffix(".npy"): _array(archive, member) for member in members}
     except Exception as error:  # zipfile and numpy have many of their own
         raise ValueError(f"{path}: cut off, or no .npz of arrays alone ({error})") from error
-
-
-class _NoLonger(io.BufferedReader):
-    """A file of which no more is asked than there is: Python allocates what it is asked for, and zipfile asks for what
-    the file says."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(os.fstat(self.fileno()).st_size - self.tell(), 0)
-        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Tensor:
