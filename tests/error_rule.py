@@ -26,6 +26,12 @@ def _row_errors(x: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     return relative.square().mean().sqrt(), relative.max()
 
 
+def norms(ours: Tensor, unfused: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The error in the norm of the whole tensor, that of unfused PyTorch, and the limit of the rule."""
+    error, peer = (ours.double() - truth).norm(), (unfused.double() - truth).norm()
+    return error, peer, 2 * peer + torch.finfo(ours.dtype).eps / 8 * truth.norm()
+
+
 def assert_close_to_truth(ours: Tensor, unfused: Tensor, truth: Tensor, name: str = "output") -> None:
     """Assert the error rule; the dtype is that of `ours`, which must be that of `unfused`."""
     assert truth.dtype == torch.float64, f"{name}: the truth is {truth.dtype}"
@@ -35,9 +41,7 @@ def assert_close_to_truth(ours: Tensor, unfused: Tensor, truth: Tensor, name: st
     assert torch.isfinite(ours).all(), f"{name}: {(~torch.isfinite(ours)).sum()} elements are not finite"
     if not truth.numel():
         return
-    allowance = torch.finfo(ours.dtype).eps / 8
-    error, peer = (ours.double() - truth).norm(), (unfused.double() - truth).norm()
-    limit = 2 * peer + allowance * truth.norm()
+    error, peer, limit = norms(ours, unfused, truth)
     assert error <= limit, f"{name}: error {error:.3e}, unfused {peer:.3e}, limit {limit:.3e}"
     if truth.dim() < 2 or truth.shape[:-1].numel() < FEWEST_ROWS:
         return
@@ -45,7 +49,7 @@ def assert_close_to_truth(ours: Tensor, unfused: Tensor, truth: Tensor, name: st
     # Where all rows of unfused PyTorch happen to err alike, its largest says nothing of what is usual for one row.
     usual = torch.maximum(peer_worst, 2 * peer_rms)
     for what, error, peer, factor in (("rows", rms, peer_rms, 2), ("worst row", worst, usual, 4)):
-        limit = factor * peer + allowance
+        limit = factor * peer + torch.finfo(ours.dtype).eps / 8
         assert error <= limit, f"{name}: {what} {error:.3e}, unfused {peer:.3e}, limit {limit:.3e}"
 
 

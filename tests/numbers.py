@@ -1,0 +1,111 @@
+"""How far each op is from fp64: the error rule of the tests as a distribution, over every named case drawn anew.
+
+python -m tests.numbers [--draws 2] [--seed 0] [--op NAME ...]
+
+Of the output and of each gradient two ratios are taken, in the norm of the whole tensor: our error over the limit of
+the rule (1 would be a test that fails), and our error over that of unfused PyTorch in the same dtype. Their quantiles
+over cases, draws and tensors are kept in tests/results/numbers.json.
+"""
+
+import argparse
+import os
+import sys
+import time
+
+import torch
+
+from tests import counts, unfused
+from tests.error_rule import norms
+from tests.ops import (
+    test_attention,
+    test_block,
+    test_linear_residual,
+    test_ln_linear,
+    test_mlp,
+    test_patch_embed,
+    test_swiglu,
+)
+from tests.ops.harness import MODES, three_ways
+from vit_fast import ops, reference
+
+# Cases whose true gradient is zero for some operand, where a ratio says nothing, are left to their own tests.
+ATTENTION = [case for case in test_attention.SEPARATE + test_attention.PIECES if not case.constant]
+OPS = {
+    "ln_linear": (ops.ln_linear, reference.ln_linear, unfused.ln_linear, test_ln_linear.CASES),
+    "attention": (ops.attention, reference.attention, unfused.attention, ATTENTION),
+    "linear_residual": (
+        *(ops.linear_residual, reference.linear_residual, unfused.linear_residual),
+        test_linear_residual.CASES,
+    ),
+    "mlp": (ops.mlp, reference.mlp, unfused.mlp, test_mlp.CASES),
+    "swiglu": (ops.swiglu, reference.swiglu, unfused.swiglu, test_swiglu.CASES),
+    "patch_embed": (ops.patch_embed, reference.patch_embed, unfused.patch_embed, test_patch_embed.CASES),
+    "block": (
+        *(ops.block, test_block.composed(reference), test_block.composed(test_block.PEER)),
+        test_block.CASES,
+    ),
+}
+
+
+def ratios(op: str, mode: str, draws: int) -> tuple[list[float], list[float]]:
+    """Our error over the limit, and over unfused PyTorch's, of every tensor of every case."""
+    ours_of_limit, ours_of_peer = [], []
+    call, truth, peer, cases = OPS[op]
+    for case in cases:
+        for _ in range(draws):
+            ours, theirs, exact = three_ways(call, truth, peer, case, mode, "triton")
+            for name in exact:
+                error, unfused_error, limit = norms(ours[name], theirs[name], exact[name])
+                ours_of_limit.append((error / limit).item())
+                ours_of_peer.append((error / unfused_error.clamp_min(limit / 100)).item())
+    return ours_of_limit, ours_of_peer
+
+
+def row(op: str, mode: str, draws: int) -> dict:
+    """A line of the table: the quantiles of both ratios."""
+    found = ratios(op, mode, draws)
+    at = torch.tensor([0.5, 0.9, 0.99, 1.0], dtype=torch.float64)
+    of_limit, of_peer = (torch.tensor(r, dtype=torch.float64).quantile(at).tolist() for r in found)
+    names = ("50 %", "90 %", "99 %", "most")
+    return (
+        {"op": op, "dtype": mode, "tensors": len(found[0])}
+        | {f"of the limit, {name}": f"{value:.2f}" for name, value in zip(names, of_limit)}
+        | {f"of PyTorch's error, {name}": f"{value:.2f}" for name, value in zip(names, of_peer)}
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.numbers", description=__doc__.partition("\n")[0])
+    parser.add_argument("--draws", type=int, default=2, help="of each case (2)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first draw (0)")
+    parser.add_argument("--op", nargs="+", default=list(OPS), choices=list(OPS), metavar="OP", help="(all)")
+    given = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is imported
+        command = [sys.executable, "-m", "tests.numbers", *sys.argv[1:]]
+        os.execvpe(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
+    from tests.mend_interpreter import mend
+
+    mend()
+    torch.set_num_threads(1)
+    torch.manual_seed(given.seed)
+    begin, rows = time.monotonic(), []
+    for op in given.op:
+        for mode in MODES:
+            rows.append(row(op, mode, given.draws))
+            print(rows[-1], flush=True)
+    over = sum(float(line["of the limit, most"]) > 1 for line in rows)
+    if given.op == list(OPS):
+        counts.keep(
+            "numbers",
+            "The error of every op against fp64, output and every gradient: over the limit of the error rule, and over "
+            "the error of unfused PyTorch in the same dtype.",
+            f"python -m tests.numbers --draws {given.draws} --seed {given.seed}",
+            time.monotonic() - begin,
+            {"tensors": sum(line["tensors"] for line in rows), "lines with one over the limit": over},
+            table=rows,
+        )
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
