@@ -261,7 +261,7 @@ def _in_a_megabyte():
     [
         ({"depth": 10**9}, "depth: the config says 1000000000, the weights are"),
         ({"img_size": [10**6, 10**6]}, "img_size: the config says"),
-        ({"img_size": 8000, "pos_embed": "sincos2d"}, "of another shape: pos_embed"),
+        ({"img_size": 24_000, "pos_embed": "sincos2d"}, "of another shape: pos_embed"),
         ({"in_chans": 10**9}, "in_chans: the config says"),
         ({"reg_tokens": 10**9}, "reg_tokens: the config says"),
         ({"mlp_ratio": 1e300}, "describes no model|mlp_ratio"),
