@@ -3,11 +3,12 @@
 python -m tests.mutants [--sample 0] [--seed 0] [--workers N] [--only WORD]
 
 A mutant of tests/mutants.txt is a place in a file and what stands there instead. It is caught where the tests of its op
-fail, crash or hang. What is missed is answered: by a new test, or in HARMLESS by the reason why it changes nothing. The
+fail, crash or hang; that is noted in build/, and a run that was cut goes on there. What is missed is answered: by a new test, or in HARMLESS by the reason why it changes nothing. The
 last whole run is kept in tests/results/mutants.json; tests/test_mutants.py sees that every place is still there.
 """
 
 import argparse
+import json
 import os
 import pathlib
 import random
@@ -28,8 +29,8 @@ NOTHING_RAN = (2, 3, 4, 5)  # pytest's exit statuses: not collected, an error of
 # The tests of an op, those first that are quick to fail.
 TESTS = {
     "kernels/product.py": ["linear_residual", "ln_linear", "swiglu", "offsets", "mlp", "promises", "descriptors"],
-    "kernels/linear.py": ["linear_residual", "backward_ops", "offsets", "promises", "mlp", "block", "guard_pages"],
-    "kernels/layer_norm.py": ["ln_linear", "backward_ops", "offsets", "promises", "mlp", "block", "guard_pages"],
+    "kernels/linear.py": ["linear_residual", "backward_ops", "offsets", "promises", "mlp", "block"],
+    "kernels/layer_norm.py": ["ln_linear", "backward_ops", "offsets", "promises", "mlp", "block"],
     "kernels/ln_linear.py": ["ln_linear", "promises"],
     "kernels/linear_residual.py": ["linear_residual", "promises", "offsets"],
     "kernels/mlp.py": ["mlp", "promises", "offsets"],
@@ -70,7 +71,11 @@ def read() -> list[Mutant]:
 
 
 # Missed, and why nothing is wrong: bug → reason.
-HARMLESS: dict[str, str] = {}
+HARMLESS = {
+    "h read as it was before it was rounded": "activations of h and of h as it is stored differ by a rounding, which the "
+    "error rule allows; that both directions take the same number is a promise of speed's, not of the rule's",
+    "a gradient that is not cast": "every product casts the tiles that it loads: the same numbers, from a slower product",
+}
 
 
 def file_of(test: str) -> str:
@@ -131,18 +136,28 @@ def main() -> int:
     chosen = [mutant for mutant in mutants if given.only in f"{mutant.file} {mutant.bug}"]
     if given.sample:
         chosen = random.Random(given.seed).sample(chosen, min(given.sample, len(chosen)))
-    start, missed = time.monotonic(), []
+    notes = ROOT / "build" / "mutants.jsonl"
+    notes.parent.mkdir(exist_ok=True)
+    done = {}
+    if notes.is_file():
+        done = {tuple(line["mutant"]): line["seconds"] for line in map(json.loads, notes.read_text().splitlines())}
+    left, missed = [mutant for mutant in chosen if mutant not in done], []
+    print(f"{len(chosen) - len(left)} were caught before, {len(left)} to go, {given.workers} at a time", flush=True)
 
     def one(mutant: Mutant) -> tuple[Mutant, bool, str, float]:
         begin = time.monotonic()
         return mutant, *run(mutant, TESTS[mutant.file]), time.monotonic() - begin
 
     with ThreadPoolExecutor(given.workers) as pool:
-        for number, (mutant, caught, said, seconds) in enumerate(pool.map(one, chosen), 1):
+        for number, (mutant, caught, said, seconds) in enumerate(pool.map(one, left), 1):
             word = "caught" if caught else "MISSED"
-            print(f"{number}/{len(chosen)} {word} {mutant.file}: {mutant.bug} ({seconds:.0f} s) {said}", flush=True)
+            print(f"{number}/{len(left)} {word} {mutant.file}: {mutant.bug} ({seconds:.0f} s) {said}", flush=True)
+            done[mutant] = seconds
             if not caught:
                 missed.append(mutant)
+                continue
+            with notes.open("a") as file:
+                file.write(json.dumps({"mutant": mutant, "said": said, "seconds": round(seconds)}) + "\n")
     print(f"{len(chosen) - len(missed)} of {len(chosen)} caught")
     unanswered = [mutant for mutant in missed if mutant.bug not in HARMLESS]
     if len(chosen) == len(mutants):
@@ -150,7 +165,7 @@ def main() -> int:
             "mutants",
             "Bugs that kernel authors make, each put into a copy of the tree: the tests of its op must fail.",
             "python -m tests.mutants",
-            time.monotonic() - start,
+            sum(done[mutant] for mutant in mutants) / given.workers,
             {"mutants": len(chosen), "caught": len(chosen) - len(missed), "missed": len(missed)},
             {f"{m.file}: {m.bug}": HARMLESS.get(m.bug, "not answered yet") for m in missed},
         )
