@@ -3,7 +3,8 @@
 It stores bf16 as uint16, multiplies these integers in `tl.dot`, and truncates where hardware rounds to nearest even.
 A bf16 result of the interpreter is still no proof of a GPU's: the products here are exact in fp32. Its `tl.fma` rounds
 the product before it adds, which hardware does not. And it looks through all of triton.language at every call of a
-function in a kernel, to replace what it has replaced already: a third of the time that such tests took.
+function in a kernel, to replace what it has replaced already: a third of the time that such tests took. Its scalars are
+arrays of one number, which numpy 2.4 takes for no index: Triton 3.6 had no loop up to an argument there.
 
 What is left of it goes by the number of programs. The second stage of weight gradients has a program for two rows, and
 took most of the time of a backward pass: here it has 16 rows, and few columns, so that narrow weights have two steps.
@@ -53,6 +54,12 @@ def mend() -> None:
             exact = x.data.astype(np.float64) * y.data.astype(np.float64)  # 48 bits of 53
             return interpreter.TensorHandle((exact + z.data).astype(z.data.dtype), z.dtype.scalar)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
     patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
     def patch_lang(fn):
@@ -66,6 +73,7 @@ def mend() -> None:
         patched.clear()  # what the launch before had replaced was put back at its end
         return launch(executor, *args, **kwargs)
 
+    interpreter._patch_lang_tensor = patch_lang_tensor
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, launch_patched_once
     builder.cast_impl, builder.create_dot, builder.create_fma = cast_impl, create_dot, create_fma
     builder.create_fp_to_fp = create_fp_to_fp
