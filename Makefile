@@ -15,7 +15,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PINS := constraints.txt pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all exhaustive mutants lint bench static gpu gpu-rehearsal clean
+.PHONY: help demo test test-all exhaustive mutants compatibility lint bench static gpu gpu-rehearsal clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,11 @@ exhaustive: $(VENV)/test.stamp  ## every kernel between guard pages, over 5,000 
 
 mutants: $(VENV)/test.stamp  ## 100 bugs put into kernels and ops, each against its tests: an hour of two cores; SAMPLE=10 SEED=1
 	$(BIN)/python -m tests.mutants --sample $(SAMPLE) --seed $(SEED)
+
+# Outside .venv: an environment a Python, some 5 GB each, under build/.
+compatibility: $(VENV)/test.stamp  ## each Python that is found by Triton 3.6, 3.7, 3.9 and none, and the lowest requirements
+	$(BIN)/python -m tests.compatibility
+	$(BIN)/python -m tests.compatibility --lowest --triton 3.6.0
 
 lint: $(VENV)/lint.stamp  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -57,7 +62,7 @@ clean:  ## remove the environment and everything that was made
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/made.stamp: constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python 3.10 or later is needed, $(PYTHON) is " + sys.version)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or later is needed for what is pinned (the package takes 3.10), $(PYTHON) is " + sys.version)'
 	@echo "making $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) setuptools

@@ -1,11 +1,12 @@
 """Pythons by Tritons: the package installed beside each, and a choice of its tests; `make compatibility`.
 
-python -m tests.compatibility [--python PYTHON ...] [--triton VERSION ...] [--torch VERSION]
+python -m tests.compatibility [--python PYTHON ...] [--triton VERSION ...] [--torch VERSION] [--lowest]
 
 Each Python gets an environment under build/compatibility, kept for the next run: torch, the package as a user installs
 it, pytest. Each Triton is put into it in turn, and "none" takes it out. From a folder that holds the tests alone run
-each op's forward and backward in the interpreter, in fp32 and bf16, and beside them inference, checkpoints, tiles and
-the choice of a backend, under torch.compile too. The last run is kept in tests/results/compatibility.json.
+each op's forward and backward in the interpreter, in fp32 and bf16, the model on its kernels, and beside them a user's
+first steps, under `python -W error` and torch.compile too, checkpoints and tiles. `--lowest` installs the lowest
+requirements that the metadata takes. A row that is not run again stays in tests/results/compatibility.json.
 """
 
 import argparse
@@ -23,25 +24,30 @@ from tests import counts
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOME = ROOT / "build" / "compatibility"
-NEEDS = ("numpy", "safetensors", "Pillow", "pytest", "pytest-timeout", "hypothesis", "setuptools>=77")
+NEEDS = ("Pillow", "pytest", "pytest-timeout", "hypothesis", "setuptools>=77")
+MINORS = range(10, 15)  # of Python 3
 # Of each op a case whose sizes no tile divides.
 CASES = "no_tile_divides or every_operand or first_key_of_a_second_tile or heads_of_72 or two_prefix_tokens"
-KERNELS = ["-m", "interpret", "-k", f"output_and_gradients and ({CASES}) and (fp32 or bf16)", "tests/ops"]
+KERNELS = [
+    *("-m", "interpret", "-k", f"first_use or (output_and_gradients and ({CASES}) and (fp32 or bf16))"),
+    *("tests/test_first_use.py", "tests/ops"),
+]
 PLAIN = [
-    *("-m", "not interpret and not slow", "tests/test_inference.py", "tests/test_checkpoint.py"),
-    *("tests/test_tiles.py", "tests/test_backend.py"),
+    *("-m", "not interpret and not slow", "-k", "not timm"),
+    *("tests/test_first_use.py", "tests/test_checkpoint.py", "tests/test_tiles.py"),
 ]
 LIMIT = 900  # seconds that a choice of tests may take
 
 
-def pythons() -> list[str]:
-    """One interpreter a version that the package takes: on the PATH, or where pyenv keeps them."""
+def pythons() -> dict[str, str]:
+    """Version → an interpreter of it, of each that the package takes: on the PATH, or where pyenv keeps them."""
     found = {}
-    for minor in range(10, 15):
-        kept = sorted(pathlib.Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python"))
-        if here := shutil.which(f"python3.{minor}") or next(map(str, kept), None):
-            found[minor] = here
-    return list(found.values())
+    for version in (f"3.{minor}" for minor in MINORS):
+        kept = sorted(map(str, pathlib.Path.home().glob(f".pyenv/versions/{version}.*/bin/python")))
+        for here in (shutil.which(f"python{version}"), *kept):  # on the PATH may be a shim of pyenv's, and no more
+            if here and run(here, "--version").returncode == 0:
+                found.setdefault(version, here)
+    return found
 
 
 def run(*command, **options) -> subprocess.CompletedProcess:
@@ -56,21 +62,35 @@ def install(python: pathlib.Path, *arguments) -> None:
         raise RuntimeError(f"pip install {' '.join(map(str, arguments))}:\n{done.stdout}")
 
 
-def environment(base: str, torch: str) -> tuple[str, pathlib.Path]:
-    """A version of Python, and the interpreter of an environment of it with torch and this package."""
-    version = run(base, "-c", "import platform; print(platform.python_version())").stdout.strip()
-    home = HOME / f"python{version.rpartition('.')[0]}"
+def requirements(torch: str, lowest: bool) -> list[str]:
+    """torch as it is asked for, and what else the package requires: the newest, or the lowest that it takes."""
+    project = (ROOT / "pyproject.toml").read_text()  # Python 3.10 reads no TOML
+    needed = re.search(r"^dependencies = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)[1]
+    floors = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', needed))
+    if lowest:
+        return [f"{name}=={floor}.*" if name == "numpy" else f"{name}=={floor}" for name, floor in floors.items()]
+    return [f"torch=={torch}", *(name for name in floors if name != "torch")]
+
+
+def environment(base: str, torch: str, lowest: bool) -> pathlib.Path:
+    """The interpreter of an environment of this Python with torch, this package and what it requires."""
+    version = said(base, "import sys; print(*sys.version_info[:2], sep='.')")
+    home = HOME / f"python{version}{'-lowest' if lowest else ''}"
     python = home / "bin" / "python"
     if not python.is_file():
         run(base, "-m", "venv", home, check=True)
         install(python, "--upgrade", "pip", "setuptools")
-    install(python, f"torch=={torch}", *NEEDS)
+    install(python, *requirements(torch, lowest), *NEEDS)
     with tempfile.TemporaryDirectory() as name:  # setuptools leaves build/ in the source
         source = pathlib.Path(name) / "source"
         kept_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "results", "tests")
         shutil.copytree(ROOT, source, ignore=kept_out)
         install(python, "--no-deps", "--no-build-isolation", "--force-reinstall", source)
-    return version, python
+    return python
+
+
+def said(python: str | pathlib.Path, code: str) -> str:
+    return run(python, "-c", code, check=True, stderr=None).stdout.strip()
 
 
 def outcome(python: pathlib.Path, folder: str, choice: list[str], interpret: bool) -> tuple[dict, str]:
@@ -90,7 +110,7 @@ def outcome(python: pathlib.Path, folder: str, choice: list[str], interpret: boo
     return found, " ".join(wrong[:1])
 
 
-def try_out(version: str, python: pathlib.Path, torch: str, triton: str) -> dict:
+def try_out(python: pathlib.Path, triton: str) -> dict:
     """A row of the table."""
     begin = time.monotonic()
     if triton == "none":
@@ -105,38 +125,64 @@ def try_out(version: str, python: pathlib.Path, torch: str, triton: str) -> dict
         done = [outcome(python, folder, choice, interpret) for choice, interpret in choices]
     total = {word: sum(found.get(word, 0) for found, _ in done) for word in ("passed", "failed", "skipped")}
     note = " ".join(wrong for _, wrong in done if wrong)
-    row = {"python": version, "torch": torch, "triton": triton} | total
+    versions = "import platform, torch, numpy; print(platform.python_version(), torch.__version__, numpy.__version__)"
+    version, torch, numpy = said(python, versions).split()
+    row = {"python": version, "torch": torch, "triton": triton, "numpy": numpy} | total
     return row | {"seconds": round(time.monotonic() - begin), "note": note or "-"}
+
+
+def keep(new: list[dict], unreachable: dict[str, str]) -> list[dict]:
+    """Rows of this run and of those before, as they stand in the file."""
+
+    def key(row: dict) -> tuple:
+        return tuple(tuple(map(int, re.findall(r"\d+", row[name]))) for name in ("python", "torch", "triton", "numpy"))
+
+    path = counts.RESULTS / "compatibility.json"
+    before = json.loads(path.read_text()).get("table", []) if path.is_file() else []
+    rows = sorted({key(row): row for row in [*before, *new]}.values(), key=key)
+    ran = {row["python"].rpartition(".")[0] for row in rows}
+    counts.keep(
+        "compatibility",
+        "Pythons by Tritons beside torch, the package as it installs: each op forward and backward and the model in "
+        "the interpreter, in fp32 and bf16; first steps under `python -W error`, compiled too, checkpoints and tiles "
+        "in PyTorch. No test may fail.",
+        "make compatibility",
+        sum(row["seconds"] for row in rows),
+        {
+            "combinations": len(rows),
+            "tests passed": sum(row["passed"] for row in rows),
+            "tests failed": sum(row["failed"] for row in rows),
+            "combinations with a failure": sum(bool(row["failed"]) for row in rows),
+        },
+        missed={name: why for name, why in unreachable.items() if name.removeprefix("Python ") not in ran},
+        table=rows,
+    )
+    return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.compatibility", description=__doc__.partition("\n")[0])
-    parser.add_argument("--python", nargs="+", default=pythons(), help="interpreters (one a version that is found)")
+    parser.add_argument("--python", nargs="+", help="interpreters, or versions as 3.12 (each that is found)")
     parser.add_argument("--triton", nargs="+", default=["3.6.0", "3.7.0", "3.9.0", "none"], help="versions, or none")
     parser.add_argument("--torch", default="2.13.0", help="version (2.13.0)")
-    given = parser.parse_args()
-    begin, rows = time.monotonic(), []
-    for base in given.python:
-        version, python = environment(base, given.torch)
-        for triton in given.triton:
-            rows.append(try_out(version, python, given.torch, triton))
-            print(json.dumps(rows[-1]), flush=True)
-    failed = sum(row["failed"] for row in rows)
-    counts.keep(
-        "compatibility",
-        "Pythons by Tritons beside one torch, the package as it installs: each op forward and backward in the "
-        "interpreter, and inference, checkpoints, tiles and backends in PyTorch.",
-        " ".join(["python -m tests.compatibility", *sys.argv[1:]]),
-        time.monotonic() - begin,
-        {
-            "combinations": len(rows),
-            "tests passed": sum(row["passed"] for row in rows),
-            "tests failed": failed,
-            "combinations with a failure": sum(bool(row["failed"]) for row in rows),
-        },
-        table=rows,
+    parser.add_argument(
+        "--lowest", action="store_true", help="torch, numpy and safetensors as old as the package takes"
     )
-    return 1 if failed else 0
+    given = parser.parse_args()
+    found, rows = pythons(), []
+    unreachable = {f"Python 3.{minor}": "no interpreter" for minor in MINORS if f"3.{minor}" not in found}
+    for name in given.python or found:
+        try:
+            python = environment(found.get(name, name), given.torch, given.lowest)
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            unreachable[f"Python {name}"] = str(error).strip().splitlines()[-1]
+            print(f"Python {name}: {error}", file=sys.stderr)
+            continue
+        for triton in given.triton:
+            rows.append(try_out(python, triton))
+            print(json.dumps(rows[-1]), flush=True)
+            keep(rows, unreachable)
+    return 1 if not rows or any(row["failed"] for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def test_metadata(archives, tmp_path):
     assert "triton; sys_platform == 'linux'" in core, "torch brings its own version of triton"
     names = {line.split(";")[0].strip(" ").split(">")[0] for line in core}
     assert names == {"torch", "triton", "safetensors", "numpy"}
-    assert set(distribution.metadata.get_all("Provides-Extra")) == {"cli", "hub", "bench", "dev", "all"}
+    assert set(distribution.metadata.get_all("Provides-Extra")) == {"cli", "hub", "export", "bench", "dev", "all"}
     assert distribution.metadata["License-Expression"] == "Apache-2.0"
     assert distribution.metadata["Requires-Python"] == ">=3.10"
     assert [(entry.name, entry.value) for entry in distribution.entry_points] == [("vit-fast", "vit_fast.cli:main")]
