@@ -3,8 +3,9 @@
 python -m tests.mutants [--sample 0] [--seed 0] [--workers N] [--only WORD]
 
 A mutant of tests/mutants.txt is a place in a file and what stands there instead. It is caught where the tests of its op
-fail, crash or hang; that is noted in build/, and a run that was cut goes on there. What is missed is answered: by a new test, or in HARMLESS by the reason why it changes nothing. The
-last whole run is kept in tests/results/mutants.json; tests/test_mutants.py sees that every place is still there.
+fail, crash or hang; that is noted in build/, and a run that was cut goes on there. What is missed is answered: by a new
+test, or in HARMLESS by the reason why it changes nothing. The last whole run is kept in tests/results/mutants.json;
+tests/test_mutants.py sees that every place is still there.
 """
 
 import argparse
@@ -72,9 +73,9 @@ def read() -> list[Mutant]:
 
 # Missed, and why nothing is wrong: bug → reason.
 HARMLESS = {
-    "h read as it was before it was rounded": "activations of h and of h as it is stored differ by a rounding, which the "
-    "error rule allows; that both directions take the same number is a promise of speed's, not of the rule's",
-    "a gradient that is not cast": "every product casts the tiles that it loads: the same numbers, from a slower product",
+    "h read as it was before it was rounded": "a rounding of h, which the error rule allows: that forward activates "
+    "the number that backward will read makes the two agree more closely than the rule asks",
+    "a gradient that is not cast": "every product casts the tiles that it loads: the same numbers, more slowly",
 }
 
 
