@@ -616,6 +616,16 @@ def judge(kind: str, path: Path, watch: Watch) -> tuple[str, str]:
     return outcome, said
 
 
+def room_for(kind: str) -> int:
+    """What this process has of memory now, and what a file of this kind may take beside."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY[kind]
+
+
+def limit_memory(room: int | None) -> None:
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (most if room is None else room, most))
+
+
 def _judge_many(kind: str, seeds: list[str], good: Path, pipe) -> None:
     torch.set_num_threads(1)
     logging.disable()
@@ -627,7 +637,7 @@ def _judge_many(kind: str, seeds: list[str], good: Path, pipe) -> None:
         for path in sorted((good / kind).iterdir()):  # what is imported late, and memory that stays
             with contextlib.suppress(ValueError):
                 read(kind, path)
-        room = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY[kind]
+        room = room_for(kind)
         for seed in seeds:
             folder = Path(outer) / "case"
             folder.mkdir()
@@ -636,9 +646,9 @@ def _judge_many(kind: str, seeds: list[str], good: Path, pipe) -> None:
             except Exception:
                 pipe.send(("no case", traceback.format_exc()))
                 return
-            resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+            limit_memory(room)
             answer = judge(kind, path, watch)
-            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            limit_memory(None)
             shutil.rmtree(folder)
             shutil.rmtree("unpickled", ignore_errors=True)
             pipe.send(answer)

@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import pickle
-import resource
 import struct
 import time
 import tracemalloc
@@ -72,8 +71,7 @@ def _judged(deed: str, folder: Path, pipe) -> None:
     os.chdir(folder)
     watch = hostile.Watch()
     hostile.read = lambda kind, path: DEEDS[deed][0]()
-    room = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + hostile.MEMORY["json"]
-    resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+    hostile.limit_memory(hostile.room_for("json"))
     pipe.send(hostile.judge("json", folder, watch))
 
 
