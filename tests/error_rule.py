@@ -26,10 +26,18 @@ def _row_errors(x: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     return relative.square().mean().sqrt(), relative.max()
 
 
-def norms(ours: Tensor, unfused: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The error in the norm of the whole tensor, that of unfused PyTorch, and the limit of the rule."""
+def parts(ours: Tensor, unfused: Tensor, truth: Tensor) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+    """What the rule compares: of the whole tensor, and of its rows where it has enough of them, what it is, our error,
+    that of unfused PyTorch, and the limit."""
+    slack = torch.finfo(ours.dtype).eps / 8
     error, peer = (ours.double() - truth).norm(), (unfused.double() - truth).norm()
-    return error, peer, 2 * peer + torch.finfo(ours.dtype).eps / 8 * truth.norm()
+    found = [("error", error, peer, 2 * peer + slack * truth.norm())]
+    if truth.dim() < 2 or truth.shape[:-1].numel() < FEWEST_ROWS:
+        return found
+    (rms, worst), (peer_rms, peer_worst) = _row_errors(ours, truth), _row_errors(unfused, truth)
+    # Where all rows of unfused PyTorch happen to err alike, its largest says nothing of what is usual for one row.
+    usual = torch.maximum(peer_worst, 2 * peer_rms)
+    return [*found, ("rows", rms, peer_rms, 2 * peer_rms + slack), ("worst row", worst, usual, 4 * usual + slack)]
 
 
 def assert_close_to_truth(ours: Tensor, unfused: Tensor, truth: Tensor, name: str = "output") -> None:
@@ -41,15 +49,7 @@ def assert_close_to_truth(ours: Tensor, unfused: Tensor, truth: Tensor, name: st
     assert torch.isfinite(ours).all(), f"{name}: {(~torch.isfinite(ours)).sum()} elements are not finite"
     if not truth.numel():
         return
-    error, peer, limit = norms(ours, unfused, truth)
-    assert error <= limit, f"{name}: error {error:.3e}, unfused {peer:.3e}, limit {limit:.3e}"
-    if truth.dim() < 2 or truth.shape[:-1].numel() < FEWEST_ROWS:
-        return
-    (rms, worst), (peer_rms, peer_worst) = _row_errors(ours, truth), _row_errors(unfused, truth)
-    # Where all rows of unfused PyTorch happen to err alike, its largest says nothing of what is usual for one row.
-    usual = torch.maximum(peer_worst, 2 * peer_rms)
-    for what, error, peer, factor in (("rows", rms, peer_rms, 2), ("worst row", worst, usual, 4)):
-        limit = factor * peer + torch.finfo(ours.dtype).eps / 8
+    for what, error, peer, limit in parts(ours, unfused, truth):
         assert error <= limit, f"{name}: {what} {error:.3e}, unfused {peer:.3e}, limit {limit:.3e}"
 
 
