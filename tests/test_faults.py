@@ -348,3 +348,22 @@ def test_sharded_per_block_trains_to_the_numbers_of_one_process(tmp_path):
         assert (sharded[name].double() - true).norm() <= allowed, name
         moved += (true - start[name]).norm().item() if name in start else 0.0
     assert moved > 1, "nothing was learned that could differ"
+
+
+def _killed_while_safetensors_writes(folder: Path) -> None:
+    import safetensors.torch
+
+    def half(tensors, path, header):
+        (path.parent / ".tmpAbCdEf").write_bytes(b"half")  # as it does itself
+        faults.kill_oneself()
+
+    safetensors.torch.save_file = half
+    faults.go_on(folder)
+
+
+def test_what_a_kill_leaves_of_safetensors_own_is_cleared_away(expected, tmp_path):
+    """As large as a checkpoint, under a name that no later write takes again."""
+    assert faults.ended(faults.start(_killed_while_safetensors_writes, tmp_path)) == -signal.SIGKILL
+    assert list(tmp_path.rglob(".tmpAbCdEf"))
+    expected.hold(tmp_path)
+    assert not list(tmp_path.rglob(".tmpAbCdEf"))

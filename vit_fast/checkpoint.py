@@ -117,22 +117,28 @@ def claimed(folder: Path):
 
 @contextlib.contextmanager
 def replacing(path: Path, previous: Path | None = None):
-    """A path beside `path` to write to; after the block it is on the disk and has taken the place of `path`.
+    """A path on the disk of `path` to write to; after the block it is on the disk and has taken the place of `path`.
 
     What stood there is kept as `previous`.
     """
-    beside = _beside(path)
+    # In a folder of its own: safetensors writes to a further name beside the one that it is given, and a process that is
+    # killed meanwhile leaves that.
+    room = _beside(path)
+    shutil.rmtree(room, ignore_errors=True)
     try:
+        room.mkdir()
+        beside = room / path.name
         yield beside
         _flush(beside)
         if previous is not None and path.exists():
             _keep(path, previous)
         os.replace(beside, path)
-    except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
             error.filename = str(path)  # a full disk does not say which file did not fit
         raise
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
     if os.name != "nt":  # a folder cannot be opened there
         _flush(path.parent)
 
