@@ -88,6 +88,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     if timing.DEVICE == "cuda":
         machine_info["device"] = torch.cuda.get_device_name()
         machine_info["device_state"] = timing.device_state()
+        machine_info["ceilings"] = timing.ceilings()
     else:
         machine_info["device"] = f"{records.cpu_name()}: a rehearsal"
     machine_info["versions"] = {

@@ -442,6 +442,14 @@ def errors_of(case: Case, call: Callable, tensors: tuple[Tensor, ...]) -> dict[s
     return errors
 
 
+LOST = "the device was lost to "
+
+
+def lost(said: str) -> bool:
+    """Whether an error says that the device takes no more work from this process."""
+    return "CUDA error" in said
+
+
 def _relative(ours: Tensor, truth: Tensor) -> float:
     return ((ours.detach().double() - truth.detach()).norm() / truth.detach().norm()).item()
 
@@ -450,18 +458,23 @@ def measure(case: Case, contenders: list[str], rounds: int = timing.ROUNDS) -> d
     """Each contender forward, and forward and backward, in turn with the others.
 
     Its output, and each of its gradients, may be four times as far from fp64 as eager PyTorch's in the same dtype, or
-    it is wrong, and not timed.
+    it is wrong, and not timed. Where eager PyTorch fails there is nothing to hold the others to, and all are left out;
+    where one takes the device with it, so are those that were not timed.
     """
     torch._dynamo.reset()  # its limits are for one piece of code, and all cases share theirs
     op = OPS[case.op]
-    first = _draw(case)
-    nbytes = sum(t.nbytes for t in first)
-    inputs = [first, *(_draw(case) for _ in range(timing.copies(nbytes) - 1))]
-    for tensors in inputs:
-        for t in tensors[op.constant :]:
-            t.requires_grad_()
     rounding = torch.finfo(DTYPES[case.dtype]).eps / 8
-    eager = errors_of(case, call_of(case, "eager"), first)
+    try:
+        first = _draw(case)
+        nbytes = sum(t.nbytes for t in first)
+        inputs = [first, *(_draw(case) for _ in range(timing.copies(nbytes) - 1))]
+        for tensors in inputs:
+            for t in tensors[op.constant :]:
+                t.requires_grad_()
+        eager = errors_of(case, call_of(case, "eager"), first)
+    except Exception as error:
+        reason = f"eager PyTorch, which the others are held to: {in_a_line(error)}"
+        return {name: Measured({}, left_out=reason) for name in contenders}
     found, runs = {}, {"forward": {}, "both": {}}
     for name in contenders:
         try:
@@ -485,6 +498,9 @@ def measure(case: Case, contenders: list[str], rounds: int = timing.ROUNDS) -> d
         except Exception as error:  # as SDPA says that a backend takes no such heads; a failure of ours is a fault
             said = in_a_line(error)
             found[name] = Measured({}, wrong=said) if name == "vit_fast" else Measured({}, left_out=said)
+            if lost(said):
+                aside = {other: one for other, one in found.items() if one.left_out or one.wrong}
+                return dict.fromkeys(contenders, Measured({}, left_out=LOST + name)) | aside
     for direction, them in runs.items():
         them = {name: run for name, run in them.items() if not (found[name].left_out or found[name].wrong)}
         for name, samples in timing.time_in_turn(them, rounds).items():

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from triton.runtime.jit import JITFunction
+from vit_fast.kernels import tile_table
 
 import vit_fast
 from benchmarks import contenders, predictions, timing, whole_models
@@ -51,7 +52,7 @@ FILES = {"tiles": "sweep", "rest": "models"}  # of the steps whose file has anot
 MODELS = ("tiny",) if REHEARSAL else ("B", "L", "H")
 OURS_AND_TIMMS = ("vit_fast", "vit_fast graph", "timm", "timm graph")
 # By model, at the largest batch: to compile takes longer than to measure.
-COMPILED = {"B": ("timm compiled", "vit_fast compiled"), "L": ("timm compiled",), "tiny": ("timm compiled",)}
+COMPILED = {"B": ("timm compiled", "vit_fast compiled")} | dict.fromkeys(("L", "H", "tiny"), ("timm compiled",))
 
 
 # ---- steps ---------------------------------------------------------------------------------------------------------
@@ -67,6 +68,13 @@ def check_entries(write: Write, workers: int) -> None:
 def known(done: list[dict], names: Iterable[str]) -> bool:
     """Whether the lines of a case, from an earlier call, say of each of these contenders what became of it."""
     return bool(done) and all(line["us"].keys() | line["aside"].keys() >= set(names) for line in done)
+
+
+def end_where_lost(aside: dict[str, str]) -> None:
+    """End a step whose device takes no more work: another call goes on behind this case."""
+    for reason in aside.values():
+        if contenders.lost(reason):
+            raise SystemExit(reason)
 
 
 def label(case: contenders.Case) -> str:
@@ -96,6 +104,7 @@ def measure_ops(write: Write, batch: int, compiled: bool, which: str = "main", d
             lines.append({**line, "samples": samples, "aside": aside, "wrong": [n for n in found if found[n].wrong]})
             print(*place.values(), direction, {name: q[1] for name, q in us.items()}, flush=True)
         write(lines)
+        end_where_lost(aside)
         timing.empty_memory()
 
 
@@ -115,7 +124,8 @@ def model_cases(batch: int, which: str) -> list[whole_models.ModelCase]:
     found += [make(name, 224, batch // 4, "bf16", "training") for name in "HBL"]
     found += [make("so400m", 224, batch, "bf16", "inference"), make("B", 224, batch, "fp16", "inference")]
     found += [make("S", 224, batch, "bf16", "training"), make("B", 384, batch // 4, "bf16", "inference")]
-    return [*found, make("B", 224, batch, "fp16", "training"), make("L", 224, batch, "fp16", "inference")]
+    found += [make("B", 224, batch, "fp16", "training"), make("L", 224, batch, "fp16", "inference")]
+    return [*found, make("H", 224, batch, "bf16", "training")]  # which an 80 GB card may not hold
 
 
 def measure_models(write: Write, batch: int, compiled: bool, which: str = "main", done: Iterable[dict] = ()) -> None:
@@ -142,6 +152,7 @@ def measure_models(write: Write, batch: int, compiled: bool, which: str = "main"
         lines.append(line)
         print(case, {name: f"{case.batch / q[1] * 1e6:,.0f}/s" for name, q in line["us"].items()}, flush=True)
         write(lines)
+        end_where_lost(line["aside"])
         timing.empty_memory()
 
 
@@ -214,9 +225,8 @@ def page(found: dict[str, dict], goals: dict[str, float], endings: dict[str, obj
     wrong, slow = [], []
     models = found.get("models") or found.get("rest") or {}  # one file of two steps
     for step, ending in endings.items():
-        if ending == "cut" or (isinstance(ending, int) and ending):
-            how = "was cut" if ending == "cut" else f"ended with {ending}"
-            wrong.append(f"the step {step} {how}: what it has not written was not measured")
+        if isinstance(ending, int) and ending:
+            wrong.append(f"the step {step} ended with {ending}: what it has not written was not measured")
     for line in found.get("entries", {}).get("results", []):
         if not line["agrees"]:
             what = " ".join(str(line[name]) for name in ("kernel", "op", "shape", "dtype") if name in line)
@@ -239,7 +249,14 @@ def page(found: dict[str, dict], goals: dict[str, float], endings: dict[str, obj
             short.append(f"{_place(line)}: {reached:.0f} %" + (f" of {goal}" if has_goal else ", no goal"))
     slow = [text for lost, text in sorted(slow, reverse=True) if lost > 0]
     missing = [step for step in STEPS if step not in endings or isinstance(endings[step], str)]
-    first = "mend what is wrong" if wrong else slow[0] if slow else "go for the ceiling"
+    cut = [f"{step} (cut)" if endings.get(step) == "cut" else step for step in missing]
+    first = f"mend {wrong[0]}" if wrong else slow[0] if slow else "go for the ceiling"
+    tiles = [
+        f"{kernel}, {shape}: {tile_table.numbers(entry)}"
+        for kernel, dtypes in found.get("tiles", {}).get("tiles", {}).items()
+        for classes in dtypes.values()
+        for shape, entry in classes.items()
+    ]
     parts = [
         f"WRONG ({len(wrong)})",
         *_at_most(wrong),
@@ -247,7 +264,9 @@ def page(found: dict[str, dict], goals: dict[str, float], endings: dict[str, obj
         *_at_most(slow),
         "REACHED, IN PER CENT OF THE CEILING OF THE MODELS' OWN RUN, OF THE GOAL",
         *_at_most(short),
-        f"NOT DONE, OR NOT TO THE END: {', '.join(missing) or 'nothing'}",
+        f"TILES THAT WON ({len(tiles)}), for `python -m benchmarks.sweep OUT --split`",
+        *_at_most(tiles),
+        f"NOT DONE, OR NOT TO THE END: {', '.join(cut) or 'nothing'}",
         f"FIRST: {first}",
         "TESTS",
         tests.strip() or str(endings.get("tests", "not run")),
@@ -400,6 +419,9 @@ def main() -> None:
                 except Exception as error:  # a step that fails says so itself
                     said("preparing", *task, "failed:", type(error).__name__, str(error)[:200])
             waiting = []
+            # An idle worker would keep its context and its allocator's memory on the device while all else is measured.
+            pool.terminate()
+            pool.join()
         try:
             output = subprocess.PIPE if step == "tests" else None
             done = subprocess.run(command_of(step, given), timeout=left(), stdout=output, text=True)
@@ -413,7 +435,7 @@ def main() -> None:
         files = {one: json.loads(path.read_text()) for one, path in paths.items() if path.is_file()}
         text = page(files, goals(), endings, tests[-3000:])
         (given.out / "page.txt").write_text(text)
-    pool.terminate()
+    pool.terminate()  # where entries was the only step
     print(text)
 
 

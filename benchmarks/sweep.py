@@ -21,10 +21,12 @@ import time
 import torch
 from vit_fast.kernels import tile_table
 
+from benchmarks import timing
 from benchmarks.gpu import REHEARSAL, launch_clock
 from benchmarks.records import record
 from benchmarks.timing import DEVICE, hold_the_device
 from vit_fast import ops, verify
+from vit_fast.checkpoint import replacing
 
 # Batch, patches a side, heads, head width; the class of rows that its products are in.
 SHAPES = {
@@ -245,7 +247,7 @@ def main() -> None:
         return
     if REHEARSAL:
         parser.error("tiles are chosen by timing them on a GPU, and torch sees none")
-    start = time.monotonic()
+    start, ceilings, before = time.monotonic(), timing.ceilings(), timing.device_state()
 
     def left() -> float:
         return max(1, 60 * given.minutes - (time.monotonic() - start))
@@ -261,6 +263,13 @@ def main() -> None:
                 reasons.append("not compiled in time")
     print(f"[{time.monotonic() - start:.0f} s] compiled {len(tasks)}", flush=True)
     blocks, lines = [], []
+
+    def write() -> None:
+        facts = {"ceilings": ceilings, "state": [before, timing.device_state()]}
+        found = record(lines, blocks=blocks, tiles=winners(lines), **facts)
+        with replacing(given.out / "sweep.json") as beside:
+            beside.write_text(json.dumps(found))
+
     for name in SHAPES:
         with ops.use_backend("triton"):
             block = Block(name)
@@ -272,11 +281,11 @@ def main() -> None:
             for task, reason in zip(tasks, reasons):
                 if name in task[4] and not reason:
                     lines.append(measure(task, name, block, truth))
+            write()  # a cut leaves the shapes before it
         del block, truth
     for task, reason in zip(tasks, reasons):
         if reason:
             print("refused:", *task[:3], reason[:120])
-    (given.out / "sweep.json").write_text(json.dumps(record(lines, blocks=blocks, tiles=winners(lines))))
     print(f"[{time.monotonic() - start:.0f} s] done")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import vit_fast
 from benchmarks import timing
-from benchmarks.contenders import DTYPES, LeftOut, compiled, installed
+from benchmarks.contenders import DTYPES, LOST, LeftOut, compiled, installed, lost
 from benchmarks.predictions import forward_flops
 from benchmarks.timing import DEVICE
 from tests import mend_torchvision
@@ -315,9 +315,10 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
     whose memory may not hold two.
 
     Logits of the form that is timed, at both ends of the batch, may be four times as far from fp64 as those of our
-    model in PyTorch in the same dtype. A contender's first call includes capture or compilation; its memory is the most
-    that it takes with the images, without what the others hold; of a graph, whose memory is its own pool, it is not
-    known.
+    model in PyTorch in the same dtype. A contender's first call includes capture or compilation, and of training the
+    first step; its kernels may lie in the compilers' caches from the contender before, or an earlier run. Its memory is
+    the most that it takes with the images, without what the others hold; of a graph, which has a pool of its own, it is
+    not known. Where one takes the device with it, those that were not timed are left out.
     """
     torch._dynamo.reset()  # its limits are for one piece of code, and all cases share theirs
     images = torch.randn(case.batch, 3, case.pixels, case.pixels, device=DEVICE).to(DTYPES[case.dtype])
@@ -331,6 +332,8 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
     alone = training and DEVICE == "cuda"
     found, runs = {}, {}
     for name in contenders:
+        model = contender = run = None  # of one that failed, whose memory is not that of the others
+        timing.empty_memory()
         try:
             others = timing.held_gb() - images.nbytes / 1e9
             whose, _, form = name.partition(" ")
@@ -341,11 +344,13 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
             began = time.perf_counter()
             contender = started(model, form, training, images, labels)
             error = error_of(contender.logits(), truth)
-            facts = {"first_call_s": round(time.perf_counter() - began, 3)}
             if not error <= allowed:
                 raise ValueError(f"its error is {error:.1e}, {allowed:.1e} is allowed")
             run = contender.run
             run()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            facts = {"first_call_s": round(time.perf_counter() - began, 3)}
             if DEVICE == "cuda":
                 if not name.endswith(" graph"):
                     timing.empty_memory()
@@ -355,7 +360,6 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
             found[name] = MeasuredModel([], error, facts)
             if alone:
                 found[name] = found[name]._replace(us=timing.time_in_turn({name: run}, rounds, held=False)[name])
-                del run, contender, model
             else:
                 runs[name] = run
         except LeftOut as reason:
@@ -364,6 +368,10 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
             said = in_a_line(error)
             wrong = name.startswith("vit_fast") or isinstance(error, ValueError)
             found[name] = MeasuredModel([], wrong=said) if wrong else MeasuredModel([], left_out=said)
+            if lost(said):
+                gone = MeasuredModel([], left_out=LOST + name)
+                timed = {other: one for other, one in found.items() if one.us or one.left_out or one.wrong}
+                return dict.fromkeys(contenders, gone) | timed
     for name, samples in timing.time_in_turn(runs, rounds, held=False).items():
         found[name] = found[name]._replace(us=samples)
     return found

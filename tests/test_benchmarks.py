@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the suite names its version")
 pytest.importorskip("timm", reason="what whole models are held to")
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import contenders, timing, whole_models
+from benchmarks import contenders, gpu, timing, whole_models
 from benchmarks.contenders import Case, LeftOut, measure
 from vit_fast.ops import backend
 
@@ -286,3 +286,32 @@ def test_channels_last_is_the_layout_before_the_clock_starts(monkeypatch):
     assert found.us["both"]
     assert layouts
     assert all(layout == [True, True] for layout in layouts)
+
+
+def failing(monkeypatch, name: str, error: Exception) -> None:
+    """Have a contender of an op fail when it is called."""
+    call_of = contenders.call_of
+
+    def replaced(case, which):
+        def call(*_):
+            raise error
+
+        return call if which == name else call_of(case, which)
+
+    monkeypatch.setattr(contenders, "call_of", replaced)
+
+
+def test_without_eager_pytorch_nobody_can_be_held_to_it(monkeypatch):
+    failing(monkeypatch, "eager", torch.OutOfMemoryError("CUDA out of memory"))
+    found = contenders.measure(SMALL, ["vit_fast", "eager"])
+    assert all("eager PyTorch" in one.left_out and "out of memory" in one.left_out for one in found.values())
+    assert found.keys() == {"vit_fast", "eager"}
+
+
+def test_who_takes_the_device_with_it_is_named_and_nobody_is_timed(monkeypatch):
+    failing(monkeypatch, "cublas", RuntimeError("CUDA error: an illegal memory access was encountered"))
+    found = contenders.measure(SMALL, ["vit_fast", "cublas", "eager"])
+    assert "illegal memory access" in found["cublas"].left_out
+    assert found["vit_fast"].left_out == found["eager"].left_out == "the device was lost to cublas"
+    with pytest.raises(SystemExit, match="illegal memory access"):
+        gpu.end_where_lost({name: one.left_out for name, one in found.items()})

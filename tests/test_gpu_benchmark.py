@@ -91,29 +91,30 @@ def test_the_page_says_what_is_wrong_and_slow_and_comes_first():
     goals = {"vit_base_patch16_224 inference": 75}
     endings = {"entries": 0, "ops": 0, "models": -6, "rest": "cut", "tests": 1}
     text = gpu.page(found, goals, endings, "1 failed").splitlines()
-    assert text[0] == "WRONG (6)"
+    assert text[0] == "WRONG (5)"
     assert text[1] == "the step models ended with -6: what it has not written was not measured"
-    assert text[2] == "the step rest was cut: what it has not written was not measured"
-    assert text[3].startswith("the step tests ended with 1")
-    assert text[4] == "mlp_fc1 many float16: 0.5"
-    assert text[5] == "mlp_fc2 many float16: no case came"
-    assert text[6] == "vit_base_patch16_224 224 px, batch 64, bf16, inference: timm: off"
-    assert text[7].startswith("SLOWER THAN THE BEST PEER (2)")
-    assert text[8] == "attention B 197 2 bf16 both: 500.0 us, eager 300.0"
-    assert text[9].startswith("mlp B 197 2 bf16 both: 100.0 us")
-    assert text[11] == "vit_base_patch16_224 224 px, batch 64, bf16, inference: 50 % of 75"
-    assert text[12] == "vit_base_patch16_224 384 px, batch 64, bf16, inference: 158 %, no goal"
-    assert "NOT DONE, OR NOT TO THE END: tiles, rest, kernels" in text
-    assert "FIRST: mend what is wrong" in text
+    assert text[2].startswith("the step tests ended with 1")
+    assert text[3] == "mlp_fc1 many float16: 0.5"
+    assert text[4] == "mlp_fc2 many float16: no case came"
+    assert text[5] == "vit_base_patch16_224 224 px, batch 64, bf16, inference: timm: off"
+    assert text[6].startswith("SLOWER THAN THE BEST PEER (2)")
+    assert text[7] == "attention B 197 2 bf16 both: 500.0 us, eager 300.0"
+    assert text[8].startswith("mlp B 197 2 bf16 both: 100.0 us")
+    assert text[10] == "vit_base_patch16_224 224 px, batch 64, bf16, inference: 50 % of 75"
+    assert text[11] == "vit_base_patch16_224 384 px, batch 64, bf16, inference: 158 %, no goal"
+    assert "NOT DONE, OR NOT TO THE END: tiles, rest (cut), kernels" in text
+    assert f"FIRST: mend {text[1]}" in text
     assert text[-1] == "1 failed"
 
     alone = gpu.page({"rest": found["models"]}, goals, {"rest": 0}, "").splitlines()
-    assert {text[6], text[11], text[12]} <= set(alone), "the models that `rest` alone measured"
+    assert {text[5], text[10], text[11]} <= set(alone), "the models that `rest` alone measured"
 
     found["entries"] = {"results": entries[:1]}
     model["wrong"] = []
-    endings = {"entries": 0, "tests": "not run: pytest is not installed"}
+    endings = {"entries": 0, "rest": "cut", "tests": "not run: pytest is not installed"}
+    found["tiles"] = {"tiles": {"mlp_fc1": {"16": {"many": {"BLOCK_M": 64, "num_warps": 8, "origin": "predicted"}}}}}
     text = gpu.page(found, {}, endings, "").splitlines()
+    assert "mlp_fc1, many: {'BLOCK_M': 64, 'num_warps': 8}" in text
     assert text[0] == "WRONG (0)"
     assert "FIRST: attention B 197 2 bf16 both: 500.0 us, eager 300.0" in text
     assert text[-1] == "not run: pytest is not installed"

@@ -68,7 +68,8 @@ def test_what_was_not_timed_at_every_shape_does_not_win():
 def test_its_one_file_comes_apart(tmp_path):
     tiles = {"mlp_fc1": {"16": {"many": {**in_force("mlp_fc1", "many"), "origin": "predicted"}}}}
     blocks = [{"model": "B", "us": [["mlp.fc1", 1.0]]}]
-    found = records.record([{"kernel": "mlp_fc1"}], blocks=blocks, tiles=tiles)
+    facts = {"ceilings": {"matrix_tflops": 700.0, "copy_tbs": 4.0}, "state": []}
+    found = records.record([{"kernel": "mlp_fc1"}], blocks=blocks, tiles=tiles, **facts)
     (tmp_path / "sweep.json").write_text(json.dumps(found))
     sweep.split(tmp_path)
     assert json.loads((tmp_path / "tiles.json").read_text()) == tiles
@@ -76,6 +77,7 @@ def test_its_one_file_comes_apart(tmp_path):
     records.validate(written)
     assert written["results"] == blocks
     assert written["commit"] == found["commit"]
+    assert written["ceilings"] == facts["ceilings"], "which the roofline is drawn under"
 
 
 class FakeBlock:
