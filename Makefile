@@ -15,7 +15,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PINS := constraints.txt pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all exhaustive mutants compatibility lint bench static gpu gpu-rehearsal clean
+.PHONY: help demo test test-all exhaustive mutants compatibility lint types bench static gpu gpu-rehearsal clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,9 @@ compatibility: $(VENV)/test.stamp  ## each Python that is found by Triton 3.6, 3
 lint: $(VENV)/lint.stamp  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/test.stamp  ## mypy: the package, and a program of a user's on its public names
+	$(BIN)/mypy
 
 bench: $(VENV)/test.stamp  ## time on this machine's CPU against timm, transformers and torchvision
 	$(BIN)/python -m benchmarks.cpu

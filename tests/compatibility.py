@@ -4,9 +4,10 @@ python -m tests.compatibility [--python PYTHON ...] [--triton VERSION ...] [--to
 
 Each Python gets an environment under build/compatibility, kept for the next run: torch, the package as a user installs
 it, pytest. Each Triton is put into it in turn, and "none" takes it out. From a folder that holds the tests alone run
-each op's forward and backward in the interpreter, in fp32 and bf16, the model on its kernels, and beside them a user's
-first steps, under `python -W error` and torch.compile too, checkpoints and tiles. `--lowest` installs the lowest
-requirements that the metadata takes. A row that is not run again stays in tests/results/compatibility.json.
+each op's forward and backward in the interpreter, in fp32 and bf16, the model on its kernels, and beside them the model
+in PyTorch, under `python -W error` and torch.compile too; without a Triton checkpoints, training and the command line.
+`--lowest` installs the lowest requirements that the metadata takes. A row that is not run again stays in
+tests/results/compatibility.json.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from tests import counts
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOME = ROOT / "build" / "compatibility"
-NEEDS = ("Pillow", "pytest", "pytest-timeout", "hypothesis", "setuptools>=77")
+NEEDS = ("pytest", "pytest-timeout", "hypothesis", "setuptools>=77")
 MINORS = range(10, 15)  # of Python 3
 # Of each op a case whose sizes no tile divides.
 CASES = "no_tile_divides or every_operand or first_key_of_a_second_tile or heads_of_72 or two_prefix_tokens"
@@ -32,9 +33,11 @@ KERNELS = [
     *("-m", "interpret", "-k", f"first_use or (output_and_gradients and ({CASES}) and (fp32 or bf16))"),
     *("tests/test_first_use.py", "tests/ops"),
 ]
-PLAIN = [
+# What no Triton has a part in runs once a Python, where there is none.
+PLAIN = ["-m", "not interpret", "-k", "not training and not command", "tests/test_first_use.py"]
+ALONE = [
     *("-m", "not interpret and not slow", "-k", "not timm"),
-    *("tests/test_first_use.py", "tests/test_checkpoint.py", "tests/test_tiles.py"),
+    *("tests/test_first_use.py", "tests/test_checkpoint.py"),
 ]
 LIMIT = 900  # seconds that a choice of tests may take
 
@@ -80,11 +83,11 @@ def environment(base: str, torch: str, lowest: bool) -> pathlib.Path:
     if not python.is_file():
         run(base, "-m", "venv", home, check=True)
         install(python, "--upgrade", "pip", "setuptools")
-    install(python, *requirements(torch, lowest), *NEEDS)
     with tempfile.TemporaryDirectory() as name:  # setuptools leaves build/ in the source
         source = pathlib.Path(name) / "source"
         kept_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "results", "tests")
         shutil.copytree(ROOT, source, ignore=kept_out)
+        install(python, "--no-build-isolation", *requirements(torch, lowest), *NEEDS, f"{source}[cli]")
         install(python, "--no-deps", "--no-build-isolation", "--force-reinstall", source)
     return python
 
@@ -121,7 +124,7 @@ def try_out(python: pathlib.Path, triton: str) -> dict:
         for name in ("tests", "benchmarks"):
             shutil.copytree(ROOT / name, f"{folder}/{name}", ignore=shutil.ignore_patterns("__pycache__", "results"))
         shutil.copy(ROOT / "pyproject.toml", folder)
-        choices = [(PLAIN, False), *([(KERNELS, True)] if triton != "none" else [])]
+        choices = [(ALONE, False)] if triton == "none" else [(PLAIN, False), (KERNELS, True)]
         done = [outcome(python, folder, choice, interpret) for choice, interpret in choices]
     total = {word: sum(found.get(word, 0) for found, _ in done) for word in ("passed", "failed", "skipped")}
     note = " ".join(wrong for _, wrong in done if wrong)
@@ -138,14 +141,15 @@ def keep(new: list[dict], unreachable: dict[str, str]) -> list[dict]:
         return tuple(tuple(map(int, re.findall(r"\d+", row[name]))) for name in ("python", "torch", "triton", "numpy"))
 
     path = counts.RESULTS / "compatibility.json"
-    before = json.loads(path.read_text()).get("table", []) if path.is_file() else []
-    rows = sorted({key(row): row for row in [*before, *new]}.values(), key=key)
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    missed = before.get("missed", {})
+    rows = sorted({key(row): row for row in [*before.get("table", []), *new]}.values(), key=key)
     ran = {row["python"].rpartition(".")[0] for row in rows}
     counts.keep(
         "compatibility",
         "Pythons by Tritons beside torch, the package as it installs: each op forward and backward and the model in "
-        "the interpreter, in fp32 and bf16; first steps under `python -W error`, compiled too, checkpoints and tiles "
-        "in PyTorch. No test may fail.",
+        "the interpreter, in fp32 and bf16, and in PyTorch, compiled and under `python -W error` too; where there is "
+        "no Triton, checkpoints, training and the command line. No test may fail.",
         "make compatibility",
         sum(row["seconds"] for row in rows),
         {
@@ -154,7 +158,7 @@ def keep(new: list[dict], unreachable: dict[str, str]) -> list[dict]:
             "tests failed": sum(row["failed"] for row in rows),
             "combinations with a failure": sum(bool(row["failed"]) for row in rows),
         },
-        missed={name: why for name, why in unreachable.items() if name.removeprefix("Python ") not in ran},
+        missed={name: why for name, why in (missed | unreachable).items() if name.removeprefix("Python ") not in ran},
         table=rows,
     )
     return rows
@@ -179,8 +183,12 @@ def main() -> int:
             print(f"Python {name}: {error}", file=sys.stderr)
             continue
         for triton in given.triton:
-            rows.append(try_out(python, triton))
-            print(json.dumps(rows[-1]), flush=True)
+            try:
+                rows.append(try_out(python, triton))
+                print(json.dumps(rows[-1]), flush=True)
+            except RuntimeError as error:  # of pip
+                unreachable[f"Python {name}, Triton {triton}"] = str(error).strip().splitlines()[-1]
+                print(error, file=sys.stderr)
             keep(rows, unreachable)
     return 1 if not rows or any(row["failed"] for row in rows) else 0
 

@@ -81,6 +81,7 @@ def test_accelerated_and_restored(backend):
 
 
 def test_trained_saved_and_read(tmp_path):
+    pytest.importorskip("kornia", reason="needs the extra cli")
     colour_folder(tmp_path / "pictures")
     model = {"embed_dim": 16, "depth": 1, "num_heads": 1, "patch_size": 8}
     settings = {"model_kwargs": model, "img_size": 16, "batch_size": 4, "epochs": 1, "workers": 0}
@@ -131,8 +132,8 @@ STEPS = {"import": "import vit_fast", "model": MODEL, "training": TRAINING, "com
 @pytest.mark.parametrize("step", STEPS)
 def test_warns_of_nothing(step, tmp_path):
     """As `python -W error` runs it: a warning ends the program. None of a third party needs to be let through."""
-    if step == "command line":
-        pytest.importorskip("typer", reason="needs the extra cli")
+    if step in ("training", "command line"):
+        pytest.importorskip("kornia", reason="needs the extra cli")
     program = tmp_path / "step.py"
     program.write_text(STEPS[step])
     out = ("TRITON_INTERPRET", "PYTHONWARNINGS")

@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ class Line(NamedTuple):
     error: float | None = None  # the largest ‖ours − fp64‖/‖fp64‖ that `verify` saw, None where it saw none
 
 
-class Report(tuple):
+class Report(tuple[Line, ...]):
     """The lines of `accelerate`; `print` shows them as a table, modules in a row that fared alike as one."""
 
     verification: str  # what was compared, or why nothing was
@@ -64,7 +64,8 @@ def _runs(lines) -> Iterator[tuple[str, int, Line]]:
 
     A row is what has the same name but for numbers: the blocks, or the attention of each.
     """
-    groups, latest = [], {}
+    groups: list[list[Line]] = []
+    latest: dict[str, list[Line]] = {}
     for line in lines:
         row = re.sub(r"\d+(?=\.|$)", "#", line.name)
         group = latest.get(row)
@@ -197,8 +198,9 @@ def _assess(name: str, module: nn.Module, fused: type[Fused], inside: tuple[nn.M
         return _stays(name, kind, "somebody has given it, or its class, another forward")
     module.__class__ = fused
     try:
-        reason = module.never(inside)
-        op, half_reason = ("", "") if reason else _op_and_reason(module)
+        changed: Any = module
+        reason = changed.never(inside)
+        op, half_reason = ("", "") if reason else _op_and_reason(changed)
     finally:
         module.__class__ = kind
     return Line(name, _kind(module), True, op, half_reason) if op else _stays(name, kind, reason or half_reason)

@@ -27,12 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from vit_fast.inference import check_pictures
+from vit_fast.model import VisionTransformer
 from vit_fast.zoo import create_model
 
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("vit_fast")
 
@@ -53,7 +54,7 @@ class Config:
     classes: tuple[str, ...]
     preprocessing: dict  # input_size, mean, std, interpolation, crop_pct
 
-    def build(self, **overrides) -> nn.Module:
+    def build(self, **overrides) -> VisionTransformer:
         """The model with fresh weights."""
         model = create_model(self.architecture, len(self.classes), **self.kwargs | overrides)
         model.pretrained_cfg = {**model.pretrained_cfg, **self.preprocessing}
@@ -121,8 +122,8 @@ def replacing(path: Path, previous: Path | None = None):
 
     What stood there is kept as `previous`.
     """
-    # In a folder of its own: safetensors writes to a further name beside the one that it is given, and a process that is
-    # killed meanwhile leaves that.
+    # In a folder of its own: safetensors writes to a further name beside the one that it is given, which a process that
+    # is killed meanwhile leaves.
     room = _beside(path)
     shutil.rmtree(room, ignore_errors=True)
     try:
@@ -206,7 +207,7 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(f"\n{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -239,7 +240,7 @@ def _write_tensors(
         beside.chmod(0o666 & ~umask)  # safetensors makes files that only their owner may read
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Config]:
+def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[VisionTransformer, Config]:
     """The model of a checkpoint folder, in evaluation mode, and its config.
 
     Raises:
@@ -255,12 +256,12 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Mod
 
 
 def build_to_fit(
-    build: Callable[..., nn.Module],
+    build: Callable[..., VisionTransformer],
     kwargs: Mapping[str, object],
     weights: Mapping[str, Tensor],
     name: str,
     partial: Sequence[str] = (),
-) -> nn.Module:
+) -> VisionTransformer:
     """The model that a config describes, of whose sizes nothing is allocated before the weights have borne them out.
 
     Args:
@@ -278,8 +279,8 @@ def build_to_fit(
         most = len(weights) if key == "depth" else held  # the shell of a block is no memory, but a while
         sizes = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(size, int) and size > most for size in sizes):
-            held = f"{len(weights)} tensors of {held} numbers"
-            raise ValueError(f"{key}: the config says {value}, the weights are {held}")
+            numbers = f"{len(weights)} tensors of {held} numbers"
+            raise ValueError(f"{key}: the config says {value}, the weights are {numbers}")
     try:
         shell = build(device="meta", weight_init="skip")
     except ValueError:
@@ -410,8 +411,9 @@ def load_weights(
     Raises:
         ValueError: where names are missing, left over or of another shape, listing them, and as `read_tensors`.
     """
-    weights = source
-    if not isinstance(source, dict):
+    if isinstance(source, dict):
+        weights = source
+    else:
         name, weights = str(source), read_tensors(source)[0]
     _check_fit(model.state_dict(), weights, name, partial)
     model.load_state_dict(weights, strict=not partial)

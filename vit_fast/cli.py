@@ -10,14 +10,14 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
     from rich import box
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.table import Table
 except ImportError as error:
     raise SystemExit(f"vit-fast: {error}; the command line needs more: pip install 'vit-fast[cli]'") from None
@@ -71,7 +71,7 @@ def _console() -> Console:
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(training.Config)}
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(training.Config)}
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … (default: cuda where there is one)", show_default=False)]
 
 
@@ -126,7 +126,7 @@ def train(
     device: Device = "",
 ) -> None:
     """Train a model, and leave a checkpoint and its history in a folder. Ctrl-C leaves a good one, to --resume."""
-    given = {
+    given: dict[str, Any] = {
         "model": model,
         "model_kwargs": dict(map(_name_and_value, model_kwargs or ())),
         "num_classes": num_classes,
@@ -148,7 +148,7 @@ def train(
         "device": device,
     }
     if resume is not None:  # what is not typed is as it was; what is typed and differs is refused by `train`
-        typed = {name for name in given if context.get_parameter_source(name).name == "COMMANDLINE"}
+        typed = {name for name in given if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
         settings = training.read_settings(resume)
         given = settings | {name: value for name, value in given.items() if name in typed or name not in settings}
         output = output or resume
@@ -194,7 +194,7 @@ class _TrainingProgress:
             transient=True,
             disable=not console.is_terminal,
         )
-        self.task = None
+        self.task: TaskID | None = None
 
     def __enter__(self):
         self.bar.start()
@@ -240,16 +240,16 @@ Partial = Annotated[
 ]
 
 
-def _open_model(model: str, weights: str | None, device: str) -> tuple[torch.nn.Module, tuple[str, ...]]:
+def _open_model(model: str, weights: str | None, device: str) -> tuple[vit_fast.VisionTransformer, tuple[str, ...]]:
     """The model that the command line names, in evaluation mode, and its classes."""
-    device = training.device_named(device)
+    place = training.device_named(device)
     named = os.sep not in model and not Path(model).exists()
     if weights is None and named and ":" not in model:
         vit_fast.create_model(model, device="meta")  # an unknown name: the nearest are offered
         raise ValueError(f"{model}: its weights are not here; give them with --checkpoint FILE.safetensors")
     network = vit_fast.load(model if weights is None else weights, model=None if weights is None else model)
     classes = network.label_names or tuple(map(str, range(network.num_classes)))
-    return network.to(device), classes
+    return network.to(place), classes
 
 
 @app.command()
@@ -279,8 +279,8 @@ def classify(
                 _say_error(str(error))
         for (path, _), row in zip(opened, network.predict([image for _, image in opened]).cpu()):
             top = row.topk(min(topk, len(classes)))
-            ranked = zip(top.indices.tolist(), top.values.tolist())
-            ranked = [{"class": classes[index], "probability": probability} for index, probability in ranked]
+            both = zip(top.indices.tolist(), top.values.tolist())
+            ranked = [{"class": classes[index], "probability": probability} for index, probability in both]
             results.append({"image": str(path), "top": ranked})
     if as_json:
         print(json.dumps(results, indent=2))
@@ -510,7 +510,11 @@ def tune(
             task = bar.add_task("", total=len(keys))
             for index, key in enumerate(keys):
                 bar.update(task, description=" ".join(key), completed=index)
-                outcomes.append(tuner.tune(key, lambda part, index=index: bar.update(task, completed=index + part)))
+
+                def show(part: float, index: int = index) -> None:
+                    bar.update(task, completed=index + part)
+
+                outcomes.append(tuner.tune(key, show))
     finally:
         _tell_outcomes(outcomes, console)
         kept = sum(outcome.after is not outcome.before for outcome in outcomes)

@@ -52,8 +52,8 @@ class Data:
     """What a run trains on and what it is measured on."""
 
     classes: tuple[str, ...]
-    train: torch.utils.data.Dataset
-    held_out: torch.utils.data.Dataset
+    train: Files | Scans
+    held_out: Files | Scans
     augment: torch.nn.Module  # float [B, C, rows, columns] from 0 to 1 → the same, at the size that the model takes
     digest: str  # of the names, classes and split: a run goes on only with the data that it began with
 
@@ -81,7 +81,7 @@ def split(names: Sequence[str], labels: Sequence[int]) -> tuple[list[int], list[
 
     A class of two to seven pictures gives one, a class of one none.
     """
-    classes = {}
+    classes: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
         classes.setdefault(label, []).append(index)
     train, held_out = [], []
@@ -192,8 +192,8 @@ def _folder(folder: Path, preprocessing: dict, hflip: float) -> Data:
         ("RandomHorizontalFlip", {"p": hflip}),
     )
     names = [[path.relative_to(folder).as_posix() for path, _ in part] for part in (train, held_out)]
-    held_out = files(held_out, (rows, columns), preprocessing["crop_pct"])
-    return Data(tuple(classes), files(train, room, 1.0), held_out, augment, _digest(classes, *names))
+    measured_on = files(held_out, (rows, columns), preprocessing["crop_pct"])
+    return Data(tuple(classes), files(train, room, 1.0), measured_on, augment, _digest(classes, *names))
 
 
 def _augmentations(*steps: tuple[str, dict]) -> torch.nn.Module:

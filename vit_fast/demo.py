@@ -77,9 +77,9 @@ def vit_fast(*arguments) -> None:
     """Show a command of the command line, and run it here."""
     from vit_fast import cli
 
-    arguments = [str(argument) for argument in arguments]
-    print("$ vit-fast", *arguments, flush=True)
-    code = cli.app(arguments, standalone_mode=False)
+    words = [str(argument) for argument in arguments]
+    print("$ vit-fast", *words, flush=True)
+    code = cli.app(words, standalone_mode=False)
     if code:
         sys.exit(code)
 

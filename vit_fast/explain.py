@@ -22,7 +22,7 @@ class Line(NamedTuple):
     reason: str  # why this backend, or the error
 
 
-class Explanation(tuple):
+class Explanation(tuple[Line, ...]):
     """The lines of a model; `print` shows them as a table."""
 
     __slots__ = ()

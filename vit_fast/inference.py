@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def _check_resized(rows: int, columns: int) -> None:
         raise ValueError(f"crop_pct: asks for a picture of {columns} x {rows} pixels, takes {MAX_RESIZED:,} at most")
 
 
-def check_pictures(settings: Mapping[str, object]) -> None:
+def check_pictures(settings: Mapping[str, Any]) -> None:
     """Refuse what a checkpoint says of its pictures where `preprocess` cannot do it.
 
     Raises:
@@ -119,26 +120,29 @@ def check_pictures(settings: Mapping[str, object]) -> None:
     crop_pct = settings.get("crop_pct", 1.0)
     if not number(crop_pct) or not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct: got {crop_pct!r}, takes more than 0 and at most 1")
-    for name, takes in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
-        if settings.get(name, takes[0]) not in takes:
-            raise ValueError(f"{name}: got {settings[name]!r}, takes one of {', '.join(takes)}")
+    for name, named in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+        if settings.get(name, named[0]) not in named:
+            raise ValueError(f"{name}: got {settings[name]!r}, takes one of {', '.join(named)}")
 
 
-def _scaled_size(size: tuple[int, int], img_size: tuple[int, int], crop_pct: float, crop_mode: str) -> tuple[int, int]:
+def _scaled_size(size: Sequence[int], img_size: tuple[int, int], crop_pct: float, crop_mode: str) -> tuple[int, int]:
     """(rows, columns) of a picture of (rows, columns) `size` once it is resized to cover img_size / crop_pct."""
     rows, columns = size
-    target = [math.floor(side / crop_pct) for side in img_size]
+    high, wide = (math.floor(side / crop_pct) for side in img_size)
     if crop_mode == "squash":
-        return tuple(target)
-    if target[0] == target[1]:  # the shorter side becomes the target, the other is rounded down: torchvision's Resize
+        return high, wide
+    if high == wide:  # the shorter side becomes the target, the other is rounded down: torchvision's Resize
         short = min(size)
-        return tuple(target[0] if side == short else int(target[0] * side / short) for side in size)
-    ratio = min(rows / target[0], columns / target[1])  # rounded to the nearest: timm's ResizeKeepRatio
-    return tuple(max(round(side / ratio), least) for side, least in zip(size, img_size))
+        rows, columns = (high if side == short else int(high * side / short) for side in size)
+        return rows, columns
+    ratio = min(rows / high, columns / wide)  # rounded to the nearest: timm's ResizeKeepRatio
+    rows, columns = (max(round(side / ratio), least) for side, least in zip(size, img_size))
+    return rows, columns
 
 
 def _crop_origin(size: Sequence[int], img_size: Sequence[int]) -> tuple[int, int]:
-    return tuple(round((side - wanted) / 2) for side, wanted in zip(size, img_size))
+    top, left = (round((side - wanted) / 2) for side, wanted in zip(size, img_size))
+    return top, left
 
 
 def to_pixels(
@@ -190,17 +194,17 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     channels = pixels.shape[1]
     if pixels.dtype == torch.uint8:
         pixels = pixels.float() / 255
-    mean, std = (_per_channel(name, values, channels) for name, values in (("mean", mean), ("std", std)))
-    return (pixels - mean.to(pixels.device)) / std.to(pixels.device)
+    shift, scale = (_per_channel(name, values, channels) for name, values in (("mean", mean), ("std", std)))
+    return (pixels - shift.to(pixels.device)) / scale.to(pixels.device)
 
 
 def _per_channel(name: str, values: Sequence[float], channels: int) -> Tensor:
-    values = torch.tensor(values, dtype=torch.float32).flatten()
+    each = torch.tensor(values, dtype=torch.float32).flatten()
     if channels == 1:
-        values = values.mean().view(1)
-    if len(values) not in (1, channels):
-        raise ValueError(f"{name}: got {len(values)} values, takes 1 or {channels}, one a channel")
-    return values.view(-1, 1, 1)
+        each = each.mean().view(1)
+    if len(each) not in (1, channels):
+        raise ValueError(f"{name}: got {len(each)} values, takes 1 or {channels}, one a channel")
+    return each.view(-1, 1, 1)
 
 
 def preprocess(
@@ -231,7 +235,7 @@ def preprocess(
     Raises:
         ValueError: for an argument out of range, and as `open_image` does. TypeError: for anything else as `images`.
     """
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
     if in_chans not in (1, 3):
         raise ValueError(f"in_chans: got {in_chans}, pictures have 1 or 3")
     if interpolation not in INTERPOLATIONS:
@@ -252,8 +256,8 @@ def preprocess(
     else:
         pictures = list(images) if isinstance(images, (list, tuple)) else [images]
         how = (size, crop_pct, interpolation, crop_mode)
-        pixels = [to_pixels(_picture(picture, in_chans), *how) for picture in pictures]
-        pixels = torch.stack(pixels) if pixels else torch.empty(0, in_chans, *size, dtype=torch.uint8)
+        each = [to_pixels(_picture(picture, in_chans), *how) for picture in pictures]
+        pixels = torch.stack(each) if each else torch.empty(0, in_chans, *size, dtype=torch.uint8)
     return normalise(pixels, mean, std)
 
 

@@ -50,7 +50,7 @@ def _init_module(module: nn.Module, name: str, mode: str, head_bias: float, need
         trunc_normal_tf_(module.weight, std=math.sqrt(1 / fan_in) / 0.87962566103423978)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif mode != "reset" and hasattr(module, "init_weights"):
-        module.init_weights()
-    elif needs_reset and hasattr(module, "reset_parameters"):
-        module.reset_parameters()
+    elif mode != "reset" and callable(own := getattr(module, "init_weights", None)):
+        own()
+    elif needs_reset and callable(reset := getattr(module, "reset_parameters", None)):
+        reset()

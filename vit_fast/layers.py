@@ -14,6 +14,8 @@ Letters: B batch, C channels, P patch side, N patches, T tokens, D width, H head
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -151,7 +153,7 @@ class PatchEmbed(nn.Module):
             )
             with torch.no_grad():
                 new.weight.copy_(resample_patch_weight(old.weight, patch_size)).requires_grad_(old.weight.requires_grad)
-                if old.bias is not None:
+                if old.bias is not None and new.bias is not None:
                     new.bias.copy_(old.bias).requires_grad_(old.bias.requires_grad)
             self.proj = new.train(old.training)
             self.patch_size = patch_size
@@ -160,7 +162,7 @@ class PatchEmbed(nn.Module):
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
         return max(self.patch_size) if as_scalar else self.patch_size
 
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+    def dynamic_feat_size(self, img_size: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of patches that an image of this size gives, padding counted in."""
         (rows, columns), (high, wide) = img_size, self.patch_size
         if self.dynamic_img_pad:
@@ -389,7 +391,8 @@ class Block(nn.Module):
         reason = self.attention_op_aside()
         if reason:
             return reason
-        parts, own = self.attn._modules, self._modules
+        parts: dict[str, Any] = self.attn._modules
+        own: dict[str, Any] = self._modules
         return why_aside(
             ("attn", self.attn, (Attention,)),
             ("norm1", own["norm1"], NORM),
@@ -408,7 +411,8 @@ class Block(nn.Module):
         reason = _why_other("mlp", self.mlp, MLP)
         if reason:
             return reason
-        parts, own = self.mlp._modules, self._modules
+        parts: dict[str, Any] = self.mlp._modules
+        own: dict[str, Any] = self._modules
         return why_aside(
             ("mlp", self.mlp, MLP),
             ("norm2", own["norm2"], NORM),
@@ -609,7 +613,7 @@ GATE = (nn.SiLU,)
 NORM_OR_NONE = (nn.Identity, nn.LayerNorm)
 SCALE_OR_NONE = (nn.Identity, LayerScale)
 PATH_OR_NONE = (nn.Identity, DropPath)
-_FORWARD = {
+_FORWARD: dict[type, Callable | None] = {
     kind: kind.forward
     for kind in (
         *(*ACTIVATION, *GATE, *DROPOUT, *NORM, *LINEAR, *MLP),
@@ -623,10 +627,10 @@ HOLDERS = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
 def is_genuine(kind: type) -> bool:
     """Whether a class has the forward that its library wrote: one that somebody set comes from another module."""
     home = next(one for one in kind.__mro__ if "forward" in vars(one))
-    return home.forward.__module__ == home.__module__
+    return vars(home)["forward"].__module__ == home.__module__
 
 
-def readable(*kinds: type) -> tuple[type, ...]:
+def readable(*kinds: type[nn.Module]) -> tuple[type, ...]:
     """These kinds of modules, noted as such that an op may stand for while their forward is their library's."""
     for kind in kinds:
         _FORWARD.setdefault(kind, kind.forward if is_genuine(kind) else None)

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -235,13 +236,15 @@ class VisionTransformer(nn.Module):
         ]
         self.norm = norm_layer(embed_dim, **dd) if final_norm and not norm_after_pool else nn.Identity()
         if global_pool == "map":
-            self.attn_pool = AttentionPoolLatent(embed_dim, num_heads, mlp_ratio, norm_layer, act_layer, **dd)
+            self.attn_pool: AttentionPoolLatent | None = AttentionPoolLatent(
+                embed_dim, num_heads, mlp_ratio, norm_layer, act_layer, **dd
+            )
         else:
             self.attn_pool = None
         self.fc_norm = norm_layer(pooled, **dd) if final_norm and norm_after_pool else nn.Identity()
         if representation_size:
             hidden = nn.Linear(pooled, representation_size, **dd)
-            self.pre_logits = nn.Sequential(collections.OrderedDict(fc=hidden, act=nn.Tanh()))
+            self.pre_logits: nn.Module = nn.Sequential(collections.OrderedDict(fc=hidden, act=nn.Tanh()))
             self.num_features = self.head_hidden_size = representation_size
         else:
             self.pre_logits = nn.Identity()
@@ -250,8 +253,9 @@ class VisionTransformer(nn.Module):
 
         # How positions are resampled to another grid, as `positions.resample_positions` names it.
         self.pos_interpolation = "antialiased"
+        self.label_names: tuple[str, ...] = ()  # of the classes, where the weights' source says them
         # What `predict` does to a picture. The zoo overwrites it with the numbers of the architecture's weights.
-        self.pretrained_cfg = {
+        self.pretrained_cfg: dict[str, Any] = {
             "input_size": (in_chans, *self.patch_embed.img_size),
             "mean": (0.5,) * in_chans,
             "std": (0.5,) * in_chans,
@@ -294,9 +298,11 @@ class VisionTransformer(nn.Module):
         """
         mode = mode or self.weight_init_mode
         one_of("mode", mode, [name for name in WEIGHT_INITS if name != "skip"])
-        if self.fixed_pos_embed:
+        if self.pos_embed is None:
+            pass
+        elif self.fixed_pos_embed:
             self._write_sincos(self.pos_embed)
-        elif self.pos_embed is not None:
+        else:
             trunc_normal_(self.pos_embed, std=0.02)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
@@ -305,6 +311,7 @@ class VisionTransformer(nn.Module):
         init_children(self, mode, head_bias, needs_reset)
         if self.fix_init:
             with torch.no_grad():
+                block: Any
                 for index, block in enumerate(self.blocks):
                     block.attn.proj.weight.div_(math.sqrt(2.0 * (index + 1)))
                     block.mlp.fc2.weight.div_(math.sqrt(2.0 * (index + 1)))
@@ -380,6 +387,7 @@ class VisionTransformer(nn.Module):
         """The position table for this grid of patches, [1, N or R + N, D], resampled where it is another one."""
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
         old_grid = self.patch_embed.grid_size
+        assert self.pos_embed is not None
         return resample_positions(self.pos_embed, (rows, columns), old_grid, prefix, self.pos_interpolation)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
@@ -387,7 +395,7 @@ class VisionTransformer(nn.Module):
         prefix = [token.expand(x.shape[0], -1, -1) for token in self._prefix_tokens()]
         if self.pos_embed is None:
             return torch.cat([*prefix, x.reshape(x.shape[0], -1, x.shape[-1])], dim=1)
-        positions = self.pos_embed
+        positions: Tensor = self.pos_embed
         if self.dynamic_img_size:
             positions = self._positions(*x.shape[1:3])
             x = x.reshape(x.shape[0], -1, x.shape[-1])
@@ -435,16 +443,18 @@ class VisionTransformer(nn.Module):
         rows, columns = images.shape[2] // high, images.shape[3] // wide
         if not self.dynamic_img_size and (images.shape[2] % high or images.shape[3] % wide):
             images = images[:, :, : rows * high, : columns * wide]  # as a convolution leaves out what fills no patch
-        prefix = [token[0] for token in self._prefix_tokens()]
-        prefix = (prefix[0] if len(prefix) == 1 else torch.cat(prefix)) if prefix else None
+        tokens = [token[0] for token in self._prefix_tokens()]
+        prefix = (tokens[0] if len(tokens) == 1 else torch.cat(tokens)) if tokens else None
+        position: Tensor | None = None
         if self.pos_embed is None:
-            position = None
+            pass
         elif not self.dynamic_img_size:
             position = self.pos_embed[0]
         else:
-            position = self._positions(rows, columns)[0]
+            table = self._positions(rows, columns)[0]
             if prefix is not None and not self.no_embed_class:
-                prefix, position = prefix + position[: len(prefix)], position[len(prefix) :]
+                prefix, table = prefix + table[: len(prefix)], table[len(prefix) :]
+            position = table
         return ops.patch_embed(images, embed.proj.weight, embed.proj.bias, position, prefix)
 
     def _run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -538,7 +548,7 @@ class VisionTransformer(nn.Module):
         chosen, last = take_indices(len(self.blocks), indices)
         images, x = x, self._embed(x)
         found = []
-        for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+        for index, block in enumerate(list(self.blocks)[: last + 1] if stop_early else self.blocks):
             x = self._run_block(block, x, attn_mask, is_causal)
             if index in chosen:
                 found.append(self.norm(x) if norm else x)
@@ -583,7 +593,7 @@ class VisionTransformer(nn.Module):
     ) -> list[int]:
         """Remove the blocks behind the last one chosen, and the final norm and the head where asked."""
         chosen, last = take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
+        self.blocks = nn.Sequential(*list(self.blocks)[: last + 1])
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
@@ -686,12 +696,13 @@ class VisionTransformer(nn.Module):
         """
         if not len(self.blocks):
             raise ValueError("attention_rollout: the model has no layer")
-        flow = None
+        flow: Tensor | None = None
         with self._per_layer(images) as walk:
             for _, block, x in walk:
                 layer = block.attention_map(x).mean(dim=1)
                 layer = 0.5 * (layer + torch.eye(layer.shape[-1], device=layer.device))
                 flow = layer if flow is None else layer @ flow
+        assert flow is not None
         return flow
 
     def rollout_map(self, images: Tensor) -> Tensor:
@@ -770,7 +781,7 @@ class VisionTransformerDistilled(VisionTransformer):
 
     def __init__(self, *args, **kwargs):
         weight_init = kwargs.pop("weight_init", "")
-        super().__init__(*args, **kwargs, weight_init="skip")
+        super().__init__(*args, **{**kwargs, "weight_init": "skip"})
         if self.global_pool != "token" or self.fixed_pos_embed or self.pos_embed is None or self.num_reg_tokens:
             raise ValueError("VisionTransformerDistilled takes global_pool='token', pos_embed='learn' and no registers")
         dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
@@ -794,7 +805,7 @@ class VisionTransformerDistilled(VisionTransformer):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def get_classifier(self) -> tuple[nn.Module, nn.Module]:
+    def get_classifier(self) -> tuple[nn.Module, nn.Module]:  # type: ignore[override]  # as timm's does
         return self.head, self.head_dist
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -809,6 +820,7 @@ class VisionTransformerDistilled(VisionTransformer):
         self.distilled_training = enable
 
     def _prefix_tokens(self) -> list[Tensor]:
+        assert self.cls_token is not None  # its pool is "token"
         return [self.cls_token, self.dist_token]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False):

@@ -37,7 +37,7 @@ def patch_embed(
     count = 0 if prefix is None else prefix.shape[0]
     if position is not None and len(position) == tokens.shape[1]:
         tokens = tokens + position
-    if count:
+    if prefix is not None and count:
         tokens = torch.cat([prefix.expand(batch, -1, -1), tokens], dim=1)
     if position is not None and count and len(position) == tokens.shape[1]:
         tokens = tokens + position
@@ -220,7 +220,8 @@ def attention_pool(x: Tensor, p: dict[str, Tensor], heads: int, activation: str,
     k, v = linear(x, p.pop("kv.weight"), p.pop("kv.bias")).reshape(batch, tokens, 2, heads, -1).unbind(2)
     y = linear(attention(q, k, v), p.pop("proj.weight"), p.pop("proj.bias"))
     names = ("norm.weight", "norm.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")
-    return mlp(y, *(p.pop(name) for name in names), activation=activation, eps=eps)[:, 0]
+    norm1, norm2, fc1, fc1_bias, fc2, fc2_bias = (p.pop(name) for name in names)
+    return mlp(y, norm1, norm2, fc1, fc1_bias, fc2, fc2_bias, activation=activation, eps=eps)[:, 0]
 
 
 def vision_transformer(

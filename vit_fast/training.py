@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vit_fast import checkpoint
 from vit_fast.data import ShuffledBatches, load_data
 from vit_fast.inference import normalise
+from vit_fast.model import VisionTransformer
 
 HISTORY = "history.jsonl"
 DEFAULT_MODEL = "vit_tiny_patch16_224"
@@ -208,10 +209,11 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: VisionTransformer, weight_decay: float) -> list[dict]:
     """AdamW's groups: no decay on vectors (norms, biases, LayerScale) and on what `no_weight_decay` names."""
     spared = model.no_weight_decay()
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (others if parameter.dim() <= 1 or name in spared else decayed).append(parameter)

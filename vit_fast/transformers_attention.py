@@ -10,7 +10,7 @@ from vit_fast import ops
 from vit_fast.ops.backend import say_aside
 
 NAME = "vit_fast"
-_recorded = weakref.WeakSet()  # the attention modules whose last forward pass was collected
+_recorded: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the attention modules whose last forward pass was collected
 
 
 def register_transformers() -> None:
@@ -28,7 +28,9 @@ def register_transformers() -> None:
     """
     found = "none"
     if importlib.util.find_spec("transformers") is not None:
-        from transformers import __version__ as found
+        import transformers
+
+        found = transformers.__version__
     if found == "none" or int(found.split(".")[0]) < 5:
         raise ImportError(f"transformers: got {found}, takes version 5 or later: pip install 'transformers>=5'")
     from transformers import AttentionInterface

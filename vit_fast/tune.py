@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,7 +81,7 @@ def candidates(entry: dict) -> list[dict]:
         entry.setdefault("blocks_per_sm", 1)
     choices = []
     for name, value in entry.items():
-        others = ()
+        others: Iterable[int] = ()
         if name.startswith("BLOCK_"):
             others = (side for side in (value // 2, 2 * value) if 16 <= side <= 256)
         elif name == "num_warps":
@@ -244,7 +244,7 @@ class Tuner:
                     found.append((reached, case, True))
                     torch.autograd.grad(output, wanted, torch.randn_like(output))
         found.sort(key=lambda one: len(one[0]))
-        chosen = {}
+        chosen: dict[Key, tuple] = {}
         for reached, case, backward in found:
             for key in reached:
                 chosen.setdefault(key, (case, backward))
@@ -287,7 +287,7 @@ class Tuner:
         """The median seconds of each entry. They take turns: what else changes on the device changes for all."""
         from vit_fast.kernels import tile_table
 
-        times = [[] for _ in entries]
+        times: list[list[float]] = [[] for _ in entries]
         for _ in range(ROUNDS):
             for entry, mine in zip(entries, times):
                 with tile_table.using(self.architecture, *key, entry), ops.use_backend("triton"):

@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 def _block(num_heads: int, x: Tensor, *t: Tensor) -> Tensor:
     """`ops.block` of tensors alone: no drop path."""
-    return ops.block(x, *t[:7], None, *t[7:], None, num_heads)
+    return ops.block(x, *t[:7], None, *t[7:], None, num_heads)  # type: ignore[arg-type, call-arg]  # t has fourteen
 
 
 def cases(batch: int, grid: int, patch: int, heads: int, head_width: int, hidden: int) -> list[Case]:
@@ -101,7 +101,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @contextlib.contextmanager
 def convolution_like_ours() -> Iterator[None]:
     """PyTorch's own convolution takes tf32 unless told: as the kernel multiplies, so does what it is compared with."""
-    convolution = torch.backends.cudnn.conv
+    convolution = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # set at import
     before = convolution.fp32_precision
     convolution.fp32_precision = float32_precision()
     try:
@@ -239,7 +239,7 @@ def verify_entries(
     found = collections.defaultdict(list)
     work = [(case, device, dtype) for dtype in dtypes for case in cases]
     with contextlib.ExitStack() as stack:
-        each = itertools.starmap
+        each: Callable = itertools.starmap
         if workers > 1:  # spawned: a process that has used a GPU cannot fork
             pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(min(workers, len(work))))
             each = functools.partial(pool.starmap, chunksize=1)
@@ -269,7 +269,9 @@ def _check(case: Case, device: torch.device, dtype: torch.dtype) -> dict[tuple[s
     """entry → error, agrees, why: of the results of the pass in which it was looked up."""
     from vit_fast.kernels import tile_table
 
-    trial, judged, output = Trial(case, device, dtype), {}, None
+    trial, output = Trial(case, device, dtype), torch.empty(0)
+    judged: dict[tuple[str, str, str], dict] = {}
+    results: Sequence[Tensor]
     for backward in (False, True):
         with tile_table.recording() as reached, ops.use_backend("triton"):
             try:

@@ -7,7 +7,7 @@ a LoRA wrapper, a quantised weight, active dropout) that half runs by the librar
 does it, and one log line says why.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,13 @@ from torch import Tensor, nn
 from vit_fast import ops
 from vit_fast.ops.backend import cast, compute_dtype, say_aside, use_triton
 
+if TYPE_CHECKING:
+    Module = nn.Module
+else:
+    Module = object  # the library's class, which comes behind it, is one
 
-class Fused:
+
+class Fused(Module):
     """Mixed in before the class of a library whose forward the subclass replaces."""
 
     @classmethod
@@ -187,7 +192,7 @@ def _attention(x: Tensor, half: AttentionHalf) -> Tensor:
     if _joins(half.weights, x):
         qkv = ops.ln_linear(x, norm.weight, norm.bias, *_joined(half.weights, half.biases, x), norm.eps)
         qkv = qkv.unflatten(-1, (3, half.heads, -1))
-        if half.q_norm is None or type(half.q_norm) is type(half.k_norm) is nn.Identity:
+        if half.q_norm is None or half.k_norm is None or type(half.q_norm) is type(half.k_norm) is nn.Identity:
             heads = ops.attention_qkv(qkv)
         else:
             q, k, v = qkv.unbind(2)
@@ -212,6 +217,8 @@ def _mlp(x: Tensor, half: MlpHalf) -> Tensor:
     if half.activation == "swiglu":
         return ops.swiglu(*first, *last, *end, norm.eps)
     if half.normalises():
+        assert half.inner is not None
+        assert half.act is not None
         hidden = half.inner(half.act(ops.ln_linear(*first, norm.eps)))
         return ops.linear_residual(hidden, *last, x, *end)
     return ops.mlp(*first, *last, *end, half.activation, norm.eps)

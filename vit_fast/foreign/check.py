@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +51,11 @@ def runs_of(model: nn.Module, example) -> list[Run]:
 
 def _image_shape(module: nn.Module) -> tuple[int, int, int] | None:
     """(channels, rows, columns) that a model takes, by its own account, or None."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if getattr(module, "main_input_name", "") == "pixel_values" and hasattr(config, "image_size"):
         size, channels = config.image_size, config.num_channels
-    elif isinstance(getattr(module, "pretrained_cfg", None), dict) and "input_size" in module.pretrained_cfg:
-        channels, *size = module.pretrained_cfg["input_size"]
+    elif isinstance(said := getattr(module, "pretrained_cfg", None), dict) and "input_size" in said:
+        channels, *size = said["input_size"]
         size = getattr(getattr(module, "patch_embed", None), "img_size", None) or size
         channels = next((one.in_channels for one in module.modules() if isinstance(one, nn.Conv2d)), channels)
     else:
@@ -91,7 +91,7 @@ def random_input(module: nn.Module) -> tuple[tuple, dict]:
 
 def run(runs: list[Run], modules: dict[str, nn.Module]) -> tuple[dict[str, tuple[tuple, dict]], list]:
     """What each module reads first in these runs, (args, kwargs) by its name, and what the runs return."""
-    inputs = {}
+    inputs: dict[str, tuple[tuple, dict]] = {}
 
     def note(name: str):
         def hook(module, args, kwargs):
@@ -122,7 +122,7 @@ def those_that_run(runs: list[Run]) -> list[Run]:
     return taken
 
 
-def run_accelerated(runs: list[Run], new: dict[str, tuple[nn.Module, type]], before: list) -> str:
+def run_accelerated(runs: list[Run], new: dict[str, tuple[nn.Module, type[Fused]]], before: list) -> str:
     """Why the model as a whole cannot run in its new form, or ""; it is left in the old one."""
     for module, fused in new.values():
         module.__class__ = fused
@@ -149,7 +149,8 @@ def compare(module: nn.Module, fused: type[Fused], args: tuple, kwargs: dict, tr
     try:
         theirs = _results(module, args, kwargs, training)
         double = copy.deepcopy(module).double()
-        true = _results(double, *pytree.tree_map_only(Tensor, _as_double, (args, kwargs)), training)
+        as_double, named_as_double = pytree.tree_map_only(Tensor, _as_double, (args, kwargs))
+        true = _results(double, as_double, named_as_double, training)
         module.__class__ = fused
         try:
             ours = _results(module, args, kwargs, training)
@@ -188,5 +189,5 @@ def _results(module: nn.Module, args: tuple, kwargs: dict, training: bool) -> li
         generator = torch.Generator().manual_seed(0)
         upstream = torch.randn(output.shape, generator=generator).to(output)
         gradients = torch.autograd.grad(output, [x, *wanted], upstream, allow_unused=True)
-    gradients = [torch.zeros_like(of) if g is None else g for of, g in zip((x, *wanted), gradients)]
-    return [output.detach(), torch.cat([gradient.flatten() for gradient in gradients])]
+    every = [torch.zeros_like(of) if g is None else g for of, g in zip((x, *wanted), gradients)]
+    return [output.detach(), torch.cat([gradient.flatten() for gradient in every])]

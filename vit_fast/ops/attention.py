@@ -155,7 +155,8 @@ _attention_train.register_autograd(_autograd, setup_context=_setup_context)
 
 @torch.library.custom_op("vit_fast::attention_qkv_train", mutates_args=())
 def _attention_qkv_train(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return _forward(*qkv.unbind(2), scale, with_lse=True)
+    q, k, v = qkv.unbind(2)
+    return _forward(q, k, v, scale, with_lse=True)
 
 
 @_attention_qkv_train.register_fake
@@ -168,7 +169,8 @@ def _(qkv, scale):
 def _qkv_backward(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensor:
     # One tensor: three views of it could not be three outputs, and autograd would copy three gradients into one.
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    _gradients(do, *qkv.unbind(2), o, lse, *dqkv.unbind(2), scale)
+    (q, k, v), (dq, dk, dv) = qkv.unbind(2), dqkv.unbind(2)
+    _gradients(do, q, k, v, o, lse, dq, dk, dv, scale)
     return dqkv
 
 
@@ -242,7 +244,7 @@ def _switched_on() -> tuple[str, ...]:
     return tuple(name for name, form in SDPA.items() if form.enabled())
 
 
-_switched_on._dynamo_marked_constant = True  # as those of backend.py
+vars(_switched_on)["_dynamo_marked_constant"] = True  # as those of backend.py
 
 
 def measured_form(operands: tuple[Tensor, ...], shape: tuple[int, int, int], rows: int) -> str:
@@ -314,12 +316,14 @@ def attention_qkv(qkv: Tensor, scale: float | None = None) -> Tensor:
     check_qkv(qkv)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if not use_triton("attention_qkv", qkv, refusal=refusal(qkv.shape[-1], scale)):
-        return _in_pytorch(*qkv.unbind(2), scale)
+        q, k, v = qkv.unbind(2)
+        return _in_pytorch(q, k, v, scale)
     q, k, _ = qkv.unbind(2)
     form = measured_form((qkv,), *size(q, k))
     qkv = qkv.to(compute_dtype(qkv))
     if form:
-        return _as_measured(*qkv.unbind(2), scale, form)
+        q, k, v = qkv.unbind(2)
+        return _as_measured(q, k, v, scale, form)
     if needs_grad(qkv):
         return _attention_qkv_train(qkv, scale)[0]
     return _attention(*qkv.unbind(2), scale)

@@ -117,7 +117,7 @@ def transformed() -> bool:
 # attribute is what torch.compiler.assume_constant_result sets; that function imports torch._dynamo, which would double
 # the time of `import vit_fast`.
 for _constant in (_auto, _why_not_forced, exporting, transformed):
-    _constant._dynamo_marked_constant = True
+    vars(_constant)["_dynamo_marked_constant"] = True
 
 
 def say_aside(what: str, reason: str) -> None:
@@ -144,7 +144,7 @@ def use_triton(op: str, x: Tensor, *others: Tensor, refusal: str = "") -> bool:
     """
     if _backend == "torch" or exporting() or (_backend == "auto" and not _auto(x.device)):
         return False
-    error = ValueError
+    error: type[Exception] = ValueError
     for tensor in (x, *others):
         if tensor.numel() == 0:
             return False
@@ -172,6 +172,7 @@ def measured_faster(op: str, operands: tuple[Tensor | None, ...], shape: tuple, 
     if _backend != "auto":
         return None
     x = operands[0]
+    assert x is not None  # the input is never left out
     for finding in findings(op, x.device):
         fits = finding.shape == tuple(shape) and finding.rows <= rows
         if fits and finding.dtype == compute_dtype(x) and finding.training == needs_grad(*operands):

@@ -1,5 +1,8 @@
 """block: both halves of a Transformer block in one op."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,7 +43,7 @@ SETTINGS = "int num_heads, str activation, float eps1, float eps2"
 KEPT = 9  # what training keeps: qkv, o, lse, the residual stream between the halves, h, two means and two rstds
 
 
-def _grouped(parameters: tuple) -> list[tuple]:
+def _grouped(parameters: Sequence) -> list[tuple]:
     """The 16 parameters in the order of the schema as the kernels take them: in pairs, each of one layer."""
     ready = [as_rows(t) if t is not None and t.dim() == 2 else packed(t) for t in parameters]
     return list(zip(ready[::2], ready[1::2]))
@@ -240,7 +243,7 @@ def block(
     Raises:
         ValueError: for a shape, device or activation that does not fit. TypeError: for a dtype that does not.
     """
-    parameters = {
+    parameters: dict[str, Any] = {
         "norm1_weight": norm1_weight,
         "norm1_bias": norm1_bias,
         "qkv_weight": qkv_weight,

@@ -70,4 +70,5 @@ def findings(op: str, device: torch.device) -> tuple[Finding, ...]:
     return _findings(op, device)
 
 
-findings._dynamo_marked_constant = True  # as those of backend.py: torch.compile takes the answer and does not trace it
+# As those of backend.py: torch.compile takes the answer and does not trace it.
+vars(findings)["_dynamo_marked_constant"] = True

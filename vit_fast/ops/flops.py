@@ -20,7 +20,6 @@ functions of torch.nn.functional, which attention calls inside `use_backend("tor
 
 import math
 import sys
-from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 
@@ -86,7 +85,7 @@ def _enter(counter: ModuleType) -> None:
     """The formulas into PyTorch's registry."""
     for name, formula in FORMULAS.items():
 
-        def count(*shapes, formula: Callable = formula, out_shape=None) -> int:
+        def count(*shapes, formula=formula, out_shape=None) -> int:
             return formula(*shapes)
 
         counter.register_flop_formula(getattr(torch.ops.vit_fast, name))(count)
@@ -100,14 +99,14 @@ class _Enter(MetaPathFinder):
             return None
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, others), None)
-        if spec:
+        if spec and spec.loader:
             load = spec.loader.exec_module
 
             def load_and_enter(module: ModuleType) -> None:
                 load(module)
                 _enter(module)
 
-            spec.loader.exec_module = load_and_enter
+            vars(spec.loader)["exec_module"] = load_and_enter
         return spec
 
 

@@ -46,7 +46,7 @@ def check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
     check_device(x, drop=drop)
 
 
-def _forward(training: bool, x: Tensor, *operands) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def _forward(training: bool, x: Tensor, *operands) -> tuple:
     """The kernels on the operands of the op: y, then what training keeps (elsewhere the hidden layer is None)."""
     from vit_fast.kernels import swiglu as kernel
 

@@ -4,7 +4,7 @@ Which names a state dict has is found out from the names: the layout that leaves
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -37,7 +37,7 @@ MOST_TENSORS = 10_000  # ten times what the largest model has
 TARGETS = ("timm", "hf", "torchvision", "open_clip", "dinov2", "jax")
 
 
-def recognise(names: Sequence[str]) -> Layout:
+def recognise(names: Collection[str]) -> Layout:
     """The layout that these names are of.
 
     Raises:

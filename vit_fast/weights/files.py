@@ -4,6 +4,7 @@ import math
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def _read_sharded(folder: Path) -> dict[str, Tensor]:
     places = checkpoint.read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict):
         raise ValueError(f"{folder / INDEX}: no weight_map")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name in places.values():
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{,200}\.safetensors", name):
             raise ValueError(f"{folder / INDEX}: refused, {name!r} is no name of a safetensors file beside it")
@@ -96,7 +97,8 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
         import numpy as np
 
         with checkpoint.replacing(path) as beside, beside.open("wb") as file:
-            np.savez(file, **{name: tensor.numpy() for name, tensor in tensors.items()})
+            arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+            np.savez(file, **arrays)
     elif path.suffix == ".safetensors":
         checkpoint.write_weights(path, tensors)
     else:

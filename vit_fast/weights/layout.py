@@ -122,7 +122,7 @@ class Layout:
         names = list(names)
         prefixed = bool(self.prefix) and any(name.startswith(self.prefix) for name in names)
         outside = [_compiled(p[1:]) for rule in self.rules for p in _names(rule.theirs) if p.startswith("/")]
-        found = {}
+        found: dict[str, str] = {}
         for name in names:
             spelled = name.removeprefix(self.prefix)
             for pattern, replacement in self.aliases:
@@ -142,12 +142,10 @@ class Layout:
         missing = [name for name in sorted(used) if name not in spelled]
         whole = [match for match in matches if all(name in spelled for name in match.names("theirs"))]
         rest = [name for name in spelled if name not in used]
-        dropped = {
-            n for n in rest if any(fnmatch.fnmatchcase(n.removeprefix("/"), pattern) for pattern in self.dropped)
-        }
-        left_over = [spelled[name] for name in rest if name not in dropped]
+        unread = {n for n in rest if any(fnmatch.fnmatchcase(n.removeprefix("/"), pattern) for pattern in self.dropped)}
+        left_over = [spelled[name] for name in rest if name not in unread]
         missing += _gaps({name for match in whole for name in match.names("ours")}, self.needs)
-        dropped = [spelled[name] for name in rest if name in dropped]
+        dropped = [spelled[name] for name in rest if name in unread]
         return whole, Coverage(self.name, len(spelled) - len(rest), dropped, left_over, missing)
 
     def to_ours(self, theirs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Coverage]:
@@ -156,7 +154,7 @@ class Layout:
         state = {spelled: theirs[name] for spelled, name in self.spelled(theirs).items()}
         if self.first and not coverage.missing:
             state = self.first(state)
-        found = {}
+        found: dict[str, Tensor] = {}
         for match in matches:
             parts = [match.rule.way.to_ours(state[name], 0) for name in match.names("theirs")]
             found |= _spread(parts, match.names("ours"), match.rule.shares)

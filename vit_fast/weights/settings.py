@@ -6,7 +6,7 @@ timm's.
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -122,7 +122,7 @@ _VIT = {
     **{"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
 }
 # By model_type: what transformers' config does not write where it is so, and what is always so in ours.
-_TRANSFORMERS = {
+_TRANSFORMERS: dict[str, tuple[dict, dict]] = {
     "vit": (_VIT, {}),
     "vit_mae": (_VIT, {}),
     "deit": (_VIT, {}),
@@ -169,12 +169,14 @@ def _of_deit(names: Mapping[str, Tensor]) -> dict:
 def _of_processor(processor: dict) -> dict:
     """What a processor of transformers does to pictures, as `pretrained_cfg` says it."""
     processor = processor.get("image_processor", processor)  # as a processor of pictures and text nests it
-    found = {name: tuple(processor[f"image_{name}"]) for name in ("mean", "std") if f"image_{name}" in processor}
+    given = (name for name in ("mean", "std") if f"image_{name}" in processor)
+    found: dict[str, Any] = {name: tuple(processor[f"image_{name}"]) for name in given}
     if processor.get("do_normalize") is False:
         found |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     if processor.get("resample") in RESAMPLE:
         found["interpolation"] = RESAMPLE[processor["resample"]]
-    size, crop = processor.get("size"), processor.get("crop_size")
+    size: Any = processor.get("size")
+    crop: Any = processor.get("crop_size")
     kind = processor.get("image_processor_type") or processor.get("feature_extractor_type") or ""
     if isinstance(size, int):  # a number is the shorter side for a CLIP, both sides for the others
         size = {"shortest_edge": size} if "CLIP" in kind else {"height": size, "width": size}
@@ -303,7 +305,7 @@ def arguments_of(model: VisionTransformer) -> dict:
     }
     if not len(model.blocks):
         return args
-    block = model.blocks[0]
+    block: Any = model.blocks[0]
     attn, mlp = block.attn, block.mlp
     gated = isinstance(mlp, SwiGLUPacked)
     return args | {

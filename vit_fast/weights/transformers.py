@@ -3,6 +3,8 @@
 The tables have the names that its files have. Those that version 5 has in memory are other spellings of them.
 """
 
+from typing import Any
+
 from vit_fast.weights.layout import TABLE, TOKEN, Layout, Rule, fold_class_position, with_positions_of, zero_token
 
 _PARTS = ("query", "key", "value")
@@ -53,7 +55,10 @@ IJEPA = Layout(
     dropped=("pooler.dense.*", "embeddings.mask_token"),
     needs=("pos_embed",),
 )
-_DEIT = {"prefix": "deit.", "aliases": _ALL_TO_DISK, "dropped": ("pooler.dense.*", "embeddings.mask_token")}
+_DEIT: dict[str, Any] = {
+    **{"prefix": "deit.", "aliases": _ALL_TO_DISK},
+    "dropped": ("pooler.dense.*", "embeddings.mask_token"),
+}
 DEIT = Layout(
     "transformers DeiT",
     (
