@@ -2,12 +2,13 @@
 
 python -m tests.leaks [--passes 1000]
 
-After a warm-up, tensors and modules alive and the memory of the process are counted, and again at the end: the numbers
-must be the same, and the memory must not have grown by more than what an allocator moves. In the interpreter a pass
-takes a second: there are a tenth as many, of one layer.
+After a warm-up is counted what is alive, and again at the end: tensors and modules, whatever else Python tracks, its
+blocks of memory, the bytes that C and C++ have of malloc, and the process in memory. In the interpreter a pass takes a
+second: there are a tenth as many, of one layer.
 """
 
 import argparse
+import ctypes
 import functools
 import gc
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -23,31 +25,71 @@ import vit_fast
 from tests import counts
 
 WARM_UP = 20
-MAY_GROW = 4.0  # MiB: a leak of one float32 number a pass would stay below it, one of a token's width would not
+# What may grow: Python's blocks and malloc's bytes by what counters and dictionaries take now and then; a pass that
+# leaves a number leaves a block, one that leaves a tensor several hundred bytes. A page that is touched first, MiB.
+BLOCKS, BYTES, MIB = 300, 48 << 10, 4.0
 SMALL = {"embed_dim": 32, "num_heads": 2, "depth": 2, "img_size": 32, "num_classes": 5}
 
 
-def alive() -> int:
-    """Tensors and modules that Python still holds."""
+class _Malloc(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def allocated() -> int:
+    """Bytes of malloc that are in use, of all threads: every tensor's memory, too. 0 where it is not glibc's."""
+    counter = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if counter is None:
+        return 0
+    counter.restype = _Malloc
+    info = counter()
+    return info.uordblks + info.hblkhd
+
+
+class Held(NamedTuple):
+    """What the process holds."""
+
+    things: int  # tensors and modules
+    objects: int  # all that Python's collector knows
+    blocks: int  # of Python's memory: numbers and texts too
+    bytes: int  # of malloc
+    resident: float  # MiB
+
+
+def now() -> tuple:
+    """The fields of `Held`; not one itself, which would be an object more."""
     gc.collect()
+    objects = gc.get_objects()
     # By the type, for isinstance asks lazy modules of other libraries who they are, which imports them.
-    return sum(issubclass(type(thing), torch.Tensor | torch.nn.Module) for thing in gc.get_objects())
-
-
-def resident() -> float:
-    """MiB of the process in memory."""
+    things = sum(issubclass(type(thing), torch.Tensor | torch.nn.Module) for thing in objects)
+    count, objects = len(objects), None
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return things, count, sys.getallocatedblocks(), allocated(), pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def grown(work: Callable[[], object], passes: int) -> tuple[int, float]:
-    """By how many tensors and modules, and by how many MiB, the process grows over so many calls."""
+def held(work: Callable[[], object], passes: int) -> tuple[Held, Held]:
+    """What the process holds before so many calls, warmed up, and after them."""
     for _ in range(min(WARM_UP, passes)):
         work()
-    things, memory = alive(), resident()
+    before = now()
     for _ in range(passes):
         work()
-    return alive() - things, resident() - memory
+    after = now()
+    return Held(*before), Held(*after)
+
+
+def leaks(before: Held, after: Held) -> list[str]:
+    """What has grown, and by how much, that should not."""
+    more = {name: now - then for name, then, now in zip(Held._fields, before, after)}
+    may = {"things": 0, "objects": 0, "blocks": BLOCKS, "bytes": BYTES, "resident": MIB}
+    return [f"{more[name]:g} {name}" for name in may if more[name] > may[name]]
 
 
 def passes_of(backend: str, train: bool) -> Callable[[], None]:
@@ -66,8 +108,8 @@ def passes_of(backend: str, train: bool) -> Callable[[], None]:
     return work
 
 
-def accelerated(library: str) -> Callable[[], None]:
-    """accelerate, a forward pass and restore, of a small model of that library."""
+def create(library: str) -> torch.nn.Module:
+    """A small model of that library."""
     if library == "timm":
         import timm
 
@@ -77,14 +119,21 @@ def accelerated(library: str) -> Callable[[], None]:
 
         sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
         model = transformers.ViTModel(transformers.ViTConfig(image_size=32, **sizes))
-    model = model.eval()
+    return model.eval()
+
+
+def accelerated(library: str, anew: bool = False) -> Callable[[], None]:
+    """accelerate, a forward pass and restore, of one small model of that library or of a new one each time."""
+    model = create(library)
     images = torch.randn(2, 3, 32, 32)
 
     @torch.no_grad()
     def work() -> None:
-        vit_fast.accelerate(model)
-        model(images)
-        vit_fast.restore(model)
+        one = create(library) if anew else model
+        vit_fast.accelerate(one)
+        one(images)
+        if not anew:
+            vit_fast.restore(one)
 
     return work
 
@@ -95,6 +144,7 @@ KINDS = {
     "forward and backward in the interpreter": functools.partial(passes_of, "triton", True),
     "accelerate and restore, timm": functools.partial(accelerated, "timm"),
     "accelerate and restore, transformers": functools.partial(accelerated, "transformers"),
+    "accelerate a new model, timm": functools.partial(accelerated, "timm", anew=True),
 }
 
 
@@ -113,31 +163,36 @@ def main() -> int:
 
             mend()
         torch.set_num_threads(1)
-        print(*grown(KINDS[given.kind](), count_of(given.kind, given.passes)))
+        for found in held(KINDS[given.kind](), count_of(given.kind, given.passes)):
+            print(*found)
         return 0
-    begin, rows = time.monotonic(), []
+    begin, rows, leaking = time.monotonic(), [], 0
     for kind in KINDS:
         environment = {**os.environ, "TRITON_INTERPRET": "1" if "interpreter" in kind else "0"}
         command = [sys.executable, "-m", "tests.leaks", "--passes", str(given.passes), "--kind", kind]
         said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-        things, memory = said.split()[-2:]
+        before, after = (Held(*map(float, line.split())) for line in said.splitlines()[-2:])
+        found = leaks(before, after)
+        leaking += bool(found)
         rows.append(
             {
                 "what": kind,
                 "passes": count_of(kind, given.passes),
-                "tensors and modules more": int(things),
-                "MiB more": round(float(memory), 2),
+                "tensors and modules": f"{before.things:.0f} → {after.things:.0f}",
+                "objects of Python": f"{before.objects:.0f} → {after.objects:.0f}",
+                "blocks of Python": f"{before.blocks:.0f} → {after.blocks:.0f}",
+                "MiB of malloc": f"{before.bytes / 2**20:.3f} → {after.bytes / 2**20:.3f}",
+                "MiB resident": f"{before.resident:.2f} → {after.resident:.2f}",
             }
         )
-        print(rows[-1], flush=True)
-    leaking = [row for row in rows if row["tensors and modules more"] > 0 or row["MiB more"] > MAY_GROW]
+        print(rows[-1], *found, flush=True)
     counts.keep(
         "leaks",
-        f"After {WARM_UP} passes of warm-up: tensors and modules that are alive, and memory of the process, over more "
-        f"passes of a small model. More than {MAY_GROW:g} MiB, or one thing more, is a leak.",
+        f"What a process holds after {WARM_UP} passes of warm-up, and after more passes of a small model. One thing or "
+        f"object more is a leak, and so are {BLOCKS} blocks, {BYTES >> 10} KiB of malloc or {MIB:g} MiB.",
         f"python -m tests.leaks --passes {given.passes}",
         time.monotonic() - begin,
-        {"kinds": len(rows), "that leak": len(leaking)},
+        {"kinds": len(rows), "that leak": leaking},
         table=rows,
     )
     return 1 if leaking else 0
