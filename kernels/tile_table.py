@@ -169,7 +169,7 @@ def text(table: dict) -> str:
 
 
 def rows_class(rows: int) -> str:
-    """The shape class of a product with so many rows."""
+    """The shape class of a product with so many rows; of another class an image may have other last bits."""
     return "few" if rows <= FEW_ROWS else "some" if rows <= SOME_ROWS else "many"
 
 

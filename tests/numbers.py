@@ -60,9 +60,9 @@ def _of(error: torch.Tensor, limit: torch.Tensor) -> float:
     return (error / limit).item() if limit else 0.0 if not error else float("inf")
 
 
-def ratios(op: str, mode: str, draws: int) -> tuple[list[float], list[float]]:
-    """Our error over the limit, and over unfused PyTorch's, of every tensor of every case."""
-    ours_of_limit, ours_of_peer = [], []
+def ratios(op: str, mode: str, draws: int) -> tuple[list[float], list[float], list[str]]:
+    """Our error over the limit, and over unfused PyTorch's, of every tensor of every case, and what tensor it is."""
+    ours_of_limit, ours_of_peer, names = [], [], []
     call, truth, peer, cases = OPS[op]
     for case in cases:
         for _ in range(draws):
@@ -73,12 +73,13 @@ def ratios(op: str, mode: str, draws: int) -> tuple[list[float], list[float]]:
                 _, error, unfused_error, limit = found[0]
                 # PyTorch may be right to the bit by luck.
                 ours_of_peer.append(_of(error, unfused_error.clamp_min(limit / 100)))
-    return ours_of_limit, ours_of_peer
+                names.append(f"{name}, {case.why}")
+    return ours_of_limit, ours_of_peer, names
 
 
 def row(op: str, mode: str, draws: int) -> dict:
     """A line of the table: the quantiles of both ratios."""
-    found = ratios(op, mode, draws)
+    *found, tensors = ratios(op, mode, draws)
     at = torch.tensor([0.5, 0.9, 0.99, 1.0], dtype=torch.float64)
     of_limit, of_peer = (torch.tensor(r, dtype=torch.float64).quantile(at).tolist() for r in found)
     names = ("50 %", "90 %", "99 %", "most")
@@ -86,6 +87,7 @@ def row(op: str, mode: str, draws: int) -> dict:
         {"op": op, "dtype": mode, "tensors": len(found[0]), "over the limit": sum(r > 1 for r in found[0])}
         | {f"of the limit, {name}": round(value, 2) for name, value in zip(names, of_limit)}
         | {f"of PyTorch's error, {name}": round(value, 2) for name, value in zip(names, of_peer)}
+        | {"nearest to the limit": tensors[found[0].index(max(found[0]))]}
     )
 
 
