@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 import vit_fast
-from tests import counts
+from tests import counts, mend_torchvision
 
 WARM_UP = 20
 # What may grow: Python's blocks and malloc's bytes by what counters and dictionaries take now and then; a pass that
@@ -162,6 +162,7 @@ def main() -> int:
             from tests.mend_interpreter import mend
 
             mend()
+        mend_torchvision.mend()
         torch.set_num_threads(1)
         for found in held(KINDS[given.kind](), count_of(given.kind, given.passes)):
             print(*found)
