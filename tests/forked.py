@@ -1,10 +1,11 @@
-"""Imported by the process that tests.faults forks from: what a run imports, and a run, so that none is the first."""
+"""Imported by the process that tests.faults and tests.hostile fork from: what a run imports, and a run, so that none is
+the first."""
 
 import tempfile
 
 import torch
 
-from tests import faults  # noqa: F401
+from tests import faults, hostile  # noqa: F401
 from tests.small_runs import tiny_config
 from vit_fast import training
 
