@@ -29,10 +29,16 @@ test: $(VENV)/test.stamp  ## every test but the slow ones; PYTEST_ARGS="tests/op
 test-all: $(VENV)/test.stamp  ## the slow tests too
 	$(BIN)/python -m tests --slow $(PYTEST_ARGS)
 
-exhaustive: $(VENV)/test.stamp  ## every kernel between guard pages, over 5,000 cases: an hour of two cores; SEED=1 draws others
+# Each keeps its counts in tests/results; the page shows them.
+exhaustive: $(VENV)/test.stamp  ## the long runs: guard pages, kills, hostile files, errors, leaks; two hours; SEED=1 for others
 	$(BIN)/python -m tests.exhaustive --seed $(SEED)
+	$(BIN)/python -m tests.faults --kills 200 --seed $(SEED)
+	$(BIN)/python -m tests.hostile --files 2000 --seed $(SEED)
+	$(BIN)/python -m tests.numbers --draws 4 --seed $(SEED)
+	$(BIN)/python -m tests.leaks
+	$(BIN)/python -m tests.readme
 
-mutants: $(VENV)/test.stamp  ## 100 bugs put into kernels and ops, each against its tests: an hour of two cores; SAMPLE=10 SEED=1
+mutants: $(VENV)/test.stamp  ## 125 bugs put into kernels and ops, each against its tests: an hour; SAMPLE=10 SEED=1 draws some
 	$(BIN)/python -m tests.mutants --sample $(SAMPLE) --seed $(SEED)
 
 # Outside .venv: an environment a Python, some 5 GB each, under build/.
