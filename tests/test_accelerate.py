@@ -669,7 +669,7 @@ def test_explain_tells_of_it():
 
 
 def test_nothing_is_left_behind():
-    """After a hundred times to and fro there are as many tensors and classes as after ten."""
+    """After a hundred times to and fro there are no more tensors and classes than after ten."""
     model = _timm()
 
     def count() -> tuple[int, int]:
@@ -683,4 +683,5 @@ def test_nothing_is_left_behind():
         vit_fast.restore(model)
         if turn == 9:
             before = count()
-    assert count() == before
+    # Not as many: what tests before this one have left may go meanwhile.
+    assert all(now <= then for now, then in zip(count(), before, strict=True)), (before, count())

@@ -1,6 +1,7 @@
 """Some passes of each kind of tests/leaks.py, and that a leak is seen."""
 
 import gc
+import mmap
 import weakref
 
 import pytest
@@ -13,12 +14,19 @@ from tests.conftest import INTERPRETING
 PASSES = 40
 
 
+def _pages() -> mmap.mmap:
+    """Memory of the system's and not of malloc's, which in a process of many tests has some that is free."""
+    pages = mmap.mmap(-1, 1 << 18)
+    pages.write(b"1" * len(pages))
+    return pages
+
+
 KEPT = {
     "things": lambda kept: kept.append(torch.ones(1)),
     "objects": lambda kept: kept.append([0]),
     "blocks": lambda kept: kept.extend(str(len(kept) + number) for number in range(10**6, 10**6 + 10)),
     "bytes": lambda kept: kept.append(torch.ones(1 << 10).untyped_storage()),
-    "resident": lambda kept: kept.append(bytearray(1 << 18)),
+    "resident": lambda kept: kept.append(_pages()),
 }
 
 
