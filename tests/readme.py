@@ -18,6 +18,7 @@ from tests import counts
 from tests.ops import harness
 
 README = pathlib.Path(__file__).parent / "README.md"
+LONG_RUNS = ("exhaustive", "mutants", "faults", "hostile", "numbers", "leaks", "compatibility")
 HELD = ("test_output_and_gradients", "test_every_cut_in_pieces", "test_packed_output_and_gradients")
 
 START = """# What is tested
@@ -203,6 +204,9 @@ def _long_runs() -> str:
             parts.append(table([{"missed": name, "why": why} for name, why in missed.items()]) + "\n")
         if rows := kept.get("table"):
             parts.append(table(rows) + "\n")
+    never = [name for name in LONG_RUNS if not (counts.RESULTS / f"{name}.json").is_file()]
+    if never:
+        parts.append(f"Not yet run to the end: {', '.join(f'`tests.{name}`' for name in never)}.\n")
     return "\n".join(parts)
 
 
