@@ -33,6 +33,7 @@ from torch import Tensor
 
 from tests import counts
 from tests.guard import counted_writes, guarded, vast
+from tests.interpreting import mended_on_one_thread, started_interpreting
 from tests.ops import (
     harness,
     test_attention,
@@ -396,13 +397,8 @@ def main() -> int:
     parser.add_argument("--random", type=int, default=2000, help="how many random cases (2000)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes at a time (one a core)")
     given = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is imported
-        command = [sys.executable, "-m", "tests.exhaustive", *sys.argv[1:]]
-        os.execvpe(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
-    from tests.mend_interpreter import mend
-
-    mend()
-    torch.set_num_threads(1)
+    started_interpreting("tests.exhaustive")
+    mended_on_one_thread()
     notes = pathlib.Path("build") / f"exhaustive-{given.seed}-{given.random}.jsonl"
     notes.parent.mkdir(exist_ok=True)
     done = {}

@@ -29,7 +29,7 @@ def _float32_to_bf16(data: np.ndarray) -> np.ndarray:
 
 
 def mend() -> None:
-    """Replace the interpreter's bf16 casts and products, and its fma. Done once a process, before the first launch."""
+    """Put right what is told above. Done once a process, before the first launch."""
     builder = interpreter.InterpreterBuilder
     original_cast, original_dot = builder.cast_impl, builder.create_dot
 

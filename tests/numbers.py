@@ -8,7 +8,6 @@ whole tensor. Their quantiles over cases, draws and tensors are kept in tests/re
 """
 
 import argparse
-import os
 import sys
 import time
 
@@ -16,6 +15,7 @@ import torch
 
 from tests import counts, unfused
 from tests.error_rule import parts
+from tests.interpreting import mended_on_one_thread, started_interpreting
 from tests.ops import (
     test_attention,
     test_block,
@@ -97,13 +97,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first draw (0)")
     parser.add_argument("--op", nargs="+", default=list(OPS), choices=list(OPS), metavar="OP", help="(all)")
     given = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is imported
-        command = [sys.executable, "-m", "tests.numbers", *sys.argv[1:]]
-        os.execvpe(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
-    from tests.mend_interpreter import mend
-
-    mend()
-    torch.set_num_threads(1)
+    started_interpreting("tests.numbers")
+    mended_on_one_thread()
     torch.manual_seed(given.seed)
     begin, rows = time.monotonic(), []
     for op in given.op:

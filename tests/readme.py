@@ -8,13 +8,13 @@ import collections
 import contextlib
 import io
 import json
-import os
 import pathlib
 import sys
 
 import pytest
 
 from tests import counts
+from tests.interpreting import started_interpreting
 from tests.ops import harness
 
 README = pathlib.Path(__file__).parent / "README.md"
@@ -222,9 +222,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.readme", description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail where the page is another")
     given = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") != "1":  # without it, tests of the interpreter would be marked as skipped
-        command = [sys.executable, "-m", "tests.readme", *sys.argv[1:]]
-        os.execvpe(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
+    started_interpreting("tests.readme")  # without it, tests of the interpreter would be marked as skipped
     page = text()
     if given.check:
         same = README.is_file() and README.read_text() == page
