@@ -80,8 +80,18 @@ def read_loops(lines: list[tuple[str, str]]) -> dict:
     return {"step": len(step), "tile": len(inside) - len(step), "special": special}
 
 
+def is_early(ptx: str) -> bool:
+    """Whether a kernel reads or writes the device's memory before it waits for the launch before, or never waits."""
+    before, waits, _ = ptx.partition("\n{\n")[2].partition("griddepcontrol.wait")  # behind the parameters
+    return not waits or ".global" in before
+
+
 def resources(arch: str, compiled) -> dict:
-    """Registers and spilled bytes of a thread, shared memory and threads of a block, instructions by kind."""
+    """Registers and spilled bytes of a thread, shared memory and threads of a block, instructions by kind.
+
+    Raises:
+        ValueError: where the kernel may begin before the launch before has ended, and does not wait for it.
+    """
     if arch.startswith("gfx"):
         code = compiled.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
@@ -90,6 +100,8 @@ def resources(arch: str, compiled) -> dict:
         loops = None
         threads = int(re.search(r"\.max_flat_workgroup_size:\s*(\d+)", code)[1])
     else:
+        if compiled.metadata.launch_pdl and is_early(compiled.asm["ptx"]):
+            raise ValueError("touches memory before it has waited for the launch before")
         usage = nvidia_tool("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
         registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         code = nvidia_tool("cuobjdump", compiled.asm["cubin"], "--dump-sass")

@@ -33,7 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .product import add_dot
+from .product import add_dot, early, wait_for_launch_before
 from .tile_table import architecture, lookup, multiprocessors
 
 GLUON = triton.__version__.startswith("3.6.")  # whose it is that hopper_attention is written in: 3.9 has other names
@@ -211,6 +211,7 @@ def _forward_kernel(
     HEAD: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """A span of a head's queries, a tile after the other: its keys and values are loaded once."""
+    wait_for_launch_before()
     spans = tl.cdiv(Tq, span)
     program = tl.program_id(0) // spans
     head, b, h = program.to(tl.int64), program // H, program % H
@@ -250,6 +251,7 @@ def _forward_streaming_kernel(
     H, Tq, Tk, scale_log2,
     HEAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    wait_for_launch_before()
     head, b, h, rows = tile_of_head(Tq, H, BLOCK_M)
     q_tile = load_head(head_view(q, b, h, HEAD), rows, Tq, HEAD)  # [BLOCK_M, d]
     k_view, v_view = head_view(k, b, h, HEAD), head_view(v, b, h, HEAD)
@@ -464,6 +466,7 @@ def forward(q, k, v, scale: float, precision: str, with_lse: bool):
         **_arguments(precision, q, k, v, o),
         **{"q": _view(q), "k": _view(k), "v": _view(v), "o": _view(o), "lse_ptr": lse},
         **{"Tq": Tq, "Tk": Tk, "scale_log2": _log2(scale)},
+        **early(q.device, B * Tq),
     }
     fills = B * H >= HEADS_TO_FILL * multiprocessors(q.device)
     if GLUON and fills and architecture(q.device) == "sm_90" and hopper_attention.takes(q, k, v):

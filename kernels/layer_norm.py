@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .linear import NO_BRANCH, store_branch
-from .product import load_tile, load_vector, matrix, store_tile
+from .product import early, load_tile, load_vector, matrix, store_tile, wait_for_launch_before
 from .tile_table import multiprocessors
 
 PROGRAMS = 4  # of backward, a multiprocessor: each has a share of dγ and dβ to itself
@@ -34,6 +34,7 @@ def _forward_kernel(
     M, K, stride_x, eps,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    wait_for_launch_before()
     row = tl.program_id(0) * BLOCK_M
     rows, cols = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     x = load_tile(matrix(x_ptr, M, K, stride_x, BLOCK_M, BLOCK_K, False), row, 0, BLOCK_M, BLOCK_K).to(tl.float32)
@@ -66,7 +67,7 @@ def forward(x, weight, bias, eps, dtype, training):
     tile = whole_rows(K, 4096)
     _forward_kernel[(-(-M // tile["BLOCK_M"]),)](
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, z_ptr=z, mean_ptr=mean, rstd_ptr=rstd, M=M, K=K,
-        stride_x=x.stride(0), eps=eps, **tile,
+        stride_x=x.stride(0), eps=eps, **tile, **early(x.device, M),
     )  # fmt: skip
     return z, mean, rstd
 

@@ -34,6 +34,7 @@ from .product import (
     store_tile,
     tile_of,
     tiles,
+    wait_for_launch_before,
 )
 from .tile_table import lookup, residents
 
@@ -115,6 +116,7 @@ def _input_grad_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx [M, N] = dy·W, dy [M, K], W [K, N]: K is what the map gives, and what this product sums over."""
+    wait_for_launch_before()
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     dy = matrix(dy_ptr, M, K, stride_dy, BLOCK_M, BLOCK_K, TMA)

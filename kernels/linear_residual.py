@@ -24,6 +24,7 @@ from .product import (
     rows_outer,
     store_tile,
     tile_of,
+    wait_for_launch_before,
 )
 
 
@@ -34,6 +35,7 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    wait_for_launch_before()
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     Y_DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     # A residual stream in fp32 takes twice the shared memory.

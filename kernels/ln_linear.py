@@ -26,6 +26,7 @@ from .product import (
     rows_outer,
     store_tile,
     tile_of,
+    wait_for_launch_before,
 )
 
 
@@ -36,6 +37,7 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    wait_for_launch_before()
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     z = matrix(z_ptr, M, K, K, BLOCK_M, BLOCK_K, TMA)

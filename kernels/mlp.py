@@ -27,6 +27,7 @@ from .product import (
     rows_outer,
     store_tile,
     tile_of,
+    wait_for_launch_before,
 )
 
 
@@ -38,6 +39,7 @@ def _fc1_kernel(
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """act(h) of z = LN(x), and h for backward where it is wanted."""
+    wait_for_launch_before()
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     z = matrix(z_ptr, M, K, K, BLOCK_M, BLOCK_K, TMA)
@@ -71,6 +73,7 @@ def _hidden_grad_kernel(
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dh [M, N], and act(h) once for the gradient of fc2's weight."""
+    wait_for_launch_before()
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     dy = matrix(dy_ptr, M, K, stride_dy, BLOCK_M, BLOCK_K, TMA)

@@ -22,6 +22,7 @@ from .linear import finish, weight_grad
 from .product import (
     column_pieces,
     count_tiles,
+    early,
     launch_tiles,
     load_vector,
     matrix,
@@ -29,6 +30,7 @@ from .product import (
     rows_outer,
     store_tile,
     tile_of,
+    wait_for_launch_before,
 )
 
 
@@ -41,6 +43,7 @@ def _cut_kernel(
     """Row b·T + t of [M, K] is patch t − R of image b, in the order of a convolution's weight, LINES of PW pixels, PH a
     channel, then zeros; it is all zeros for a prefix token. A program takes whole lines, PITCH, a power of two, apart.
     """
+    wait_for_launch_before()
     rows, cols = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     line, pixel = tl.program_id(1) * (BLOCK_N // PITCH) + cols // PITCH, cols % PITCH
     token = rows % T - R
@@ -72,6 +75,7 @@ def _forward_kernel(
 ):  # fmt: skip
     """Tokens [M, N], M = B·T. FIRST_POSITION is the token of the position table's first row: 0, or R where prefix
     tokens have no position."""
+    wait_for_launch_before()
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     TOKEN_DTYPE: tl.constexpr = token_ptr.dtype.element_ty
     # Tokens in fp32 take twice the shared memory.
@@ -116,6 +120,7 @@ def cut(images, weight, prefix):
         image_ptr=images, patch_ptr=patches, M=len(patches), K=K, LINES=C * PH, T=R + N, R=R, COLUMNS=width // PW,
         stride_b=images.stride(0), stride_c=images.stride(1), stride_h=images.stride(2), stride_w=images.stride(3),
         PH=PH, PW=PW, PITCH=pitch, BLOCK_M=16, BLOCK_N=block, num_warps=4,
+        **early(images.device, len(patches)),
     )  # fmt: skip
     return patches
 

@@ -15,15 +15,43 @@ descriptors of the operands alone. An epilogue takes its tile in PIECES of colum
 needs. No kernel is specialised on the number of its rows: another batch of its class compiles nothing anew.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
-from triton.language.target_info import is_cuda
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import cuda_capability_geq, is_cuda
 from triton.runtime import _allocation
 
-from .tile_table import lookup, residents, rows_class
+from .tile_table import SOME_ROWS, architecture, lookup, residents, rows_class
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+# ---- one launch after the other ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def wait_for_launch_before():
+    """The first statement of a kernel that `early` may launch: from here on all is written that launches before this
+    one write."""
+    if cuda_capability_geq(9, 0):
+        gdc_wait()
+        gdc_launch_dependents()  # not before the wait: a launch may overlap its neighbour, and no other
+
+
+@functools.cache
+def _overlap(device: torch.device) -> bool:
+    """Whether a device's launches can: programmatic dependent launch, NVIDIA's from Hopper on."""
+    name = architecture(device)
+    return name.startswith("sm_") and int(name.removeprefix("sm_")) >= 90
+
+
+def early(device: torch.device, rows: int) -> dict:
+    """The launch option by which a kernel that waits for the launch before may begin before that has ended, for so few
+    rows that its start takes as long as its work."""
+    return {"launch_pdl": True} if rows <= SOME_ROWS and _overlap(device) else {}
 
 
 # ---- tiles in memory -----------------------------------------------------------------------------------------------
@@ -275,7 +303,7 @@ def launch_tiles(kernel, entry: str, M: int, N: int, dtype: torch.dtype, matrice
     tile = lookup(entry, device, dtype, shape)
     programs = min(tiles(M, N, tile), residents(entry, device, dtype, shape))
     with scratch_memory():
-        kernel[(programs,)](M=M, N=N, **arguments, **described(tile, matrices))
+        kernel[(programs,)](M=M, N=N, **arguments, **described(tile, matrices), **early(device, M))
 
 
 def described(tile: dict, matrices: tuple) -> dict:

@@ -36,6 +36,7 @@ from .product import (
     rows_outer,
     store_tile,
     tile_of,
+    wait_for_launch_before,
 )
 
 
@@ -47,6 +48,7 @@ def _gated_fc1_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h = silu(a)∘b of z = LN(x), and a and b for backward where they are wanted, side by side in rows of 2N."""
+    wait_for_launch_before()
     DTYPE: tl.constexpr = gate_weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     z = matrix(z_ptr, M, K, K, BLOCK_M, BLOCK_K, TMA)
@@ -86,6 +88,7 @@ def _hidden_grad_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """da and db side by side in rows of 2N, as a and b lie, and h [M, N] once for the gradient of fc2's weight."""
+    wait_for_launch_before()
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     WIDTH: tl.constexpr = BLOCK_N // PIECES
     dy = matrix(dy_ptr, M, K, stride_dy, BLOCK_M, BLOCK_K, TMA)
