@@ -239,6 +239,7 @@ def graphed(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         graph.replay()
         return output
 
+    replay.captured = run  # a graph reads its model's weights and does not keep them
     return replay
 
 

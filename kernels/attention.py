@@ -466,7 +466,7 @@ def forward(q, k, v, scale: float, precision: str, with_lse: bool):
         **_arguments(precision, q, k, v, o),
         **{"q": _view(q), "k": _view(k), "v": _view(v), "o": _view(o), "lse_ptr": lse},
         **{"Tq": Tq, "Tk": Tk, "scale_log2": _log2(scale)},
-        **early(q.device, B * Tq),
+        **early(q.device, B * Tq, H * d),
     }
     fills = B * H >= HEADS_TO_FILL * multiprocessors(q.device)
     if GLUON and fills and architecture(q.device) == "sm_90" and hopper_attention.takes(q, k, v):

@@ -67,7 +67,7 @@ def forward(x, weight, bias, eps, dtype, training):
     tile = whole_rows(K, 4096)
     _forward_kernel[(-(-M // tile["BLOCK_M"]),)](
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, z_ptr=z, mean_ptr=mean, rstd_ptr=rstd, M=M, K=K,
-        stride_x=x.stride(0), eps=eps, **tile, **early(x.device, M),
+        stride_x=x.stride(0), eps=eps, **tile, **early(x.device, M, K),
     )  # fmt: skip
     return z, mean, rstd
 

@@ -120,7 +120,7 @@ def cut(images, weight, prefix):
         image_ptr=images, patch_ptr=patches, M=len(patches), K=K, LINES=C * PH, T=R + N, R=R, COLUMNS=width // PW,
         stride_b=images.stride(0), stride_c=images.stride(1), stride_h=images.stride(2), stride_w=images.stride(3),
         PH=PH, PW=PW, PITCH=pitch, BLOCK_M=16, BLOCK_N=block, num_warps=4,
-        **early(images.device, len(patches)),
+        **early(images.device, len(patches), len(weight)),
     )  # fmt: skip
     return patches
 
@@ -154,5 +154,5 @@ def backward(dtokens, images, weight, bias, position, prefix, precision):
     dbias = None if bias is None else sums[R:].sum(0).to(bias.dtype)
     dposition = None if position is None else sums[T - position.shape[0] :].to(position.dtype, copy=True)
     dprefix = None if prefix is None else sums[:R].to(prefix.dtype, copy=True)
-    dweight = dweight[:, : weight[0].numel()].reshape(weight.shape)
+    dweight = dweight[:, : weight[0].numel()].reshape(weight.shape).contiguous()
     return dweight, dbias, dposition, dprefix

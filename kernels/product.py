@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq, is_cuda
 from triton.runtime import _allocation
 
-from .tile_table import SOME_ROWS, architecture, lookup, residents, rows_class
+from .tile_table import FEW_ROWS, architecture, lookup, residents, rows_class
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -48,10 +48,10 @@ def _overlap(device: torch.device) -> bool:
     return name.startswith("sm_") and int(name.removeprefix("sm_")) >= 90
 
 
-def early(device: torch.device, rows: int) -> dict:
+def early(device: torch.device, rows: int, width: int) -> dict:
     """The launch option by which a kernel that waits for the launch before may begin before that has ended, for so few
-    rows that its start takes as long as its work."""
-    return {"launch_pdl": True} if rows <= SOME_ROWS and _overlap(device) else {}
+    and short rows of tokens that its start takes as long as its work: for wider ones it was measured to cost."""
+    return {"launch_pdl": True} if rows <= FEW_ROWS and width <= 768 and _overlap(device) else {}
 
 
 # ---- tiles in memory -----------------------------------------------------------------------------------------------
@@ -303,7 +303,8 @@ def launch_tiles(kernel, entry: str, M: int, N: int, dtype: torch.dtype, matrice
     tile = lookup(entry, device, dtype, shape)
     programs = min(tiles(M, N, tile), residents(entry, device, dtype, shape))
     with scratch_memory():
-        kernel[(programs,)](M=M, N=N, **arguments, **described(tile, matrices), **early(device, M))
+        width = min(N, arguments["K"])
+        kernel[(programs,)](M=M, N=N, **arguments, **described(tile, matrices), **early(device, M, width))
 
 
 def described(tile: dict, matrices: tuple) -> dict:
