@@ -115,6 +115,17 @@ def test_opcheck(case):
     torch.library.opcheck(torch.ops.vit_fast.patch_embed.default, tuple(args.values()))
 
 
+@pytest.mark.interpret
+def test_the_weights_gradient_lies_as_the_weight_does():
+    """Of patches of 3·7·7 pixels, whose matrix is padded to 160 columns: a view of the padded one has strides that no
+    traced graph expects, and a compiled training step of ViT-H ended with that."""
+    args = {name: t.float().requires_grad_(name == "weight") for name, t in shaped(1, 3, (2, 2), 7, 16)().items()}
+    with use_backend("triton"):
+        y = patch_embed(**args)
+        (gradient,) = torch.autograd.grad(y, args["weight"], torch.randn_like(y))
+    assert gradient.stride() == args["weight"].stride()
+
+
 REJECTED = {
     "no batch": ({"images": torch.randn(3, 8, 8)}, ValueError, r"images: got shape \[3, 8, 8\], takes \[B, C, H, W\]"),
     "four channels": ({"images": torch.randn(2, 4, 8, 8)}, ValueError, "images: got 4 channels, takes 3"),
