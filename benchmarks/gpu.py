@@ -131,7 +131,8 @@ def model_cases(batch: int, which: str) -> list[whole_models.ModelCase]:
 def measure_models(write: Write, batch: int, compiled: bool, which: str = "main", done: Iterable[dict] = ()) -> None:
     lines = list(done)
     for case in model_cases(batch, which):
-        shown = COMPILED if case[1:4] == (224, compiled_at(case.model, case.direction, batch), "bf16") else ()
+        at = compiled_at(case.model, case.direction == "training", batch)
+        shown = COMPILED if case[1:4] == (224, at, "bf16") else ()
         names = [
             name
             for name in whole_models.names(case)
@@ -156,12 +157,12 @@ def measure_models(write: Write, batch: int, compiled: bool, which: str = "main"
         timing.empty_memory()
 
 
-def compiled_at(model: str, direction: str, batch: int) -> int:
+def compiled_at(model: str, training: bool, batch: int) -> int:
     """The batch at which a model's compiled forms are measured, 0 where none is: the largest, but of a training step of
     ViT-H, which no 140 GB hold in timm's form, a quarter."""
     if model not in MODELS:
         return 0
-    return batch // 4 if (model, direction) == ("H", "training") else batch
+    return batch // 4 if model == "H" and training else batch
 
 
 @contextlib.contextmanager
@@ -328,7 +329,7 @@ def tasks(batch: int, compiled: bool) -> list[tuple]:
     small = min(batch, 16)
     ours = [("vit_fast", name, training, size) for name in MODELS for training in (False, True) for size in {small, 1}]
     theirs = [
-        (contender, name, training, compiled_at(name, "training" if training else "inference", batch))
+        (contender, name, training, compiled_at(name, training, batch))
         for name, contender, training in itertools.product(MODELS, COMPILED, (False, True))
     ]
     return theirs * compiled + ours
