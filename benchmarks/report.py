@@ -37,7 +37,7 @@ def against(ratio: float) -> str:
     return f"{ratio:.2f}" + ", slower" * (ratio < 1)
 
 
-FIRST, LATER = "models", "models-889e7e1"  # the files of the two days
+FIRST, LATER = "models", "models-889e7e1"  # the files of the first day and of the last
 
 
 def measured_models(training: bool, file: str = FIRST, **wanted) -> list[dict]:

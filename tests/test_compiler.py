@@ -78,7 +78,7 @@ WAITING = {
     ("arch", "early"), [("sm_90", WAITING), ("sm_100", WAITING), ("sm_89", set()), ("gfx942", set())]
 )
 def test_where_a_launch_may_begin_early(arch, early):
-    """With few rows or some, and no others; `test_main_entries…` looks at the code of each."""
+    """With few rows alone; `test_main_entries…` looks at the code of each."""
     found = launches(OPS, arch, "bf16")
     assert {kernel_name(launch.kernel) for launch in found if launch.kwargs.get("launch_pdl")} == early
     assert not any(

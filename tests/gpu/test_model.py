@@ -119,8 +119,8 @@ def test_inference_in_a_cuda_graph():
 
 @pytest.mark.parametrize("name", ["vit_large_patch16_224", "vit_huge_patch14_224"])
 def test_eagerly_after_a_graph_of_the_same_model(name):
-    """As benchmarks/whole_models.py does it: two passes in a row, whose memory was given back in between, ended in an
-    illegal access once, with launches that overlapped (docs/performance.md)."""
+    """As benchmarks/whole_models.py does it, where that ended in an illegal access once: there nobody held the model of
+    the graph (docs/performance.md)."""
     with torch.device("cuda"):
         model = vit_fast.create_model(name, num_classes=10).bfloat16().eval()
     images = torch.randn(256, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
