@@ -54,14 +54,15 @@ def _forward_kernel(
         for piece in tl.static_range(COUNT):
             col = first_col + piece * WIDTH
             rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, WIDTH)
-            branch = pieces[piece]
+            branch, factor = pieces[piece], 1.0
             if bias_ptr is not None:
                 branch += load_vector(bias_ptr, cols, N)[None, :]
             if scale_ptr is not None:
-                branch *= load_vector(scale_ptr, cols, N)[None, :]
+                factor = load_vector(scale_ptr, cols, N)[None, :]
             if drop_ptr is not None:
-                branch *= load_drop(drop_ptr, rows, tokens_per_image, M)
-            out = branch + load_tile(residual, row, col, BLOCK_M, WIDTH).to(tl.float32)
+                branch, factor = branch * factor, load_drop(drop_ptr, rows, tokens_per_image, M)
+            # Left to itself the compiler joins this product and this sum for some tiles' loads and not for others.
+            out = tl.fma(branch, factor, load_tile(residual, row, col, BLOCK_M, WIDTH).to(tl.float32))
             store_tile(y, out, row, col, Y_DTYPE)
 
 

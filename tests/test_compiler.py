@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+from collections import Counter
 
 import pytest
 import torch
@@ -92,6 +94,23 @@ def test_who_may_begin_early_waits_first():
     assert not compiled.is_early(f"{entry}griddepcontrol.wait;\nld.global.b32 %r1, [%rd1];")
     assert compiled.is_early(f"{entry}ld.global.b32 %r1, [%rd1];\ngriddepcontrol.wait;")
     assert compiled.is_early(f"{entry}ld.global.b32 %r1, [%rd1];")
+
+
+def test_tiles_through_pointers_do_the_arithmetic_of_descriptors(monkeypatch):
+    """Their bits are equal on a device too: where an epilogue leaves it to the compiler whether a product and a sum
+    become one operation, it decides by how the tiles come."""
+    arithmetic = re.compile(r"\b(?:wgmma\.mma_async|fma|mul|add|sub|div|max|ex2|tanh)\.\S*f32\S*")
+    monkeypatch.setattr(compiled, "resources", lambda _, code: {"does": Counter(arithmetic.findall(code.asm["ptx"]))})
+    of_many_rows = {}
+    for launch in launches(OPS, "sm_90", "bf16"):
+        if launch.kwargs.get("TMA") and launch.entry_name.endswith(("many", "any")):
+            of_many_rows.setdefault(launch.entry_name, launch)
+    pairs = [(x, dataclasses.replace(x, kwargs=x.kwargs | {"TMA": 0})) for x in of_many_rows.values()]
+    found = compiled.compile_launches(("sm_90", launch) for pair in pairs for launch in pair)
+    for described, _ in pairs:
+        descriptors, pointers = next(found)["does"], next(found)["does"]
+        assert any("wgmma" in name for name in descriptors), descriptors
+        assert descriptors == pointers, described.entry_name
 
 
 @pytest.mark.parametrize("tokens", [65, 197, 240, 272])
