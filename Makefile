@@ -64,7 +64,7 @@ gpu:  ## check, measure and tune the GPU that is here, in MINUTES=9, to OUT=gpu-
 	$(PYTHON) -m benchmarks.gpu $(OUT) --minutes $(MINUTES) --set $(SET)
 
 gpu-rehearsal: $(VENV)/test.stamp  ## the same on this CPU at tiny shapes: that it runs, no figure counts
-	$(BIN)/python -m benchmarks.gpu $(OUT) --minutes $(MINUTES) --batch-size 2 --workers 2 --no-compile
+	$(BIN)/python -m benchmarks.gpu $(OUT) --minutes $(MINUTES) --batch-size 2 --workers 2
 
 clean:  ## remove the environment and everything that was made
 	rm -rf $(VENV) build dist demo-output gpu-output *.egg-info .pytest_cache .ruff_cache .benchmarks

@@ -321,10 +321,13 @@ def sameness(launch: Launch) -> tuple:
     return launch.direction, launch.kernel, launch.grid, launch.entry_name, str(arguments)
 
 
-def model_launches(name: str, arch: str, batch: int, training: bool) -> list[Launch | TorchOp]:
-    """What a batch through a model of that name does, in bf16: inference, or a training step without its optimiser."""
+def model_launches(name: str, arch: str, batch: int, training: bool, **more) -> list[Launch | TorchOp]:
+    """What a batch through a model of that name does, in bf16: inference, or a training step without its optimiser.
+
+    `more` are further arguments of the model.
+    """
     with torch.device("meta"):
-        model = vit_fast.create_model(name, num_classes=1000).to(torch.bfloat16).train(training)
+        model = vit_fast.create_model(name, num_classes=1000, **more).to(torch.bfloat16).train(training)
         images = torch.empty(batch, 3, *model.patch_embed.img_size, dtype=torch.bfloat16)
         labels = torch.empty(batch, dtype=torch.int64)
     catch = Catch(arch)

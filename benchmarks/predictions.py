@@ -7,9 +7,10 @@ import collections
 import dataclasses
 import math
 import pathlib
+import statistics
+from collections.abc import Iterator
 
 import torch
-from vit_fast.kernels import tile_table
 
 from benchmarks import roofline, static
 from benchmarks.compiled import compile_launches
@@ -24,11 +25,9 @@ from benchmarks.launches import (
     launches,
     model_launches,
     op_calls,
-    parameter,
     sameness,
 )
 from benchmarks.pages import markdown_table, replace_part, results
-from vit_fast import ops
 
 # Name, title, and the goals in per cent of the measured matrix rate: inference and training.
 MODELS = (
@@ -232,58 +231,49 @@ def rows_table(rows: list[static.Row]) -> str:
     return markdown_table(head, lines)
 
 
-# Batch, tokens, width and heads of what was measured.
-MEASURED = {"B": (256, 197, 768, 12), "H": (128, 257, 1280, 16), "B at 384": (64, 577, 768, 12)}
+def measured_launches() -> Iterator[tuple[dict, list[tuple[Launch, float]]]]:
+    """Each line of kernels.json, and its launches as they are made now with what a device took for them then, in µs.
 
-
-def blocks_table() -> str:
-    """Each launch of a block as it is predicted now and as a device measured it: a Markdown table.
-
-    Where the entry in the table is another than the one that was in force then, or the block was not measured whole,
-    the time is that of the sweep.
+    Raises:
+        ValueError: where the model now makes other launches than the device timed.
     """
-    timed = {row["model"]: row["us"] for row in results("blocks")["results"]}
-    sweep = results("sweep")["results"]
+    for line in results("kernels")["results"]:
+        seen = model_launches(line["model"], "sm_90", line["batch"], line["training"], depth=2)
+        found = [step for step in seen if isinstance(step, Launch)]
+        now, then = [kernel_name(launch.kernel) for launch in found], [kernel for kernel, *_ in line["launches"]]
+        if now != then:
+            raise ValueError(f"kernels.json, {line['model']}: got launches of {then}, the model makes {now}")
+        yield line, [(launch, us) for launch, (_, _, us, _) in zip(found, line["launches"])]
+
+
+def launches_table() -> str:
+    """Each launch of a model of two blocks as it is predicted now and as a device measured it: a Markdown table.
+
+    Launches that differ in nothing are one line: how many, and the mean of their times.
+    """
+    titles = {name: title for name, title, *_ in MODELS}
     rows = []
-    for model, shape in MEASURED.items():
-        found = block_launches(*shape)
-        for index, (launch, prediction) in enumerate(zip(found, predict_all("sm_90", "bf16", found))):
-            same = [n for n, other in enumerate(found) if other.entry_name == launch.entry_name]
-            us = swept(launch, model, sweep, same.index(index), len(same))
-            if model in timed:
-                kernel, then = timed[model][index]
-                assert kernel == kernel_name(launch.kernel), (
-                    f"the block launches {launch.kernel.__name__}, not {kernel}"
-                )
-                us = us if us and len(same) == 1 else then
-            if us:
-                times = f"{prediction.us:,.0f}", f"{us:,.0f}", f"{us / prediction.us:.2f}"
-                rows.append([f"ViT-{model}", launch.direction, f"`{kernel_name(launch.kernel)}`", *times])
-    return markdown_table(["model", "pass", "kernel", "predicted, µs", "measured, µs", "measured / predicted"], rows)
-
-
-def block_launches(B: int, T: int, D: int, heads: int) -> list[Launch]:
-    """Of a ViT's own block in bf16: inference, then a training step."""
-    catch = Catch("sm_90")
-
-    def empty(*shape):
-        return parameter(*shape, dtype=DTYPES["bf16"])
-
-    first = empty(D), empty(D), empty(3 * D, D), empty(3 * D), empty(D, D), empty(D), None, None
-    second = empty(D), empty(D), empty(4 * D, D), empty(4 * D), empty(D, 4 * D), empty(D), None, None
-    with catch:
-        catch.run("block", "", ops.block, empty(B, T, D), *first, *second, heads)
-    return [step for step in catch.seen if isinstance(step, Launch)]
-
-
-def swept(launch: Launch, model: str, sweep: list[dict], nth: int, of: int) -> float | None:
-    """What the sweep measured for the entry that a launch takes, the nth of so many of a block that do."""
-    kernel, _, shape = launch.entry_name.split(" ", 2) if launch.entry_name else ("", "", "")
-    place, entry = [model, kernel, shape], tile_table.numbers(launch.entry)
-    for row in sweep:
-        if [row["model"], row["kernel"], row["shape"]] == place and row["entry"] == entry and len(row["us"]) == of:
-            return row["us"][nth]
-    return None
+    for line, timed in measured_launches():
+        alike = {}
+        for launch, us in timed:
+            alike.setdefault(sameness(launch), (launch, []))[1].append(us)
+        predictions = predict_all("sm_90", "bf16", [launch for launch, _ in alike.values()])
+        for (launch, times), prediction in zip(alike.values(), predictions):
+            us = statistics.mean(times)
+            rows.append(
+                [
+                    titles[line["model"]],
+                    f"training, {launch.direction}" if line["training"] else "inference",
+                    f"`{kernel_name(launch.kernel)}`",
+                    " x ".join(f"{launch.kwargs[name]}" for name in "MNK" if name in launch.kwargs) or "-",
+                    len(times),
+                    f"{prediction.us:,.0f}",
+                    f"{us:,.0f}",
+                    f"{us / prediction.us:.2f}",
+                ]
+            )
+    head = ["model", "pass", "kernel", "M x N x K", "launches", "predicted, µs", "measured, µs", "measured / predicted"]
+    return markdown_table(head, rows)
 
 
 def write_page(path: pathlib.Path) -> None:
@@ -293,7 +283,7 @@ def write_page(path: pathlib.Path) -> None:
         "kernels": rows_table(main_rows("sm_90", "bf16")),
         "models": models_table("sm_90"),
         "small MLP": small_mlp_table("sm_90"),
-        "blocks": blocks_table(),
+        "launches": launches_table(),
     }
     for name, body in parts.items():
         text = replace_part(text, name, body)

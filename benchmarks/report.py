@@ -8,7 +8,7 @@ import pathlib
 
 from benchmarks.launches import kernel_name
 from benchmarks.pages import CPU_RESULTS, markdown_table, replace_part, results
-from benchmarks.predictions import MEASURED, MODELS, block_launches, forward_flops
+from benchmarks.predictions import MODELS, forward_flops, measured_launches
 from benchmarks.roofline import work
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -20,6 +20,7 @@ NAMES = {
     "vit_so400m_patch14_siglip_224": "so400m/14",
 }
 SHAPES = {"B": "ViT-B/16", "L": "ViT-L/16", "H": "ViT-H/14", "B at 384": "ViT-B/16 at 384"}
+DEPTHS = {"B": 12, "L": 24, "H": 32}
 
 
 def best(times: dict[str, list], ours: bool) -> tuple[str, float] | None:
@@ -37,35 +38,39 @@ def against(ratio: float) -> str:
     return f"{ratio:.2f}" + ", slower" * (ratio < 1)
 
 
-FIRST, LATER = "models", "models-889e7e1"  # the files of the first day and of the last
+FIRST, LATER = DAYS = "models", "models-889e7e1"  # the files of the first day and of the last
 
 
-def measured_models(training: bool, file: str = FIRST, **wanted) -> list[dict]:
-    """Lines of whole models, with the peak memory of each contender as "gb"; `wanted` are values of their cases."""
+def measured_models(training: bool, *files: str, **wanted) -> list[dict]:
+    """Lines of whole models, of these files or of all; where two have a case, that of the later.
+
+    With the "date" and the "ceilings" of their runs, and the peak memory of each contender as "gb". `wanted` are values
+    of their cases.
+    """
     names = ("model", "pixels", "batch", "dtype", "direction")
     wanted["direction"] = "training" if training else "inference"
-    found = []
-    for row in results(file)["results"]:
-        case = dict(zip(names, row["case"]))
-        if all(case[name] == value for name, value in wanted.items()) and "vit_fast" in row["us"]:
-            gb = {name: facts["peak_gb"] for name, facts in row["facts"].items() if "peak_gb" in facts}
-            found.append({**row, **case, "model": row["model"], "gb": gb})
-    return found
+    found = {}
+    for file in map(results, files or DAYS):
+        for row in file["results"]:
+            case = dict(zip(names, row["case"]))
+            if all(case[name] == value for name, value in wanted.items()) and "vit_fast" in row["us"]:
+                gb = {name: facts["peak_gb"] for name, facts in row["facts"].items() if "peak_gb" in facts}
+                of_its_run = {name: file[name] for name in ("date", "ceilings")}
+                found[tuple(row["case"])] = {**of_its_run, **row, **case, "model": row["model"], "gb": gb}
+    return list(found.values())
 
 
 PLAIN = {"pixels": 224, "dtype": "bf16"}  # what pictures show
 
 
-def models_table(training: bool, batches: tuple[int, ...], file: str = FIRST) -> str:
-    """Images a second of whole models, ours and timm's, each in its fastest form that was measured.
+def models_table(training: bool, batches: tuple[int, ...]) -> str:
+    """Images a second of whole models, ours and timm's, each in its fastest form that was measured, and when.
 
     A star is where timm's compiled form was not.
     """
-    ceiling = results(file)["ceilings"]["matrix_tflops"]
     order = list(NAMES)
-    lines = [row for row in measured_models(training, file) if row["batch"] in batches]
-    known = any(row["gb"] for row in lines)
-    head = ["model", "batch", "vit_fast", "timm", "ratio", "% of the matrix ceiling"] + ["memory, GB"] * known
+    lines = [row for row in measured_models(training) if row["batch"] in batches]
+    head = ["model", "batch", "vit_fast", "timm", "ratio", "% of the matrix ceiling", "peak memory, GB", "measured"]
     rows = []
     for row in sorted(lines, key=lambda row: (order.index(row["model"]), row["batch"])):
         (way, ours), (form, theirs) = best(row["us"], True), best(row["us"], False)
@@ -78,19 +83,18 @@ def models_table(training: bool, batches: tuple[int, ...], file: str = FIRST) ->
             f"{row['batch'] / theirs * 1e6:,.0f} {form.removeprefix('timm').strip() or 'eager'}"
             + "\\*" * ("timm compiled" not in row["us"]),
             against(ratio),
-            f"{share_of_ceiling(row, ceiling):.0f}",
+            f"{share_of_ceiling(row):.0f}",
         ]
         forms = {"vit_fast": "", "timm": "timm eager ", "timm compiled": "compiled "}
         memory = [f"{said}{row['gb'][name]:.2f}" for name, said in forms.items() if name in row["gb"]]
-        rows.append([*cells, *[", ".join(memory) or "not known"] * known])
+        rows.append([*cells, ", ".join(memory) or "-", row["date"]])
     return markdown_table(head, rows)
 
 
-def share_of_ceiling(row: dict, tflops: float) -> float:
-    """What our fastest form reaches of the ceiling of its run, in per cent; `tflops` where its line does not say it."""
-    tflops = row.get("ceilings", {}).get("matrix_tflops", tflops)
+def share_of_ceiling(row: dict, us: float | None = None) -> float:
+    """What our fastest form, or a run that takes `us`, reaches of the ceiling of its run, in per cent."""
     flops = forward_flops(row["model"], row["pixels"]) * row["batch"] * (3 if row["direction"] == "training" else 1)
-    return 100 * flops / best(row["us"], True)[1] / 1e6 / tflops
+    return 100 * flops / (us or best(row["us"], True)[1]) / 1e6 / row["ceilings"]["matrix_tflops"]
 
 
 # What this project set out to reach on a Hopper, bf16, 224 pixels; the shares of the ceiling are in predictions.MODELS.
@@ -121,7 +125,7 @@ def goals_table() -> str:
 
             def reached(file, training=training, model=model, share=share):
                 row = case(file, training, model, 256)
-                value = row and share_of_ceiling(row, results(file)["ceilings"]["matrix_tflops"])
+                value = row and share_of_ceiling(row)
                 return row and told(value, share, f"{value:.0f} %")
 
             def over_timm(file, training=training, model=model, ratio=ratio):
@@ -162,15 +166,84 @@ def goals_table() -> str:
     return markdown_table(["goal", "at", *days], rows)
 
 
+def whole_table() -> str:
+    """What of a whole model's time is that of its parts measured alone, and what of theirs cuBLAS's products take.
+
+    Both of the last day, milliseconds. The parts are the patch embedding and the blocks, one block times the depth.
+    """
+    timed = {(row["op"], row["model"], row["direction"]): row["us"] for row in results("ops")["results"]}
+    letters = {name: letter for letter, name in SHAPES.items()}
+    rows = []
+    for row in [row for training in (False, True) for row in measured_models(training, LATER, batch=256, **PLAIN)]:
+        letter, way = letters[NAMES[row["model"]]], "both" if row["direction"] == "training" else "forward"
+
+        def alone(form, *ops, letter=letter, way=way):
+            embed, *block = (timed[op, letter, way][form][1] for op in ops)
+            return embed + DEPTHS[letter] * sum(block)
+
+        least = alone("cublas", "patch_embed", "ln_linear", "projection", "mlp")
+        ours, theirs = (alone(form, "patch_embed", "block") for form in ("vit_fast", "eager"))
+        whole = best(row["us"], True)[1]
+        rows.append(
+            [
+                f"{NAMES[row['model']]}, {row['direction']}",
+                *(f"{us / 1e3:.1f}, {share_of_ceiling(row, us):.0f} %" for us in (least, ours, whole)),
+                f"{whole / ours:.2f}",
+                f"{row['us']['timm'][1] / theirs:.2f}",
+                "{clock_mhz:,.0f} MHz, {power_w:.0f} W".format(**row["state"][1]),
+            ]
+        )
+    times = [
+        f"{what}, ms, share of the ceiling" for what in ("cuBLAS's products alone", "our parts alone", "the whole")
+    ]
+    return markdown_table(["model", *times, "whole / parts", "of timm, eager", "clock and power after it"], rows)
+
+
+def slower_list() -> str:
+    """Everything of the tables in which ours is behind, in one line each; and inference's peak memory beside timm's."""
+    lines = []
+    for training, way in ((False, "inference"), (True, "training step")):
+        behind = []
+        for row in measured_models(training):
+            (_, ours), (form, theirs) = best(row["us"], True), best(row["us"], False)
+            if theirs < ours:
+                behind.append(f"{NAMES[row['model']]} at batch {row['batch']} ({theirs / ours:.2f} of {form})")
+        lines.append(f"- whole models, {way}: {', '.join(behind) or 'none'}")
+    for direction, way in (("forward", "forward"), ("both", "forward and backward")):
+        behind = []
+        for row in results("ops")["results"]:
+            form, theirs = best(row["us"], False)
+            ratio = round(theirs / row["us"]["vit_fast"][1], 2)
+            if row["direction"] == direction and ratio < 1:
+                form = {"eager": "PyTorch eager", "compiled": "PyTorch compiled"}.get(form, form)
+                behind.append(f"`{row['op']}` of {SHAPES[row['model']]} ({ratio:.2f} of {form})")
+        lines.append(f"- ops, {way}: {', '.join(behind) or 'none'}")
+    more = []
+    for row in measured_models(False):
+        gb = row["gb"]
+        if "vit_fast" in gb and gb["vit_fast"] > min(gb.values()):
+            form = min(gb, key=gb.get)
+            more.append(
+                f"{NAMES[row['model']]} at batch {row['batch']} ({gb['vit_fast']:.2f} GB, {form} {gb[form]:.2f})"
+            )
+    return "\n".join([*lines, f"- peak memory of inference: {', '.join(more) or 'none'}"])
+
+
 def eager_table() -> str:
     """Milliseconds of small batches launched one by one, where the host is what takes the time."""
     rows = []
     for batch in (1, 8):
-        for row in measured_models(False, batch=batch, **PLAIN):
+        for row in measured_models(False, FIRST, batch=batch, **PLAIN):
             times = [row["us"][run][1] / 1e3 for run in ("vit_fast", "timm", "vit_fast graph", "timm graph")]
             rows.append([NAMES[row["model"]], batch, *(f"{ms:.2f}" for ms in times)])
     forms = ["vit_fast eager, ms", "timm eager, ms", "vit_fast in a graph, ms", "timm in a graph, ms"]
     return markdown_table(["model", "batch", *forms], rows)
+
+
+def made_by(name: str) -> str:
+    """Where a table of a CPU's file comes from."""
+    file = results(name, CPU_RESULTS)
+    return f"\n\nBy `{file['command']}` on {file['device']}, {file['date']}, commit {file['commit'][:7]}."
 
 
 def host_table() -> str:
@@ -179,7 +252,8 @@ def host_table() -> str:
     for row in results("host_cost", CPU_RESULTS)["results"]:
         medians = [f"{row[key]['median']:.1f}" for key in ("op_us", "bare_us", "ratio")]
         rows.append([f"`{row['op']}`", row["mode"], *medians, row["python_calls"]])
-    return markdown_table(["op", "mode", "µs", "a bare op, µs", "ratio", "Python calls"], rows)
+    head = ["op", "mode", "µs", "a bare op, µs", "ratio", "Python calls"]
+    return markdown_table(head, rows) + made_by("host_cost")
 
 
 def cpu_table() -> str:
@@ -201,7 +275,7 @@ def cpu_table() -> str:
         quartiles = "{:.2f} to {:.2f}".format(*row["quartiles"])
         place = f"ViT-{row['model']}/16, batch {row['batch']}", row["dtype"], row["direction"]
         rows.append([*place, *times, f"{row['ratio']:.2f}" + ", slower" * (row["ratio"] > 1.03), quartiles])
-    return markdown_table(head, rows)
+    return markdown_table(head, rows) + made_by("cpu")
 
 
 def ops_table() -> str:
@@ -223,10 +297,10 @@ def pages() -> dict[pathlib.Path, str]:
     readme, performance = ROOT / "README.md", ROOT / "docs/performance.md"
     text = replace_part(readme.read_text(), "inference", models_table(False, (1, 8, 64, 256)))
     text = replace_part(text, "training", models_table(True, (64, 256)))
+    text = replace_part(text, "slower", slower_list())
     notes = replace_part(performance.read_text(), "ops", ops_table())
     notes = replace_part(notes, "goals", goals_table())
-    for name, training in (("later inference", False), ("later training", True)):
-        notes = replace_part(notes, name, models_table(training, (256,), LATER))
+    notes = replace_part(notes, "whole", whole_table())
     notes = replace_part(notes, "host", host_table())
     notes = replace_part(notes, "cpu", cpu_table())
     return {readme: text, performance: replace_part(notes, "eager", eager_table())}
@@ -298,8 +372,11 @@ def plot_speed(path: pathlib.Path) -> None:
 
 
 def plot_latency(path: pathlib.Path) -> None:
-    """Milliseconds of inference against batch, ours and timm's, each in its fastest form and launched one by one."""
-    rows = measured_models(False, **PLAIN)
+    """Milliseconds of inference against batch, ours and timm's, each in its fastest form and launched one by one.
+
+    Of the first day: the lines of one picture are of one run.
+    """
+    rows = measured_models(False, FIRST, **PLAIN)
     shown = [name for name in NAMES if sum(row["model"] == name for row in rows) > 1]
     figure, axes = _figure(1, len(shown), figsize=(11, 3), sharey=True)
     lines = {
@@ -321,19 +398,20 @@ def plot_latency(path: pathlib.Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("ms", fontsize=8)
     axes[0].legend(fontsize=7, frameon=False)
-    figure.suptitle(f"{results('models')['device']}, bf16, inference, measured", fontsize=10)
+    file = results(FIRST)
+    figure.suptitle(f"{file['device']}, bf16, inference, measured {file['date']}", fontsize=10)
     _save(figure, path)
 
 
 def plot_roofline(path: pathlib.Path) -> None:
-    """Operations a byte against TFLOP/s of each product of a ViT-B's block, under the ceilings of its run."""
-    file = results("blocks")
+    """Operations a byte against TFLOP/s of each product of a ViT-B's training step, under the ceilings of its run."""
+    file = results("kernels")
     tflops, copy = file["ceilings"]["matrix_tflops"], file["ceilings"]["copy_tbs"]
-    timed = next(row["us"] for row in file["results"] if row["model"] == "B")
+    timed = next(found for line, found in measured_launches() if line["model"] == MODELS[0][0] and line["training"])
     figure, axis = _figure(figsize=(7, 4))
     axis.plot([30, tflops / copy, 1000], [30 * copy, tflops, tflops], color="0.7")
     seen = {}
-    for launch, (_, us) in zip(block_launches(*MEASURED["B"]), timed):
+    for launch, us in timed:
         todo = work(launch)
         if todo.flops:
             seen.setdefault(kernel_name(launch.kernel), []).append((todo.flops / todo.bytes, todo.flops / us / 1e6))
@@ -341,7 +419,7 @@ def plot_roofline(path: pathlib.Path) -> None:
         axis.scatter(*zip(*points), s=28, color=f"C{number}", marker="os^v"[number % 4], label=name)
     axis.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="TFLOP/s")
     axis.legend(fontsize=7, loc="lower right", frameon=False)
-    axis.set_title(f"{file['device']}, bf16, block of ViT-B, batch 256, measured", fontsize=10)
+    axis.set_title(f"{file['device']}, bf16, training step of ViT-B, batch 256, measured {file['date']}", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 

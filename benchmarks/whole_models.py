@@ -1,7 +1,9 @@
 """Whole models against every peer that has the same one: inference, and training steps with fused AdamW.
 
 Every parameter is drawn anew (some heads start at zero, and any two models would agree), and what a contender returns
-is held to its own weights in fp64 before it is timed.
+is held to its own weights in fp64 before it is timed. A case has one batch of images for every contender and run, not a
+rotation: a model's weights and what its blocks hand on pass through the cache between two runs, but those of ViT-S and
+Ti at batch 1, which a large L2 holds, for all contenders alike.
 """
 
 import copy

@@ -4,7 +4,8 @@ import pytest
 
 pytest.importorskip("triton", reason="the pages' other parts come from compiled kernels")
 
-from benchmarks import report
+from benchmarks import predictions, report
+from benchmarks.launches import sameness
 
 
 def test_the_pages_say_what_the_files_say():
@@ -26,7 +27,7 @@ def test_the_pictures_show_what_the_files_say(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "file"), [("measured", "models"), ("latency", "models"), ("memory", "models"), ("roofline", "blocks")]
+    ("name", "file"), [("measured", "models"), ("latency", "models"), ("memory", "models"), ("roofline", "kernels")]
 )
 def test_a_picture_of_other_figures_is_seen(name, file, tmp_path, monkeypatch):
     """By one part in fifty, of one contender of a ViT-B."""
@@ -35,11 +36,11 @@ def test_a_picture_of_other_figures_is_seen(name, file, tmp_path, monkeypatch):
 
     def changed(wanted, *folder):
         found = results(wanted, *folder)
-        for row in found["results"] if wanted == file else []:
-            if row["model"] not in ("B", "vit_base_patch16_224"):
+        for row in found["results"] if wanted.startswith(file) else []:
+            if row["model"] != "vit_base_patch16_224":
                 continue
-            if file == "blocks":
-                row["us"] = [[index, 1.02 * us] for index, us in row["us"]]
+            if file == "kernels":
+                row["launches"] = [[kernel, *(1.02 * us for us in times)] for kernel, *times in row["launches"]]
                 continue
             row["us"]["vit_fast"] = [1.02 * us for us in row["us"]["vit_fast"]]
             if "vit_fast graph" in row["us"]:
@@ -49,6 +50,7 @@ def test_a_picture_of_other_figures_is_seen(name, file, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(report, "results", changed)
+    monkeypatch.setattr(predictions, "results", changed)
     report.PICTURES[name](tmp_path / "now.png")
     assert _shown(tmp_path / "now.png") != _shown(report.ROOT / f"docs/{name}.png")
 
@@ -60,7 +62,7 @@ def test_a_picture_of_the_same_heights_and_other_rates_is_seen(tmp_path, monkeyp
 
     def changed(wanted, *folder):
         found = results(wanted, *folder)
-        for row in found["results"] if wanted == "models" else []:
+        for row in found["results"] if wanted in report.DAYS else []:
             row["us"] = {form: [1.02 * us for us in quantiles] for form, quantiles in row["us"].items()}
         return found
 
@@ -78,9 +80,48 @@ def test_a_contender_counts_by_its_fastest_form():
 def test_what_is_slower_is_said_to_be(monkeypatch):
     row = {"model": "vit_base_patch16_224", "batch": 64, "training": False, "facts": {}}
     row |= {"case": ["B", 224, 64, "bf16", "inference"], "us": {"vit_fast": [9, 9, 9], "timm": [6, 6, 6]}}
-    file = {"ceilings": {"matrix_tflops": 800}, "results": [row]}
-    monkeypatch.setattr(report, "results", lambda name: file)
+    op = {"op": "fc2", "model": "B", "direction": "both", "us": {"vit_fast": [9, 9, 9], "eager": [8, 8, 8]}}
+    files = {name: {"date": "2026-01-02", "ceilings": {"matrix_tflops": 800}, "results": [row]} for name in report.DAYS}
+    monkeypatch.setattr(report, "results", lambda name: files.get(name) or {"results": [op]})
     assert "0.67, slower" in report.models_table(False, (64,))
+    row["facts"] = {"vit_fast": {"peak_gb": 3.0}, "timm": {"peak_gb": 2.0}}
+    assert report.slower_list().splitlines() == [
+        "- whole models, inference: ViT-B/16 at batch 64 (0.67 of timm)",
+        "- whole models, training step: none",
+        "- ops, forward: none",
+        "- ops, forward and backward: `fc2` of ViT-B/16 (0.89 of PyTorch eager)",
+        "- peak memory of inference: ViT-B/16 at batch 64 (3.00 GB, timm 2.00)",
+    ]
+
+
+def test_a_case_that_was_measured_again_is_that_of_the_later_day():
+    first, later = ({row["model"]: row for row in report.measured_models(False, day, batch=256)} for day in report.DAYS)
+    found = {row["model"]: row for row in report.measured_models(False, batch=256)}
+    assert later
+    assert found == first | later
+    assert found["vit_base_patch16_224"]["date"] > found["vit_small_patch16_224"]["date"]
+
+
+def test_the_measured_launches_of_the_page_are_those_of_the_file():
+    """Its other columns come from the compiler, and are made again by hand."""
+    text = (report.ROOT / "docs/performance.md").read_text()
+    part = text.partition("<!-- begin: launches -->")[2].partition("<!-- end: launches -->")[0]
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.strip().splitlines()[2:]]
+    expected = []
+    for _, timed in predictions.measured_launches():
+        alike = {}
+        for launch, us in timed:
+            alike.setdefault(sameness(launch), []).append(us)
+        expected += [[str(len(times)), f"{sum(times) / len(times):,.0f}"] for times in alike.values()]
+    assert [[cells[4], cells[6]] for cells in shown] == expected
+
+
+def test_a_model_that_launches_otherwise_than_was_timed_is_an_error(monkeypatch):
+    file = report.results("kernels")
+    file["results"][0]["launches"][0][0] = "patch_embed.other"
+    monkeypatch.setattr(predictions, "results", lambda name: file)
+    with pytest.raises(ValueError, match=r"got launches of .*patch_embed\.other.* the model makes"):
+        next(predictions.measured_launches())
 
 
 def test_a_goal_that_is_not_reached_is_short(monkeypatch):

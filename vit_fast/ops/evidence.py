@@ -1,7 +1,8 @@
 """Where PyTorch was measured to be faster than an op's kernels: evidence.json, architecture → findings.
 
 A finding holds for its op, pass, dtype and shape, from as many rows on as were measured; `python -m
-benchmarks.evidence` makes the file from the files of results. It is evidence about the package's own tiles: where the
+benchmarks.evidence` makes the file from the files of results. As with tiles, what was measured on one card of an
+architecture counts for all of it; a finding names its card. It is evidence about the package's own tiles: where the
 user's own table is in force, nothing of it counts.
 """
 
