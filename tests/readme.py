@@ -65,8 +65,8 @@ LEFT_OUT = """## Not covered, and why
   compiled without a GPU for ten architectures (`make static`: registers, spills, shared memory, instructions), and
   run by `tests/gpu` on the one GPU that was at hand, an H200. Not run on any other: sm_80, sm_86, sm_89, sm_100,
   sm_120 and AMD's gfx90a, gfx942, gfx950, gfx1100 are compiled, never measured, never checked.
-- **Attention for Hopper** (`kernels/hopper_attention.py`) is written in Gluon, which has no interpreter: its numbers and
-  its memory are tested on a device alone (`tests/gpu`), without guard pages; here it is compiled and looked at.
+- **Attention for Hopper** (`kernels/hopper_attention.py`) is written in Gluon, which has no interpreter: its numbers
+  are tested on a device alone (`tests/gpu`), its memory nowhere; here it is compiled and looked at.
 - **Races.** The interpreter runs one program after the other. No kernel has atomics or two writers of one element: the
   writes are counted, see above. `compute-sanitizer` has not been run over all of them.
 - **bf16 on a CPU** is the interpreter's as `mend_interpreter.py` mends it: rounded to nearest even, products exact in

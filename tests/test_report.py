@@ -13,6 +13,20 @@ def test_the_pages_say_what_the_files_say():
         assert path.read_text() == text, f"{path.name}: python -m benchmarks.report"
 
 
+def test_the_figures_that_are_typed_are_those_of_the_files():
+    def span(dtype: str, *directions: str) -> str:
+        lines = report.results("cpu", report.CPU_RESULTS)["results"]
+        ratios = [row["ratio"] for row in lines if row["dtype"] == dtype and row["direction"] in directions]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+    text = " ".join((report.ROOT / "README.md").read_text().split())
+    of_bf16 = f"bf16: training steps {span('bf16', 'training')}, inference {span('bf16', 'inference')}"
+    assert f"{of_bf16}; fp32: {span('fp32', 'training', 'inference')}" in text
+    tried = report.results("tried")["results"]
+    ms = {row["contender"]: row["us"][1] / 1e3 for row in tried if row["experiment"].startswith("eager ViT-B, batch 1")}
+    assert f"{ms['vit_fast']:.1f} ms beside timm's {ms['timm']:.1f}" in text
+
+
 def _shown(path) -> str:
     """What a picture's header says that it shows."""
     image = pytest.importorskip("PIL.Image")
