@@ -7,6 +7,8 @@ computed in registers on its way to wgmma costs the product more than that (kern
 
 Weight gradients are summed over tokens in two deterministic stages: spans of tokens, each to a partial of its own in
 fp32, then the partials of up to four gradients in one launch. The second stage applies what depends on the whole sum.
+The tiles of a row of tiles share the tokens of s: on an H200 a program that had all of them took 14 to 25 % longer than
+its neighbours, which in a launch of one or a few rounds all wait for it.
 """
 
 import functools
@@ -41,6 +43,8 @@ from .tile_table import lookup, residents
 # How many tokens a program multiplies in the time in which it writes its partial, and a later one reads it: 8 bytes an
 # element at a multiprocessor's share of 4.3 TB/s against 2 operations an element and token at its share of 790 TFLOP/s.
 PARTIAL_TOKENS = 750
+# How many sums of dy over tokens a second stage adds at most, a power of two.
+MOST_SUMS = tl.constexpr(32)
 # The rows of a program of the second stage, and how many columns it has at once.
 FINISH_TILE = {"BLOCK_M": 2, "BLOCK_N": 1024}
 
@@ -151,7 +155,7 @@ class Partials(NamedTuple):
     """The first stage of a weight's gradient, and what the second needs."""
 
     partial: torch.Tensor  # [splits, N, K] in fp32
-    sums: torch.Tensor | None  # [splits, N] in fp32, where there is a bias
+    sums: torch.Tensor | None  # [splits·sharers, N] in fp32, where there is a bias
     weight: torch.Tensor
     bias: torch.Tensor | None
     layer_scale: torch.Tensor | None
@@ -160,15 +164,15 @@ class Partials(NamedTuple):
 @triton.jit(do_not_specialize=["M"])
 def _weight_grad_kernel(
     dy_ptr, x_ptr, partial_ptr, sums_ptr,
-    M, N, K, stride_dy, stride_x, span,
+    M, N, K, stride_dy, stride_x, span, share,
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """First stage: partial[split] = dyᵀ·x over this program's span of tokens, and sums[split] = Σ dy.
+    """First stage: partial[split] = dyᵀ·x over this program's span of tokens, and sums[split, sharer] = Σ dy.
 
-    dy [M, N], x [M, K], partial [splits, N, K], sums [splits, N]. The sums are done by the first column of tiles alone;
-    sums_ptr is None where nobody needs them. Not persistent: the spans make as many programs as the device holds, and
-    each has a long sum to itself.
+    dy [M, N], x [M, K], partial [splits, N, K], sums [splits, sharers, N]. A sharer is a column of tiles, each of whose
+    programs sums `share` tokens of its span; sums_ptr is None where nobody needs them. Not persistent: the spans make
+    as many programs as the device holds, and each has a long sum to itself.
     """
     row, col = tile_of(tl.program_id(0), N, K, BLOCK_M, BLOCK_N)
     split = tl.program_id(1)
@@ -181,16 +185,15 @@ def _weight_grad_kernel(
         grad = product(
             rows_inner, dy, rows_inner, x, row, col, start, stop, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )  # fmt: skip
-    elif col == 0:
+    else:
+        sharer, sharers = col // BLOCK_N, tl.cdiv(span, share)
+        first = min(start + sharer * share, stop)
         grad, sums = product_and_row_sums(
-            rows_inner, dy, rows_inner, x, row, col, start, stop, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+            rows_inner, dy, rows_inner, x, row, col, start, stop, first, min(first + share, stop),
+            DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         rows = row + tl.arange(0, BLOCK_M)
-        tl.store(sums_ptr + split * N + rows, sums, mask=rows < N)
-    else:
-        grad = product(
-            rows_inner, dy, rows_inner, x, row, col, start, stop, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-        )  # fmt: skip
+        tl.store(sums_ptr + (split * sharers + sharer) * N + rows, sums, mask=(rows < N) & (sharer < sharers))
     store_tile(partial, grad, row, col, tl.float32)
 
 
@@ -215,11 +218,13 @@ def weight_grad(dy, x, weight, bias, layer_scale, precision) -> Partials:
     slots = residents("linear_weight_grad", device, dtype)
     splits, span = split_tokens(tiles(N, K, tile), M, tile["BLOCK_K"], slots)
     partial = torch.empty((splits, N, K), dtype=torch.float32, device=device)
-    sums = None if bias is None else torch.empty((splits, N), dtype=torch.float32, device=device)
+    share = -(-span // min(-(-K // tile["BLOCK_N"]), MOST_SUMS.value // splits))
+    share += -share % tile["BLOCK_K"]
+    sums = None if bias is None else torch.empty((splits * -(-span // share), N), dtype=torch.float32, device=device)
     with scratch_memory():
         _weight_grad_kernel[(tiles(N, K, tile), splits)](
             dy_ptr=dy, x_ptr=x, partial_ptr=partial, sums_ptr=sums, M=M, N=N, K=K, stride_dy=dy.stride(0),
-            stride_x=x.stride(0), span=span, DTYPE=TRITON_DTYPE[dtype], PRECISION=precision,
+            stride_x=x.stride(0), span=span, share=share, DTYPE=TRITON_DTYPE[dtype], PRECISION=precision,
             **described(tile, (dy, x)),
         )  # fmt: skip
     return Partials(partial, sums, weight, bias, layer_scale)
@@ -230,7 +235,7 @@ def _finish_rows(gradient, mine, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """These rows of dW = γ∘G, db = γ∘s and dγ = Σₖ W∘G + b∘s, where they are `mine`."""
     (
         partial_ptr, sums_ptr, weight_ptr, bias_ptr, scale_ptr, dweight_ptr, dbias_ptr, dscale_ptr,
-        N, K, stride_weight, splits,
+        N, K, stride_weight, splits, count,
     ) = gradient  # fmt: skip
     splits = tl.cast(splits, tl.int32)
     row = tl.program_id(0) * BLOCK_M
@@ -253,9 +258,9 @@ def _finish_rows(gradient, mine, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
         if scale_ptr is not None:
             dscale += tl.sum(load_tile(weight, row, col, BLOCK_M, BLOCK_N).to(tl.float32) * grad, axis=1)
     if sums_ptr is not None:
-        sums = tl.zeros([BLOCK_M], tl.float32)
-        for split in range(splits):
-            sums += load_vector(sums_ptr + split * N, rows, N)
+        shares = tl.arange(0, MOST_SUMS)[:, None]
+        there = (shares < tl.cast(count, tl.int32)) & (rows[None, :] < N)
+        sums = tl.sum(tl.load(sums_ptr + shares * N + rows[None, :], mask=there, other=0.0), axis=0)
         tl.store(dbias_ptr + rows, sums * scale, mask=inside)
         if scale_ptr is not None:
             dscale += load_vector(bias_ptr, rows, N) * sums
@@ -278,7 +283,7 @@ def _finish_kernel(first, second, third, fourth, COUNT: tl.constexpr, BLOCK_M: t
 
 def finish(*gradients: Partials) -> list:
     """dW, db and dγ (None where absent) of each of one to four gradients, one after the other, in one launch."""
-    # How many spans there are is a float: Triton would compile another kernel for an integer of 1, and one of 16.
+    # How many spans and sums there are is a float: Triton would compile another kernel for an integer of 1 or of 16.
     found, groups = [], [None] * 4
     for index, (partial, sums, weight, bias, layer_scale) in enumerate(gradients):
         splits, N, K = partial.shape
@@ -288,7 +293,8 @@ def finish(*gradients: Partials) -> list:
         )
         found += [dweight, dbias, dscale]
         groups[index] = (
-            partial, sums, weight, bias, layer_scale, dweight, dbias, dscale, N, K, weight.stride(0), float(splits)
+            partial, sums, weight, bias, layer_scale, dweight, dbias, dscale, N, K, weight.stride(0), float(splits),
+            0.0 if sums is None else float(len(sums)),
         )  # fmt: skip
     rows = max(len(gradient.weight) for gradient in gradients)
     _finish_kernel[(-(-rows // FINISH_TILE["BLOCK_M"]), len(gradients))](

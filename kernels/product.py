@@ -208,15 +208,18 @@ def product_and_row_sums(
     load_a: tl.constexpr,
     a,
     load_b: tl.constexpr,
-    b, row, col, start, stop,
+    b, row, col, start, stop, first, last,
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As `product`, and the sums of A's rows over the same inner index, [BLOCK_M]."""
+    """As `product`, and the sums of A's rows over the inner index from first to last, [BLOCK_M].
+
+    From start to first and from first to last are whole steps, or the latter ends at stop.
+    """
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for_ones = tl.zeros([BLOCK_M, 16], tl.float32)
     row_sums = tl.zeros([BLOCK_M], tl.float32)
     ones = tl.full([BLOCK_K, 16], 1.0, tl.float32).to(DTYPE)
-    for k in range(start, stop, BLOCK_K):
+    for k in range(first, last, BLOCK_K):
         left = load_a(a, row, k, BLOCK_M, BLOCK_K).to(DTYPE)
         right = load_b(b, col, k, BLOCK_N, BLOCK_K).to(DTYPE)
         sums = add_dot(sums, left, right.T, PRECISION)
@@ -228,6 +231,11 @@ def product_and_row_sums(
             for_ones = tl.dot(left, ones, for_ones)
     if DTYPE.primitive_bitwidth < 32:
         row_sums = tl.max(for_ones, axis=1)  # of 16 equal columns
+    for step in range(start, stop - (last - first), BLOCK_K):
+        k = step + tl.where(step < first, 0, last - first)
+        left = load_a(a, row, k, BLOCK_M, BLOCK_K).to(DTYPE)
+        right = load_b(b, col, k, BLOCK_N, BLOCK_K).to(DTYPE)
+        sums = add_dot(sums, left, right.T, PRECISION)
     return sums, row_sums
 
 
