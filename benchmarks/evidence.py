@@ -3,8 +3,7 @@
 python -m benchmarks.evidence
 
 A line counts where the quickest fifth of ours is slower than the slowest fifth of a form that PyTorch itself offers
-eagerly. Where ours has changed since, the line is "superseded", which says by what, and counts only with what ours took
-when it was "remeasured", on such a card: the least, middle and most of it.
+eagerly.
 """
 
 import json
@@ -39,7 +38,7 @@ def findings(file: dict) -> list[dict]:
     for line in file["results"]:
         forms = FORMS.get(line["op"], ("eager",))
         theirs = {form: line["us"][form] for form in forms if form in line["us"]}
-        ours = line.get("remeasured") if "superseded" in line else line["us"].get("vit_fast")
+        ours = line["us"].get("vit_fast")
         if line["op"] in NEVER_ASK or not ours or not theirs:
             continue
         form = min(theirs, key=lambda name: theirs[name][1])

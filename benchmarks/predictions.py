@@ -234,8 +234,10 @@ def rows_table(rows: list[static.Row]) -> str:
 def measured_launches() -> Iterator[tuple[dict, list[tuple[Launch, float]]]]:
     """Each line of kernels.json, and its launches as they are made now with what a device took for them then, in µs.
 
+    The file has the kernels' names alone: a tile or an epilogue that is another since pairs with the time of the old.
+
     Raises:
-        ValueError: where the model now makes other launches than the device timed.
+        ValueError: where the model now launches other kernels, or in another order, than the device timed.
     """
     for line in results("kernels")["results"]:
         seen = model_launches(line["model"], "sm_90", line["batch"], line["training"], depth=2)

@@ -13,10 +13,12 @@ from benchmarks.roofline import work
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = {
+    "vit_tiny_patch16_224": "ViT-Ti/16",
     "vit_small_patch16_224": "ViT-S/16",
     "vit_base_patch16_224": "ViT-B/16",
     "vit_large_patch16_224": "ViT-L/16",
     "vit_huge_patch14_224": "ViT-H/14",
+    "vit_giant_patch14_224": "ViT-g/14",
     "vit_so400m_patch14_siglip_224": "so400m/14",
 }
 SHAPES = {"B": "ViT-B/16", "L": "ViT-L/16", "H": "ViT-H/14", "B at 384": "ViT-B/16 at 384"}
@@ -33,9 +35,20 @@ def best(times: dict[str, list], ours: bool) -> tuple[str, float] | None:
     return min(medians.items(), key=lambda one: one[1], default=None)
 
 
+def to_digits(ratio: float) -> str:
+    """A ratio to two digits, or three where two would hide that it is under 1."""
+    return f"{ratio:.2f}" if ratio >= 1 or ratio < 0.995 else f"{ratio:.3f}"
+
+
 def against(ratio: float) -> str:
     """How many times as fast ours is, and where it is slower, that it is."""
-    return f"{ratio:.2f}" + ", slower" * (ratio < 1)
+    return to_digits(ratio) + ", slower" * (ratio < 1)
+
+
+def title_of(row: dict) -> str:
+    """Which model a line of whole models is of, its pictures and dtype where they are not 224 pixels and bf16."""
+    size = f" at {row['pixels']}" * (row["pixels"] != 224)
+    return NAMES[row["model"]] + size + f", {row['dtype']}" * (row["dtype"] != "bf16")
 
 
 FIRST, LATER = DAYS = "models", "models-889e7e1"  # the files of the first day and of the last
@@ -75,9 +88,8 @@ def models_table(training: bool, batches: tuple[int, ...]) -> str:
     for row in sorted(lines, key=lambda row: (order.index(row["model"]), row["batch"])):
         (way, ours), (form, theirs) = best(row["us"], True), best(row["us"], False)
         ratio = theirs / ours
-        size = f" at {row['pixels']}" * (row["pixels"] != 224)
         cells = [
-            NAMES[row["model"]] + size + f", {row['dtype']}" * (row["dtype"] != "bf16"),
+            title_of(row),
             f"{row['batch']}",
             f"{row['batch'] / ours * 1e6:,.0f} {way.removeprefix('vit_fast').strip() or 'eager'}",
             f"{row['batch'] / theirs * 1e6:,.0f} {form.removeprefix('timm').strip() or 'eager'}"
@@ -102,16 +114,16 @@ OVER_TIMM = {"inference": 1.3, "training": 1.25}
 LATENCY_MS, MEMORY = 0.25, 0.68
 
 
+# Of each of DAYS the file of ops.
+OPS_OF = {FIRST: "ops-3d8ab98", LATER: "ops"}
+
+
 def goals_table() -> str:
     """Each goal, and what was reached on either day."""
     rows = []
 
     def add(what: str, goal: str, of) -> None:
-        reached = [of(file) for file in (FIRST, LATER)]
-        if any(reached):
-            rows.append([what, goal, *(one or "not measured" for one in reached)])
-        else:
-            rows.append([what, goal, "not measured", "not measured"])
+        rows.append([what, goal, *(of(file) or "not measured" for file in DAYS)])
 
     def case(file: str, training: bool, model: str, batch: int) -> dict | None:
         return next((r for r in measured_models(training, file, batch=batch, **PLAIN) if r["model"] == model), None)
@@ -133,13 +145,19 @@ def goals_table() -> str:
                 value = row and best(row["us"], False)[1] / best(row["us"], True)[1]
                 return row and told(round(value, 2), ratio, f"{value:.2f}")
 
+            def compiled_over_timm(file, training=training, model=model, ratio=ratio):
+                us = (case(file, training, model, 256) or {"us": {}})["us"]
+                value = "vit_fast compiled" in us and us["timm compiled"][1] / us["vit_fast compiled"][1]
+                return value and told(round(value, 2), ratio, f"{value:.2f}")
+
             add(f"{name}, {direction}: share of the ceiling", f"{share} %", reached)
             add(f"{name}, {direction}: times timm's fastest measured form", f"{ratio}", over_timm)
+            add(f"{name}, {direction}: the same, both compiled", f"{ratio}", compiled_over_timm)
 
     def latency(file):
         row = case(file, False, MODELS[0][0], 1)
-        ms = row and row["us"]["vit_fast graph"][1] / 1e3
-        return row and told(-ms, -LATENCY_MS, f"{ms:.2f} ms")
+        ms = row["us"]["vit_fast graph"][1] / 1e3 if row else tried_at_one_image() if file == LATER else None
+        return ms and told(-ms, -LATENCY_MS, f"{ms:.2f} ms")
 
     def memory(file):
         row = case(file, True, MODELS[0][0], 256)
@@ -148,30 +166,42 @@ def goals_table() -> str:
 
     add("ViT-B/16, batch 1 in a graph", f"{LATENCY_MS} ms", latency)
     add("ViT-B/16, training: peak memory over timm eager's", f"{MEMORY}", memory)
-    for row in results("ops")["results"]:
-        if (row["op"], row["direction"], row["tokens"]) == ("attention", "forward", 197):
-            form, theirs = min(
-                ((f, us[1]) for f, us in row["us"].items() if f.startswith("sdpa")), key=lambda one: one[1]
-            )
-            ours = row["us"]["vit_fast"][1]
-            rows.append(
-                [
-                    f"attention of {SHAPES[row['model']]}, 197 tokens, batch 256: ahead of every SDPA backend",
-                    f"{theirs:,.0f} µs, {form}",
-                    "not measured so",
-                    told(-ours, -theirs, f"{ours:,.0f} µs"),
-                ]
-            )
-    days = [f"{results(file)['date']}, {results(file)['commit'][:7]}" for file in (FIRST, LATER)]
+    for letter in ("B", "L"):
+
+        def attention(file, letter=letter):
+            us = op_times(OPS_OF[file])["attention", letter, "forward"]
+            form = min((form for form in us if form.startswith("sdpa")), key=lambda form: us[form][1])
+            ours, theirs = us["vit_fast"][1], us[form][1]
+            return told(-ours, -theirs, f"{ours:,.0f} µs, {form.removeprefix('sdpa ')} {theirs:,.0f}")
+
+        add(f"attention of {SHAPES[letter]}, 197 tokens, batch 256", "ahead of every SDPA backend", attention)
+    days = [
+        f"{results(file)['date']}, {results(file)['commit'][:7]}, ops {results(OPS_OF[file])['commit'][:7]}"
+        for file in DAYS
+    ]
     return markdown_table(["goal", "at", *days], rows)
+
+
+def op_times(file: str) -> dict[tuple, dict]:
+    """(op, model, "forward" or "both") → contender → quantiles, of a file of ops."""
+    return {(row["op"], row["model"], row["direction"]): row["us"] for row in results(file)["results"]}
+
+
+def tried_at_one_image() -> float:
+    """Milliseconds of ViT-B at batch 1 in a graph on the last day, of the experiment with launches that overlap."""
+    found = [
+        row for row in results("tried")["results"] if row["experiment"].startswith("overlapping launches of up to")
+    ]
+    return next(row["on"][1] for row in found if (row["model"], row["batch"]) == ("B", 1)) / 1e3
 
 
 def whole_table() -> str:
     """What of a whole model's time is that of its parts measured alone, and what of theirs cuBLAS's products take.
 
     Both of the last day, milliseconds. The parts are the patch embedding and the blocks, one block times the depth.
+    Each share is of the ceiling of its own run.
     """
-    timed = {(row["op"], row["model"], row["direction"]): row["us"] for row in results("ops")["results"]}
+    timed, ceilings = op_times("ops"), results("ops")["ceilings"]
     letters = {name: letter for letter, name in SHAPES.items()}
     rows = []
     for row in [row for training in (False, True) for row in measured_models(training, LATER, batch=256, **PLAIN)]:
@@ -184,49 +214,96 @@ def whole_table() -> str:
         least = alone("cublas", "patch_embed", "ln_linear", "projection", "mlp")
         ours, theirs = (alone(form, "patch_embed", "block") for form in ("vit_fast", "eager"))
         whole = best(row["us"], True)[1]
+        of_parts = {**row, "ceilings": ceilings}
         rows.append(
             [
                 f"{NAMES[row['model']]}, {row['direction']}",
-                *(f"{us / 1e3:.1f}, {share_of_ceiling(row, us):.0f} %" for us in (least, ours, whole)),
+                *(f"{us / 1e3:.1f}, {share_of_ceiling(of_parts, us):.0f} %" for us in (least, ours)),
+                f"{whole / 1e3:.1f}, {share_of_ceiling(row):.0f} %",
                 f"{whole / ours:.2f}",
                 f"{row['us']['timm'][1] / theirs:.2f}",
-                "{clock_mhz:,.0f} MHz, {power_w:.0f} W".format(**row["state"][1]),
             ]
         )
-    times = [
-        f"{what}, ms, share of the ceiling" for what in ("cuBLAS's products alone", "our parts alone", "the whole")
-    ]
-    return markdown_table(["model", *times, "whole / parts", "of timm, eager", "clock and power after it"], rows)
+    times = [f"{what}, ms, share" for what in ("cuBLAS's products alone", "our parts alone", "the whole")]
+    return markdown_table(["model", *times, "whole / parts", "of timm, eager"], rows)
+
+
+def days_table() -> str:
+    """Milliseconds of the contenders that were measured on more than one day, and the last over the first."""
+    files = (FIRST, "models-d6bd20c", LATER)
+    rows = []
+    for training in (False, True):
+        by_file = [{row["model"]: row["us"] for row in measured_models(training, f, batch=256, **PLAIN)} for f in files]
+        for model in by_file[-1]:
+            for form in by_file[-1][model]:
+                us = [times.get(model, {}).get(form, [None] * 2)[1] for times in by_file]
+                if sum(one is not None for one in us) > 1:
+                    way = "training" if training else "inference"
+                    times = ["-" if one is None else f"{one / 1e3:.1f}" for one in us]
+                    last = f"{us[-1] / us[0]:.2f}" if us[0] else "-"
+                    rows.append([f"{NAMES[model]}, {way}", form, *times, last])
+    days = [f"{results(file)['date']}, {results(file)['commit'][:7]}" for file in files]
+    return markdown_table(["model", "contender", *days, "last / first"], rows)
+
+
+def facts_table() -> str:
+    """First call, launches and peak memory of each contender of the last day."""
+    rows = []
+    for training in (False, True):
+        for row in measured_models(training, LATER, batch=256, **PLAIN):
+            for form, us in row["us"].items():
+                facts = row["facts"][form]
+                cells = [f"{us[1] / 1e3:.1f}", f"{facts['first_call_s']:.1f}", facts["launches"]]
+                cells.append(f"{facts['peak_gb']:.2f}" if "peak_gb" in facts else "-")
+                rows.append([f"{title_of(row)}, {row['direction']}", form, *cells])
+    return markdown_table(["model, batch 256", "contender", "ms", "first call, s", "launches", "peak memory, GB"], rows)
 
 
 def slower_list() -> str:
-    """Everything of the tables in which ours is behind, in one line each; and inference's peak memory beside timm's."""
+    """Everything of the tables in which ours is behind, a line a table; and inference's peak memory beside timm's."""
     lines = []
+
+    def add(what: str, behind: list[str]) -> None:
+        lines.append(f"- {what}: {', '.join(behind) or 'none'}")
+
     for training, way in ((False, "inference"), (True, "training step")):
         behind = []
         for row in measured_models(training):
             (_, ours), (form, theirs) = best(row["us"], True), best(row["us"], False)
             if theirs < ours:
-                behind.append(f"{NAMES[row['model']]} at batch {row['batch']} ({theirs / ours:.2f} of {form})")
-        lines.append(f"- whole models, {way}: {', '.join(behind) or 'none'}")
+                behind.append(f"{title_of(row)} at batch {row['batch']} ({to_digits(theirs / ours)} of {form})")
+        add(f"whole models, {way}", behind)
     for direction, way in (("forward", "forward"), ("both", "forward and backward")):
         behind = []
-        for row in results("ops")["results"]:
-            form, theirs = best(row["us"], False)
-            ratio = round(theirs / row["us"]["vit_fast"][1], 2)
-            if row["direction"] == direction and ratio < 1:
+        for (op, model, its), us in op_times("ops").items():
+            (form, theirs), ours = best(us, False), us["vit_fast"][1]
+            if its == direction and theirs < ours:
                 form = {"eager": "PyTorch eager", "compiled": "PyTorch compiled"}.get(form, form)
-                behind.append(f"`{row['op']}` of {SHAPES[row['model']]} ({ratio:.2f} of {form})")
-        lines.append(f"- ops, {way}: {', '.join(behind) or 'none'}")
-    more = []
+                behind.append(f"`{op}` of {SHAPES[model]} ({to_digits(theirs / ours)} of {form})")
+        add(f"ops, {way}", behind)
+    behind = []
     for row in measured_models(False):
         gb = row["gb"]
         if "vit_fast" in gb and gb["vit_fast"] > min(gb.values()):
             form = min(gb, key=gb.get)
-            more.append(
-                f"{NAMES[row['model']]} at batch {row['batch']} ({gb['vit_fast']:.2f} GB, {form} {gb[form]:.2f})"
-            )
-    return "\n".join([*lines, f"- peak memory of inference: {', '.join(more) or 'none'}"])
+            behind.append(f"{title_of(row)} at batch {row['batch']} ({gb['vit_fast']:.2f} GB, {form} {gb[form]:.2f})")
+    add("peak memory of inference", behind)
+    behind = [
+        f"ViT-{row['model']}/16 in {row['dtype']}, {row['direction']} ({to_digits(1 / row['ratio'])})"
+        for row in results("cpu", CPU_RESULTS)["results"]
+        if row["ratio"] > 1
+    ]
+    add("whole models on a CPU, of the best of three libraries", behind)
+    return "\n".join(lines)
+
+
+def absent_list() -> str:
+    """The contenders that the benchmarks know and the ops' run on the device did not have, and why."""
+    why = {}
+    for row in results("ops")["results"]:
+        for form, reason in row["aside"].items():
+            why.setdefault(reason, set()).add(form)
+    return "; ".join(f"{', '.join(sorted(forms))}: {reason}" for reason, forms in sorted(why.items())) + "."
 
 
 def eager_table() -> str:
@@ -287,7 +364,7 @@ def ops_table() -> str:
         for row in (forward, both):
             ours = row["us"]["vit_fast"][1]
             form, theirs = best(row["us"], False)
-            cells += [f"{ours:,.0f}", f"{theirs:,.0f} {form}", against(round(theirs / ours, 2))]
+            cells += [f"{ours:,.0f}", f"{theirs:,.0f} {form}", against(theirs / ours)]
         rows.append(cells)
     return markdown_table(head, rows)
 
@@ -300,7 +377,9 @@ def pages() -> dict[pathlib.Path, str]:
     text = replace_part(text, "slower", slower_list())
     notes = replace_part(performance.read_text(), "ops", ops_table())
     notes = replace_part(notes, "goals", goals_table())
-    notes = replace_part(notes, "whole", whole_table())
+    parts = {"whole": whole_table, "days": days_table, "facts": facts_table, "absent": absent_list}
+    for name, made in parts.items():
+        notes = replace_part(notes, name, made())
     notes = replace_part(notes, "host", host_table())
     notes = replace_part(notes, "cpu", cpu_table())
     return {readme: text, performance: replace_part(notes, "eager", eager_table())}

@@ -19,6 +19,7 @@ ROUNDS = 9 if DEVICE == "cuda" else 3
 SHORTEST = 200.0  # microseconds of a sample: below that the events' own clock shows
 CLOCKS = 2_000  # of a device in a microsecond, as many as it may run at
 CACHE = 128 << 20  # bytes, more than the L2 of any GPU that the kernels run on
+torch.backends.cudnn.benchmark = True  # for peers' convolutions, as timm's own benchmark has it
 
 
 class _HostEvent:
@@ -92,12 +93,14 @@ def _one(run: Callable, calls: int, hold_us: float) -> float:
 
 
 def time_in_turn(
-    runs: dict[str, Callable[[], object]], rounds: int = ROUNDS, held: bool = True
+    runs: dict[str, Callable[[], object]], rounds: int = ROUNDS, held: bool = True, apart: bool = False
 ) -> dict[str, list[float]]:
     """Microseconds of each run, `rounds` samples each; they take turns, in reverse order every second time.
 
     What else changes on the device, its clock and its temperature, changes for all. Where the device is not `held`
-    while launches queue up, what the host takes for them shows too, as it does for who runs a small batch.
+    while launches queue up, what the host takes for them shows too, as it does for who runs a small batch. `apart` is
+    for runs whose memory may not fit side by side: what the allocator keeps of one is given back before the next, which
+    then runs once before it is timed.
     """
     calls, hold = {}, {}
     for name, run in runs.items():
@@ -110,6 +113,9 @@ def time_in_turn(
     samples = {name: [] for name in runs}
     for number in range(rounds):
         for name in list(runs) if number % 2 else reversed(runs):
+            if apart:
+                empty_memory()
+                runs[name]()
             samples[name].append(_one(runs[name], calls[name], hold[name]))
     return samples
 

@@ -314,8 +314,7 @@ def started(model: nn.Module, form: str, training: bool, images: Tensor, labels:
 
 
 def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS) -> dict[str, MeasuredModel]:
-    """Each contender's time a batch, in turn with the others; training steps one contender after the other on a GPU,
-    whose memory may not hold two.
+    """Each contender's time a batch, in turn with the others.
 
     Logits of the form that is timed, at both ends of the batch, may be four times as far from fp64 as those of our
     model in PyTorch in the same dtype. A contender's first call includes capture or compilation, and of training the
@@ -332,7 +331,6 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
             allowed = 4 * error_of(ours(ends(images)), truth_of(ours, images))
     del ours
     training = case.direction == "training"
-    alone = training and DEVICE == "cuda"
     found, runs = {}, {}
     for name in contenders:
         model = contender = run = None  # of one that failed, whose memory is not that of the others
@@ -360,11 +358,7 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
                     run()
                     facts["peak_gb"] = round(timing.peak_gb() - others, 2)
                 facts["launches"] = launches_of(run)
-            found[name] = MeasuredModel([], error, facts)
-            if alone:
-                found[name] = found[name]._replace(us=timing.time_in_turn({name: run}, rounds, held=False)[name])
-            else:
-                runs[name] = run
+            found[name], runs[name] = MeasuredModel([], error, facts), run
         except LeftOut as reason:
             found[name] = MeasuredModel([], left_out=str(reason))
         except Exception as error:  # too little memory, or what a compiler says; a failure of ours is a fault
@@ -373,8 +367,8 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
             found[name] = MeasuredModel([], wrong=said) if wrong else MeasuredModel([], left_out=said)
             if lost(said):
                 gone = MeasuredModel([], left_out=LOST + name)
-                timed = {other: one for other, one in found.items() if one.us or one.left_out or one.wrong}
+                timed = {other: one for other, one in found.items() if one.left_out or one.wrong}
                 return dict.fromkeys(contenders, gone) | timed
-    for name, samples in timing.time_in_turn(runs, rounds, held=False).items():
+    for name, samples in timing.time_in_turn(runs, rounds, held=False, apart=training).items():
         found[name] = found[name]._replace(us=samples)
     return found

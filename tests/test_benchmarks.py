@@ -183,6 +183,15 @@ def test_contenders_take_turns_in_both_orders(monkeypatch):
     assert all(len(samples) == 2 for samples in found.values())
 
 
+def test_contenders_apart_run_once_in_an_empty_memory_before_they_count(monkeypatch):
+    monkeypatch.setattr(timing, "SHORTEST", 0.0)
+    order = []
+    monkeypatch.setattr(timing, "empty_memory", lambda: order.append("-"))
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    timing.time_in_turn(runs, rounds=1, apart=True)
+    assert order[-6:] == ["-", "b", "b", "-", "a", "a"]
+
+
 def test_short_runs_are_called_often_enough_for_the_clock():
     calls = []
     timing.time_in_turn({"short": lambda: calls.append(1)}, rounds=1)

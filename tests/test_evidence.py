@@ -236,9 +236,6 @@ TIMES = {"vit_fast": [10, 11, 12], "eager": [7, 8, 9], "cublas": [1, 1, 1], "com
         ({"us": TIMES | {"eager": [7, 8, 10]}}, 0),  # they overlap
         ({"us": TIMES | {"vit_fast": [5, 6, 7]}}, 0),
         ({"us": {"vit_fast": [10, 11, 12], "cublas": [1, 1, 1]}}, 0),
-        ({"superseded": "another tile"}, 0),
-        ({"superseded": "another tile", "remeasured": [8, 8.5, 9]}, 0),
-        ({"superseded": "another tile", "remeasured": [10, 11, 12], "us": TIMES | {"vit_fast": [99, 99, 99]}}, 1),
         ({"op": "block"}, 0),
     ],
 )

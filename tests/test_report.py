@@ -1,11 +1,14 @@
 """The measured tables of the pages are those of the files of results."""
 
+import json
+
 import pytest
 
 pytest.importorskip("triton", reason="the pages' other parts come from compiled kernels")
 
-from benchmarks import predictions, report
+from benchmarks import predictions, records, report
 from benchmarks.launches import sameness
+from benchmarks.pages import RESULTS
 
 
 def test_the_pages_say_what_the_files_say():
@@ -25,6 +28,8 @@ def test_the_figures_that_are_typed_are_those_of_the_files():
     tried = report.results("tried")["results"]
     ms = {row["contender"]: row["us"][1] / 1e3 for row in tried if row["experiment"].startswith("eager ViT-B, batch 1")}
     assert f"{ms['vit_fast']:.1f} ms beside timm's {ms['timm']:.1f}" in text
+    both = {row["model"]: row["us"] for row in report.measured_models(False, report.LATER)}["vit_base_patch16_224"]
+    assert f"ViT-B is at {both['timm compiled'][1] / both['vit_fast compiled'][1]:.2f})" in text
 
 
 def _shown(path) -> str:
@@ -94,17 +99,20 @@ def test_a_contender_counts_by_its_fastest_form():
 def test_what_is_slower_is_said_to_be(monkeypatch):
     row = {"model": "vit_base_patch16_224", "batch": 64, "training": False, "facts": {}}
     row |= {"case": ["B", 224, 64, "bf16", "inference"], "us": {"vit_fast": [9, 9, 9], "timm": [6, 6, 6]}}
-    op = {"op": "fc2", "model": "B", "direction": "both", "us": {"vit_fast": [9, 9, 9], "eager": [8, 8, 8]}}
+    op = {"op": "fc2", "model": "B", "direction": "both", "us": {"vit_fast": [9, 1000, 9], "eager": [8, 996, 8]}}
+    cpu = {"model": "S", "dtype": "fp32", "direction": "training", "ratio": 1.25}
     files = {name: {"date": "2026-01-02", "ceilings": {"matrix_tflops": 800}, "results": [row]} for name in report.DAYS}
-    monkeypatch.setattr(report, "results", lambda name: files.get(name) or {"results": [op]})
+    files |= {"ops": {"results": [op]}, "cpu": {"results": [cpu]}}
+    monkeypatch.setattr(report, "results", lambda name, *folder: files[name])
     assert "0.67, slower" in report.models_table(False, (64,))
     row["facts"] = {"vit_fast": {"peak_gb": 3.0}, "timm": {"peak_gb": 2.0}}
     assert report.slower_list().splitlines() == [
         "- whole models, inference: ViT-B/16 at batch 64 (0.67 of timm)",
         "- whole models, training step: none",
         "- ops, forward: none",
-        "- ops, forward and backward: `fc2` of ViT-B/16 (0.89 of PyTorch eager)",
+        "- ops, forward and backward: `fc2` of ViT-B/16 (0.996 of PyTorch eager)",
         "- peak memory of inference: ViT-B/16 at batch 64 (3.00 GB, timm 2.00)",
+        "- whole models on a CPU, of the best of three libraries: ViT-S/16 in fp32, training (0.80)",
     ]
 
 
@@ -145,6 +153,52 @@ def test_a_goal_that_is_not_reached_is_short(monkeypatch):
     assert cells["ViT-B/16, inference: share of the ceiling"] == ["75 %", "66 %, short", "65 %, short"]
     assert cells["ViT-B/16, inference: times timm's fastest measured form"] == ["1.3", "1.31", "1.31"]
     assert cells["ViT-H/14, training: share of the ceiling"] == ["70 %", "not measured", "not measured"]
-    assert cells["ViT-B/16, batch 1 in a graph"][1] == "0.63 ms, short"
-    monkeypatch.setattr(report, "LATENCY_MS", 0.7)
-    assert "| 0.7 ms | 0.63 ms | not measured |" in report.goals_table()
+    assert cells["ViT-B/16, inference: the same, both compiled"] == ["1.3", "not measured", "1.17, short"]
+    assert cells["ViT-B/16, batch 1 in a graph"] == ["0.25 ms", "0.63 ms, short", "0.50 ms, short"]
+    attention = cells["attention of ViT-B/16, 197 tokens, batch 256"]
+    assert attention[1:] == ["182 µs, cudnn 170, short", "125 µs, cudnn 167"]
+    monkeypatch.setattr(report, "LATENCY_MS", 0.6)
+    assert "| 0.6 ms | 0.63 ms, short | 0.50 ms |" in report.goals_table()
+
+
+def test_parts_and_whole_are_each_of_the_ceiling_of_their_own_run(monkeypatch):
+    us = {"vit_fast": [1, 1000, 1], "eager": [1, 2000, 1], "cublas": [1, 500, 1]}
+    ops = [
+        {"op": op, "model": "B", "direction": way, "us": us}
+        for op in ("patch_embed", "ln_linear", "projection", "mlp", "block")
+        for way in ("forward", "both")
+    ]
+    case = {"case": ["B", 224, 256, "bf16", "inference"], "model": "vit_base_patch16_224", "batch": 256, "facts": {}}
+    case["us"] = {"vit_fast": [1, 26_000, 1], "timm": [1, 39_000, 1]}
+    files = {
+        "ops": {"ceilings": {"matrix_tflops": 1000.0}, "results": ops},
+        report.LATER: {"ceilings": {"matrix_tflops": 500.0}, "date": "2026-01-02", "results": [case]},
+    }
+    monkeypatch.setattr(report, "results", files.__getitem__)
+    shown = [cell.strip() for cell in report.whole_table().splitlines()[2].split("|")[1:-1]]
+    flops = report.forward_flops("vit_base_patch16_224") * 256
+    least, parts, whole = 500 + 12 * 1500, 13_000, 26_000
+    assert shown == [
+        "ViT-B/16, inference",
+        f"18.5, {100 * flops / least / 1e6 / 1000:.0f} %",
+        f"13.0, {100 * flops / parts / 1e6 / 1000:.0f} %",
+        f"26.0, {100 * flops / whole / 1e6 / 500:.0f} %",
+        "2.00",
+        "1.50",
+    ]
+
+
+def test_a_ratio_just_under_one_is_not_rounded_away():
+    assert [report.against(ratio) for ratio in (1.004, 1.0, 0.996, 0.99)] == [
+        "1.00",
+        "1.00",
+        "0.996, slower",
+        "0.99, slower",
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(RESULTS.parent.glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_every_file_of_results_is_one(path):
+    records.validate(json.loads(path.read_text()))
