@@ -11,12 +11,16 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 9 if DEVICE == "cuda" else 3
 SHORTEST = 200.0  # microseconds of a sample: below that the events' own clock shows
+# Of one of a whole model: a GPU at its power limit has the clock that the load of the last tens of milliseconds left
+# it, and that shall be the contender's own.
+SUSTAINED = 100_000.0 if DEVICE == "cuda" else SHORTEST
 CLOCKS = 2_000  # of a device in a microsecond, as many as it may run at
 CACHE = 128 << 20  # bytes, more than the L2 of any GPU that the kernels run on
 torch.backends.cudnn.benchmark = True  # for peers' convolutions, as timm's own benchmark has it
@@ -93,9 +97,15 @@ def _one(run: Callable, calls: int, hold_us: float) -> float:
 
 
 def time_in_turn(
-    runs: dict[str, Callable[[], object]], rounds: int = ROUNDS, held: bool = True, apart: bool = False
+    runs: dict[str, Callable[[], object]],
+    rounds: int = ROUNDS,
+    held: bool = True,
+    apart: bool = False,
+    shortest: float = SHORTEST,
 ) -> dict[str, list[float]]:
     """Microseconds of each run, `rounds` samples each; they take turns, in reverse order every second time.
+
+    A sample takes `shortest` at least, or 100 calls.
 
     What else changes on the device, its clock and its temperature, changes for all. Where the device is not `held`
     while launches queue up, what the host takes for them shows too, as it does for who runs a small batch. `apart` is
@@ -106,7 +116,7 @@ def time_in_turn(
     for name, run in runs.items():
         for _ in range(2):  # what is compiled or chosen at the first call is
             run()
-        calls[name] = max(1, min(100, math.ceil(SHORTEST / _one(run, 1, 0))))
+        calls[name] = max(1, min(100, math.ceil(shortest / _one(run, 1, 0))))
         began = time.perf_counter()
         run()
         hold[name] = held * (100 + 1.5e6 * (time.perf_counter() - began) * calls[name])
@@ -118,6 +128,21 @@ def time_in_turn(
                 runs[name]()
             samples[name].append(_one(runs[name], calls[name], hold[name]))
     return samples
+
+
+def state_under(run: Callable[[], object]) -> dict[str, float]:
+    """`device_state` while a run is made again and again, after a quarter of a second of it; nothing without a GPU."""
+    if DEVICE == "cpu":
+        return {}
+    began = time.perf_counter()
+    with ThreadPoolExecutor(1) as pool:
+        asked = None
+        while asked is None or not asked.done():
+            run()
+            torch.cuda.synchronize()
+            if asked is None and time.perf_counter() - began > 0.25:
+                asked = pool.submit(device_state)
+    return asked.result()
 
 
 def ceilings() -> dict[str, float]:

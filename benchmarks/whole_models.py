@@ -60,7 +60,7 @@ class MeasuredModel(NamedTuple):
 
     us: list[float]
     error: float | None = None  # of its logits, ‖y − fp64‖ / ‖fp64‖
-    facts: dict = {}  # noqa: RUF012 - first call in seconds, peak memory in GB, launches
+    facts: dict = {}  # noqa: RUF012 - first call in seconds, peak memory in GB, launches; clock, power under it
     left_out: str = ""
     wrong: str = ""
 
@@ -369,6 +369,8 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
                 gone = MeasuredModel([], left_out=LOST + name)
                 timed = {other: one for other, one in found.items() if one.left_out or one.wrong}
                 return dict.fromkeys(contenders, gone) | timed
-    for name, samples in timing.time_in_turn(runs, rounds, held=False, apart=training).items():
-        found[name] = found[name]._replace(us=samples)
+    timed = timing.time_in_turn(runs, rounds, held=False, apart=training, shortest=timing.SUSTAINED)
+    for name, samples in timed.items():
+        facts = found[name].facts | timing.state_under(runs[name])
+        found[name] = found[name]._replace(us=samples, facts=facts)
     return found

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -174,22 +175,37 @@ def test_a_peer_that_holds_its_parameters_gets_the_cases():
     assert [g.shape for g in gradients] == [x.shape, weight.shape, bias.shape]
 
 
-def test_contenders_take_turns_in_both_orders(monkeypatch):
-    monkeypatch.setattr(timing, "SHORTEST", 0.0)
+def test_contenders_take_turns_in_both_orders():
     order = []
     runs = {name: lambda name=name: order.append(name) for name in "ab"}
-    found = timing.time_in_turn(runs, rounds=2)
+    found = timing.time_in_turn(runs, rounds=2, shortest=0.0)
     assert order[-4:] == ["b", "a", "a", "b"]
     assert all(len(samples) == 2 for samples in found.values())
 
 
 def test_contenders_apart_run_once_in_an_empty_memory_before_they_count(monkeypatch):
-    monkeypatch.setattr(timing, "SHORTEST", 0.0)
     order = []
     monkeypatch.setattr(timing, "empty_memory", lambda: order.append("-"))
     runs = {name: lambda name=name: order.append(name) for name in "ab"}
-    timing.time_in_turn(runs, rounds=1, apart=True)
+    timing.time_in_turn(runs, rounds=1, apart=True, shortest=0.0)
     assert order[-6:] == ["-", "b", "b", "-", "a", "a"]
+
+
+def test_the_device_is_asked_under_the_load_of_a_run(monkeypatch):
+    assert timing.state_under(lambda: 0) == {}, "on a CPU there is nothing to ask"
+    calls, seen = [], []
+
+    def asked():
+        before = len(calls)
+        time.sleep(0.2)
+        seen.extend((before, len(calls)))
+        return {"clock_mhz": 1500.0}
+
+    monkeypatch.setattr(timing, "DEVICE", "cuda")
+    monkeypatch.setattr(timing, "device_state", asked)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.001))
+    assert timing.state_under(lambda: calls.append(1)) == {"clock_mhz": 1500.0}
+    assert 10 < seen[0] < seen[1], "it ran before, and it runs meanwhile"
 
 
 def test_short_runs_are_called_often_enough_for_the_clock():
