@@ -83,6 +83,14 @@ STREAMING = {
     "attention_query_grad": ("attention.query_grad",),
     "attention_key_grad": ("attention.key_grad",),
 }
+# Rows, columns, tokens a step, warps, stages.
+WEIGHT_GRAD = [
+    (128, 256, 64, 8, 4),
+    (256, 128, 64, 8, 3),
+    (256, 128, 64, 8, 4),
+    (128, 256, 128, 8, 2),
+    (128, 128, 64, 8, 5),
+]
 # Queries, keys, warps, stages.
 PAIRS = [(64, 64, 4, 1), (64, 64, 4, 3), (128, 64, 8, 2), (64, 128, 4, 2), (64, 128, 8, 2), (128, 128, 8, 2)]
 GRADS = ("attention.grad", "attention.query_grad", "attention.key_grad")
@@ -109,6 +117,8 @@ def candidates() -> list[tuple]:
         for rows, tiles in TILES.items():
             models = tuple(name for name, its in ROWS.items() if its == rows)
             place(kernel, rows, names, models, [dict(zip(PRODUCT, numbers)) for numbers in tiles])
+    weights = [dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), tile)) for tile in WEIGHT_GRAD]
+    place("linear_weight_grad", "any", ("linear.weight_grad", "linear.finish"), ("B", "H"), weights)
     pairs = [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), numbers)) for numbers in PAIRS]
     for kernel, names in STREAMING.items():
         place(kernel, "64", names, ("B at 384",), pairs)
