@@ -24,7 +24,7 @@ def _pages() -> mmap.mmap:
 KEPT = {
     "things": lambda kept: kept.append(torch.ones(1)),
     "objects": lambda kept: kept.append([0]),
-    "blocks": lambda kept: kept.extend(str(len(kept) + number) for number in range(10**6, 10**6 + 10)),
+    "blocks": lambda kept: kept.extend(str(len(kept) + number) for number in range(10**6, 10**6 + 20)),
     "bytes": lambda kept: kept.append(torch.ones(1 << 10).untyped_storage()),
     "resident": lambda kept: kept.append(_pages()),
 }
