@@ -41,6 +41,7 @@ CASES = [
     case("tokens summed in two spans", shaped(2, 130, 24, features=20)),
     case("and in tiles beside the first column", shaped(2, 130, 40, features=36)),
     case("columns of tiles without a share of the sums", shaped(2, 130, 104, features=20)),
+    case("two spans without a bias", shaped(2, 130, 24, features=20, bias=False)),
 ]
 
 
