@@ -193,7 +193,7 @@ def _weight_grad_kernel(
             DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         rows = row + tl.arange(0, BLOCK_M)
-        mine = rows < tl.where(sharer < sharers, N, 0)
+        mine = (rows < N) & (tl.broadcast_to(sharer, rows.shape) < sharers)
         tl.store(sums_ptr + (split * sharers + sharer) * N + rows, sums, mask=mine)
     store_tile(partial, grad, row, col, tl.float32)
 
