@@ -90,23 +90,30 @@ def assert_no_second_derivative(op: Callable, args: dict[str, Tensor | None]) ->
 
 
 def assert_views_are_read(op: Callable, case: Case, backend: str, device: str = "cpu") -> None:
-    """Every operand as a view gives what its contiguous copy gives.
+    """Operands that are views give the output and the gradients that their contiguous copies give.
 
-    Vectors are every other element, matrices are transposed in memory, activations are cut out of wider ones.
+    Vectors are every other element, activations are cut out of wider ones; matrices too, or they are transposed in
+    memory.
     """
     args = {name: None if t is None else t.float().to(device) for name, t in case.draw().items()}
 
-    def view(t: Tensor) -> Tensor:
+    def cut(t: Tensor) -> Tensor:
         if t.dim() == 1:
             return t.repeat_interleave(2)[::2]
-        if t.dim() == 2:
-            return t.T.contiguous().T
         return torch.cat([t, t], dim=-1).repeat_interleave(2, -2)[..., ::2, : t.shape[-1]]
 
+    def transposed(t: Tensor) -> Tensor:
+        return t.T.contiguous().T if t.dim() == 2 else cut(t)
+
+    def results(view: Callable) -> list[Tensor]:
+        given = {name: t if t is None else view(t) for name, t in args.items()}
+        wanted = [t.requires_grad_() for name, t in given.items() if t is not None and name not in case.constant]
+        y = op(**given, **case.options)
+        return [y, *torch.autograd.grad(y, wanted, torch.ones_like(y))]
+
+    assert not any(view(t).is_contiguous() for view in (cut, transposed) for t in args.values() if t is not None)
     with vit_fast.ops.use_backend(backend):
-        expected = op(**args, **case.options)
-        for name, t in args.items():
-            if t is not None:
-                strided = view(t)
-                assert not strided.is_contiguous() or t.numel() < 2, name
-                torch.testing.assert_close(op(**args | {name: strided}, **case.options), expected, rtol=1e-6, atol=1e-6)
+        expected = results(torch.clone)
+        for view in (cut, transposed):
+            for found, one in zip(results(view), expected, strict=True):
+                torch.testing.assert_close(found, one, rtol=1e-6, atol=1e-6)
