@@ -394,7 +394,7 @@ def batches(seed: int, random: int) -> dict[str, tuple]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.exhaustive", description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of the random cases (0)")
-    parser.add_argument("--random", type=int, default=2200, help="how many random cases, of which one in fifteen is drawn twice (2200)")
+    parser.add_argument("--random", type=int, default=2200, help="random cases, some of them drawn twice (2200)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes at a time (one a core)")
     given = parser.parse_args()
     started_interpreting("tests.exhaustive")
