@@ -70,6 +70,8 @@ def test_the_output_keeps_the_dtype_of_the_residual(residual, products, backend)
     inputs["residual"] = inputs["residual"].to(residual)
     with use_backend(backend):
         assert linear_residual(bias=None, **inputs).dtype == residual
+        inputs["weight"].zero_()
+        assert torch.equal(linear_residual(bias=None, **inputs), inputs["residual"]), "to the last bit"
 
 
 @pytest.mark.interpret
