@@ -66,8 +66,8 @@ def test_a_dropped_image_is_its_residual(backend):
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
 def test_the_output_keeps_the_dtype_of_the_residual(residual, products, backend):
-    inputs = {name: t.to(products) for name, t in CASES[4].draw().items() if t is not None}
-    inputs["residual"] = inputs["residual"].to(residual)
+    drawn = {name: t for name, t in CASES[4].draw().items() if t is not None}
+    inputs = {name: t.to(products) for name, t in drawn.items()} | {"residual": drawn["residual"].to(residual)}
     with use_backend(backend):
         assert linear_residual(bias=None, **inputs).dtype == residual
         inputs["weight"].zero_()
