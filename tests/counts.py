@@ -12,6 +12,7 @@ table         a list of rows, each the same names → values, where one number a
 """
 
 import datetime
+import hashlib
 import json
 import os
 import pathlib
@@ -19,7 +20,18 @@ import platform
 
 from benchmarks import records
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "tests" / "results"
+
+
+def digest(*names: str) -> str:
+    """Of what these files and folders of this tree hold, by which a note says of which code it is."""
+    found = hashlib.sha256()
+    for name in names:
+        path = ROOT / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            found.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def keep(

@@ -2,10 +2,10 @@
 
 python -m tests.exhaustive [--seed 0] [--random 2200] [--workers N]
 
-One case is one op, forward and backward, in the interpreter. Its tensors end at the second or begin at the first of two
-protected pages, in a layout; what the kernels allocate is guarded and full of NaN, and every element of it must be
-written exactly once, and nothing else. What comes out is compared with fp64, coarsely: what this run looks for is a
-wrong address; rounding is the error rule's (tests/error_rule.py), which every op is held to elsewhere.
+One case is one op, for inference, then forward and backward, in the interpreter. Its tensors end at the second or begin
+at the first of two protected pages, in a layout; what the kernels allocate does so too and is full of NaN, and every
+element of it must be written exactly once, and nothing else. What comes out is compared with fp64, coarsely: what this
+run looks for is a wrong address; rounding is the error rule's (tests/error_rule.py), which every op is held to elsewhere.
 
 Cases are every op, dtype, layout, place and form at the sizes around its tiles, then what Hypothesis draws. They run in
 batches, each in a process of its own: a touched page ends that process, and the case is known. A batch that passed is
@@ -104,6 +104,7 @@ class Op:
 _PRODUCT = [
     *((1, 1, 1, 1), (1, 31, 33, 32), (2, 16, 32, 64), (1, 33, 31, 33)),
     *((3, 11, 17, 65), (1, 65, 48, 20), (5, 1, 40, 8), (2, 24, 16, 129)),
+    (2, 130, 104, 20),  # weight gradients of two spans of tokens; columns of tiles without a share of their sums
 ]
 _ANY_PRODUCT = ((1, 4), (1, 50), (1, 90), (1, 90))
 _ATTENTION = [
@@ -220,13 +221,16 @@ class Case:
 
 @contextlib.contextmanager
 def _in_form(form: str) -> Iterator[None]:
-    """Products through pointers and heads streamed, where that is the form."""
+    """Products through pointers and heads streamed, where that is the form; few tokens make two spans."""
     from vit_fast.kernels import attention, linear, product
 
-    if form == "table":
-        yield
-        return
     with contextlib.ExitStack() as replaced:
+        replaced.enter_context(mock.patch.object(linear, "PARTIAL_TOKENS", 10))
+        linear.split_tokens.cache_clear()
+        replaced.callback(linear.split_tokens.cache_clear)
+        if form == "table":
+            yield
+            return
         replaced.enter_context(mock.patch.object(attention, "_whole", return_value=None))
         for module in (product, linear):
             pointers = mock.patch.object(module, "described", lambda tile, _: {**tile, "TMA": 0})
@@ -255,11 +259,15 @@ def run(case: Case) -> None:
     for name in wanted:
         placed[name].requires_grad_()
     upstream_placed = case.place(upstream)
-    with _in_form(case.form), counted_writes(), ops.use_backend("triton"):
-        result = op.call(**placed, **made.options)
-        found = torch.autograd.grad(result, [placed[name] for name in wanted], upstream_placed) if wanted else ()
+    with _in_form(case.form), ops.use_backend("triton"):
+        with counted_writes(case.at_start), torch.no_grad():
+            inferred = op.call(**placed, **made.options)
+        with counted_writes(case.at_start):
+            result = op.call(**placed, **made.options)
+            found = torch.autograd.grad(result, [placed[name] for name in wanted], upstream_placed) if wanted else ()
     right = torch.autograd.grad(truth, [exact[name] for name in wanted], upstream.double()) if wanted else ()
-    for name, ours, exactly in zip(["output", *wanted], [result, *found], [truth, *right]):
+    outputs = {"inference": (inferred, truth), "output": (result, truth)}
+    for name, (ours, exactly) in (outputs | {name: pair for name, *pair in zip(wanted, found, right)}).items():
         error = (ours.detach().double() - exactly.detach()).abs().amax()
         limit = TOLERANCE[case.mode] * max(1.0, exactly.detach().abs().amax().item())
         assert error <= limit, f"{name}: an error of {error:.3e}, over {limit:.3e}"  # NaN is over any limit
@@ -399,7 +407,16 @@ def main() -> int:
     given = parser.parse_args()
     started_interpreting("tests.exhaustive")
     mended_on_one_thread()
-    notes = pathlib.Path("build") / f"exhaustive-{given.seed}-{given.random}.jsonl"
+    from vit_fast.kernels import product
+
+    imported = pathlib.Path(product.__file__).resolve().parent
+    if imported != counts.ROOT / "kernels":
+        parser.error(
+            f"the kernels that are imported are those of {imported}, not of this tree: it wants a .venv of its own"
+        )
+    # What is noted is of the code that ran: another's does not count.
+    code = counts.digest("kernels", "vit_fast/ops", "tests/ops", "tests/exhaustive.py", "tests/guard.py")
+    notes = pathlib.Path("build") / f"exhaustive-{given.seed}-{given.random}-{code}.jsonl"
     notes.parent.mkdir(exist_ok=True)
     done = {}
     if notes.is_file():

@@ -27,6 +27,7 @@ def guarded_empty(shape: tuple[int, ...], dtype: torch.dtype, at_start: bool = F
     for page in (address, address + PAGE + inner):
         if _libc.mprotect(page, PAGE, PROT_NONE):
             raise OSError(ctypes.get_errno(), "mprotect failed")
+    np.frombuffer(region, np.uint8)[PAGE : PAGE + inner] = 0xFF  # NaN, also in what the tensor leaves of its pages
     offset = PAGE if at_start else PAGE + inner - size
     return torch.frombuffer(region, dtype=dtype, count=count, offset=offset).view(shape)
 
@@ -38,12 +39,12 @@ def guarded(tensor: Tensor, at_start: bool = False) -> Tensor:
     return copy.requires_grad_(tensor.requires_grad)
 
 
-def poisoned_empty(*shape, dtype=None, device=None, **_) -> Tensor:
+def poisoned_empty(*shape, dtype=None, device=None, at_start: bool = False, **_) -> Tensor:
     """Stands in for torch.empty: guarded memory full of NaN (of the largest value where there is no NaN)."""
     shape = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list | torch.Size) else shape
     dtype = dtype or torch.get_default_dtype()
     poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
-    return guarded_empty(tuple(shape), dtype).fill_(poison)
+    return guarded_empty(tuple(shape), dtype, at_start).fill_(poison)
 
 
 def poisoned_empty_like(tensor: Tensor, **_) -> Tensor:
@@ -54,8 +55,12 @@ def poisoned_empty_like(tensor: Tensor, **_) -> Tensor:
 class counted_writes:
     """A block in which every element that kernels allocate must be written exactly once, and no other memory at all.
 
-    What they get from torch.empty is poisoned and guarded. Of the interpreter only: each of its stores is looked at.
+    What they get from torch.empty is poisoned and guarded, its end at a protected page or, `at_start`, its start behind
+    one. Of the interpreter only: each of its stores is looked at.
     """
+
+    def __init__(self, at_start: bool = False):
+        self.at_start = at_start
 
     def __enter__(self) -> "counted_writes":
         from triton.runtime.interpreter import InterpreterBuilder
@@ -76,7 +81,7 @@ class counted_writes:
         return self
 
     def _empty(self, *shape, **options) -> Tensor:
-        memory = poisoned_empty(*shape, **options)
+        memory = poisoned_empty(*shape, **options, at_start=self.at_start)
         if memory.numel():
             self.given.append(memory)
             self.writes.append(np.zeros(memory.numel(), np.int32))

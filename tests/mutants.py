@@ -137,7 +137,8 @@ def main() -> int:
     chosen = [mutant for mutant in mutants if given.only in f"{mutant.file} {mutant.bug}"]
     if given.sample:
         chosen = random.Random(given.seed).sample(chosen, min(given.sample, len(chosen)))
-    notes = ROOT / "build" / "mutants.jsonl"
+    # Of another code nothing counts; tests may have come since, which take nothing from what was caught.
+    notes = ROOT / "build" / f"mutants-{counts.digest('kernels', 'vit_fast/ops')}.jsonl"
     notes.parent.mkdir(exist_ok=True)
     done = {}
     if notes.is_file():

@@ -216,13 +216,35 @@ def test_what_a_run_refuses(tmp_path, uninterrupted):
         (lambda tensors, state: tensors.pop("optimiser.head.weight.exp_avg"), "exp_avg of head.weight is nothing"),
         (
             lambda tensors, state: tensors.update({"optimiser.head.bias.exp_avg_sq": torch.zeros(3)}),
-            r"exp_avg_sq of head.bias is shape \[3\]",
+            r"exp_avg_sq of head.bias is torch.float32 of shape \[3\]",
         ),
+        (
+            lambda tensors, state: tensors.update({"optimiser.head.bias.step": torch.tensor(3)}),
+            "step of head.bias is torch.int64",
+        ),
+        (lambda tensors, state: tensors.update({"generator.cpu": torch.zeros(9)}), "a generator's state is none"),
+        (
+            lambda tensors, state: tensors.update({"generator.cpu": torch.zeros(9, dtype=torch.uint8)}),
+            "a generator's state is none",
+        ),
+        *(
+            (lambda tensors, state, key=key, value=value: state.update({key: value}), f"its {key} is")
+            for key, value in [
+                *(("settings", None), ("settings", "x"), ("data", 3), ("epoch", "x"), ("epoch", None), ("epoch", -5)),
+                *(("epoch", True), ("batch", "x"), ("batch", 1.5), ("batch", -5), ("images", -5), ("images", [])),
+                *(("loss_sum", "x"), ("loss_sum", float("nan")), ("history", "x"), ("history", None)),
+                *(("history", [1, 2]), ("history", [{}, {}])),
+            ]
+        ),
+        (lambda tensors, state: state.update(epoch=3), "no place in this run"),
+        (lambda tensors, state: state.update(epoch=1), "no place in this run with 2 epochs behind it"),
+        (lambda tensors, state: state.update(epoch=1, history=state["history"][:1], batch=5), "no place in this run"),
+        (lambda tensors, state: state.update(batch=10**9, images=1), "no place in this run"),
+        (lambda tensors, state: state.update(batch=1, images=10**9), "no place in this run"),
     ],
-    ids=["state", "generator", "optimiser", "shape"],
 )
 def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, uninterrupted, change, says):
-    """Least of all with an optimiser that has forgotten."""
+    """Whoever writes the file writes its digest too. Least of all with an optimiser that has forgotten."""
     folder = uninterrupted[0].output
     weights, tensors, state = checkpoint.load_training(folder)
     change(tensors, state)

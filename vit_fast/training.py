@@ -38,7 +38,32 @@ DIGITS_KWARGS = {
     "num_heads": 4,
     "pos_embed": "sincos2d",
 }
-STATE = ("settings", "data", "epoch", "batch", "images", "loss_sum", "history")  # what a run keeps of its position
+
+
+def _is_count(value) -> bool:
+    return type(value) is int and value >= 0  # a truth value is an int too
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_history(value) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(line, dict) and _is_number(line.get("held_out_accuracy")) for line in value
+    )
+
+
+# What a run keeps of its position, and what each is; a file may hold anything.
+STATE = {
+    "settings": lambda value: isinstance(value, dict),
+    "data": lambda value: isinstance(value, str),
+    "epoch": _is_count,
+    "batch": _is_count,
+    "images": _is_count,
+    "loss_sum": _is_number,
+    "history": _is_history,
+}
 READ_EVERY = 10  # steps between two readings of the loss on a GPU: each makes the host wait for the device
 
 
@@ -461,9 +486,9 @@ class _Run:
             ValueError: for settings or data that differ, naming them, and for a checkpoint that cannot be read.
         """
         weights, tensors, state = checkpoint.load_training(folder)
-        missing = [key for key in STATE if key not in state] + ["generator.cpu"] * ("generator.cpu" not in tensors)
-        if missing:
-            raise ValueError(f"{folder}: damaged, it lacks {', '.join(missing)}")
+        _check(state, STATE, folder)
+        if "generator.cpu" not in tensors:
+            raise ValueError(f"{folder}: damaged, it lacks generator.cpu")
         differing = [
             f"{name} was {state['settings'].get(name)}, got {value}"
             for name, value in self._settings().items()
@@ -473,19 +498,29 @@ class _Run:
             raise ValueError(f"resume: a run goes on with its own settings: {'; '.join(differing)}")
         if state["data"] != self.data.digest:
             raise ValueError(f"resume: {self.config.data} is not the data that {folder} was trained on")
+        at = {name: state[name] for name in ("epoch", "batch", "images")}
+        within = at["epoch"] <= self.config.epochs and at["batch"] <= len(self.sampler)
+        within = within and at["images"] <= len(self.data.train) and bool(at["images"]) == bool(at["batch"])
+        if not within or at["epoch"] != len(state["history"]):
+            raise ValueError(
+                f"{folder}: damaged, {at} is no place in this run with {len(state['history'])} epochs behind it"
+            )
         checkpoint.load_weights(self.model, weights)
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
             for key, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
                 value = tensors.get(f"optimiser.{name}.{key}")
-                if value is None or value.shape != shape:
-                    got = "nothing" if value is None else f"shape {list(value.shape)}"
+                if value is None or value.shape != shape or not value.is_floating_point():
+                    got = "nothing" if value is None else f"{value.dtype} of shape {list(value.shape)}"
                     raise ValueError(f"{folder}: damaged, the optimiser's {key} of {name} is {got}")
                 self.optimiser.state[parameter][key] = value.clone().to(self.device)
-        torch.set_rng_state(tensors["generator.cpu"].clone())
-        if self.device.type == "cuda" and "generator.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["generator.cuda"].clone(), self.device)
+        try:
+            torch.set_rng_state(tensors["generator.cpu"].clone())
+            if self.device.type == "cuda" and "generator.cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["generator.cuda"].clone(), self.device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{folder}: damaged, a generator's state is none ({error})") from error
         self.epoch, self.batch, self.images = state["epoch"], state["batch"], state["images"]
         self.loss_sum.fill_(state["loss_sum"])
         self.history = state["history"]
@@ -498,6 +533,16 @@ def read_settings(folder: str | Path) -> dict:
         ValueError: for a folder that no run can go on from.
     """
     state = checkpoint.load_training(folder)[2]
-    if "settings" not in state:
-        raise ValueError(f"{folder}: damaged, it lacks settings")
+    _check(state, {"settings": STATE["settings"]}, folder)
     return state["settings"]
+
+
+def _check(state, takes: dict, folder: str | Path) -> None:
+    if not isinstance(state, dict):
+        raise ValueError(f"{folder}: damaged, its state is {type(state).__name__}")
+    missing = [key for key in takes if key not in state]
+    if missing:
+        raise ValueError(f"{folder}: damaged, it lacks {', '.join(missing)}")
+    for key, is_one in takes.items():
+        if not is_one(state[key]):
+            raise ValueError(f"{folder}: damaged, its {key} is {str(state[key])[:100]!r}")
