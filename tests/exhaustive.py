@@ -5,7 +5,7 @@ python -m tests.exhaustive [--seed 0] [--random 2200] [--workers N]
 One case is one op, for inference, then forward and backward, in the interpreter. Its tensors end at the second or begin
 at the first of two protected pages, in a layout; what the kernels allocate does so too and is full of NaN, and every
 element of it must be written exactly once, and nothing else. What comes out is compared with fp64, coarsely: what this
-run looks for is a wrong address; rounding is the error rule's (tests/error_rule.py), which every op is held to elsewhere.
+run looks for is a wrong address; every op is held to the error rule (tests/error_rule.py) elsewhere.
 
 Cases are every op, dtype, layout, place and form at the sizes around its tiles, then what Hypothesis draws. They run in
 batches, each in a process of its own: a touched page ends that process, and the case is known. A batch that passed is
