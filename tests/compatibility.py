@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 
+from benchmarks import records
 from tests import counts
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -131,7 +132,7 @@ def try_out(python: pathlib.Path, triton: str) -> dict:
     versions = "import platform, torch, numpy; print(platform.python_version(), torch.__version__, numpy.__version__)"
     version, torch, numpy = said(python, versions).split()
     row = {"python": version, "torch": torch, "triton": triton, "numpy": numpy} | total
-    return row | {"seconds": round(time.monotonic() - begin), "note": note or "-"}
+    return row | {"seconds": round(time.monotonic() - begin), "commit": records.commit(), "note": note or "-"}
 
 
 def keep(new: list[dict], unreachable: dict[str, str]) -> list[dict]:
