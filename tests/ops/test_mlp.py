@@ -76,6 +76,19 @@ def test_inference_equals_training(activation):
 
 
 @pytest.mark.interpret
+def test_training_activates_the_number_that_it_keeps():
+    """h as backward will read it, rounded, and not as it was summed. fc2 passes the activation on."""
+    drawn = shaped(4, 16, 32, hidden=32, bias=False, layer_scale=False, drop=False)()
+    args = {name: None if t is None else t.bfloat16() for name, t in drawn.items()}
+    args |= {"x": args["x"] / 64, "fc2_weight": torch.eye(32).bfloat16()}
+    with use_backend("triton"):
+        y, hidden, *_ = torch.ops.vit_fast.mlp_train(*args.values(), "gelu", 1e-6)
+    activated = torch.nn.functional.gelu(hidden.double()).bfloat16().view(y.shape)
+    expected = (args["x"].double() + activated.double()).bfloat16()
+    assert (y == expected).double().mean() > 0.98, "but where the two GELUs are rounded to neighbours"
+
+
+@pytest.mark.interpret
 def test_inference_keeps_nothing():
     inputs = {name: t.float() for name, t in shaped(2, 5, 48, hidden=40)().items()}
     inputs["x"].requires_grad_()
