@@ -44,7 +44,7 @@ from .tile_table import lookup, residents
 # element at a multiprocessor's share of 4.3 TB/s against 2 operations an element and token at its share of 790 TFLOP/s.
 PARTIAL_TOKENS = 750
 # How many sums of dy over tokens a second stage adds at most, a power of two.
-MOST_SUMS = tl.constexpr(32)
+MOST_SUMS = tl.constexpr(16)
 # The rows of a program of the second stage, and how many columns it has at once.
 FINISH_TILE = {"BLOCK_M": 2, "BLOCK_N": 1024}
 
