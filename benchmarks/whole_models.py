@@ -369,7 +369,8 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
                 gone = MeasuredModel([], left_out=LOST + name)
                 timed = {other: one for other, one in found.items() if one.left_out or one.wrong}
                 return dict.fromkeys(contenders, gone) | timed
-    timed = timing.time_in_turn(runs, rounds, held=False, apart=training, shortest=timing.SUSTAINED)
+    apart = training and DEVICE == "cuda"
+    timed = timing.time_in_turn(runs, rounds, held=False, apart=apart, shortest=timing.SUSTAINED)
     for name, samples in timed.items():
         facts = found[name].facts | timing.state_under(runs[name])
         found[name] = found[name]._replace(us=samples, facts=facts)

@@ -234,10 +234,11 @@ def _join(rank: int, meeting: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
 
 
-def _leave(rank: int, results) -> None:
-    """The end of a process that has done its part."""
-    results.put((rank, ""))
-    torch.distributed.destroy_process_group()
+def _leave(rank: int, said: str, results) -> None:
+    """The end of a process that has done its part, or says why it could not."""
+    results.put((rank, said))
+    if not said:
+        torch.distributed.destroy_process_group()
     # Past the destructors of what was wrapped: at times one waits without end for gloo's threads (torch 2.13), which is
     # nothing that these tests are about.
     os._exit(0)
@@ -257,7 +258,7 @@ def _data_parallel(rank: int, meeting: str, folder: Path, steps: int, dies_at: i
             found = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             optimiser.state[parameter] = found
         first = state["step"]
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    wrapped, said = torch.nn.parallel.DistributedDataParallel(model), ""
     try:
         for step in range(first, steps):
             if (rank, step) == (1, dies_at):
@@ -271,10 +272,8 @@ def _data_parallel(rank: int, meeting: str, folder: Path, steps: int, dies_at: i
                 }
                 checkpoint.save(folder, model, CONFIG, tensors, {"step": step + 1})
     except RuntimeError as error:
-        results.put((rank, str(error)))
-    else:
-        _leave(rank, results)
-    os._exit(0)  # as in `_leave`
+        said = str(error)
+    _leave(rank, said, results)
 
 
 def _run_both(target, folder: Path, *arguments) -> tuple[dict[int, object], list, float]:
@@ -325,7 +324,7 @@ def _sharded(rank: int, meeting: str, folder: Path, results) -> None:
     state = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
     if rank == 0:
         checkpoint.write_weights(folder / checkpoint.WEIGHTS, state | {"losses": losses / 2})
-    _leave(rank, results)
+    _leave(rank, "", results)
 
 
 def _drawn(dtype=torch.float32):

@@ -498,13 +498,11 @@ class _Run:
             raise ValueError(f"resume: a run goes on with its own settings: {'; '.join(differing)}")
         if state["data"] != self.data.digest:
             raise ValueError(f"resume: {self.config.data} is not the data that {folder} was trained on")
-        at = {name: state[name] for name in ("epoch", "batch", "images")}
-        within = at["epoch"] <= self.config.epochs and at["batch"] <= len(self.sampler)
-        within = within and at["images"] <= len(self.data.train) and bool(at["images"]) == bool(at["batch"])
-        if not within or at["epoch"] != len(state["history"]):
-            raise ValueError(
-                f"{folder}: damaged, {at} is no place in this run with {len(state['history'])} epochs behind it"
-            )
+        epoch, batch, images, history = (state[name] for name in ("epoch", "batch", "images", "history"))
+        within = epoch <= self.config.epochs and batch <= len(self.sampler) and images <= len(self.data.train)
+        if not within or bool(images) != bool(batch) or epoch != len(history):
+            place = f"epoch {epoch}, batch {batch}, image {images}"
+            raise ValueError(f"{folder}: damaged, {place} is no place in this run with {len(history)} epochs behind it")
         checkpoint.load_weights(self.model, weights)
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
@@ -521,9 +519,8 @@ class _Run:
                 torch.cuda.set_rng_state(tensors["generator.cuda"].clone(), self.device)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"{folder}: damaged, a generator's state is none ({error})") from error
-        self.epoch, self.batch, self.images = state["epoch"], state["batch"], state["images"]
+        self.epoch, self.batch, self.images, self.history = epoch, batch, images, history
         self.loss_sum.fill_(state["loss_sum"])
-        self.history = state["history"]
 
 
 def read_settings(folder: str | Path) -> dict:
