@@ -97,9 +97,10 @@ def _forward_kernel(
             cols = col + tl.arange(0, WIDTH)
             y = pieces[piece]
             if bias_ptr is not None:
-                y += tl.where(token[:, None] >= R, load_vector(bias_ptr, cols, N)[None, :], 0.0)
+                y += load_vector(bias_ptr, cols, N)[None, :]
             if prefix_ptr is not None:
-                y += load_rows(prefix_ptr, token, R, cols, N)
+                # In the place of the product, and no sum with it: zeros times a weight that overflowed are no number.
+                y = tl.where(token[:, None] < R, load_rows(prefix_ptr, token, R, cols, N), y)
             if position_ptr is not None:
                 y += load_rows(position_ptr, token - FIRST_POSITION, T - FIRST_POSITION, cols, N)
             store_tile(tokens, y, row, col, TOKEN_DTYPE)

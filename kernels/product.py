@@ -217,14 +217,18 @@ def product_and_row_sums(
     """
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for_ones = tl.zeros([BLOCK_M, 16], tl.float32)
-    row_sums = tl.zeros([BLOCK_M], tl.float32)
+    row_sums, lost = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     ones = tl.full([BLOCK_K, 16], 1.0, tl.float32).to(DTYPE)
     for k in range(first, last, BLOCK_K):
         left = load_a(a, row, k, BLOCK_M, BLOCK_K).to(DTYPE)
         right = load_b(b, col, k, BLOCK_N, BLOCK_K).to(DTYPE)
         sums = add_dot(sums, left, right.T, PRECISION)
         if DTYPE.primitive_bitwidth == 32:
-            row_sums += tl.sum(left, axis=1)
+            # With what each sum before it was rounded by (Kahan 1965): PyTorch sums a bias in a tree, of whose error
+            # one step after the other has three times as much.
+            rest = tl.sum(left, axis=1) - lost
+            next_sums = row_sums + rest
+            row_sums, lost = next_sums, (next_sums - row_sums) - rest
         else:
             # A product with ones: the tile is in shared memory for the other product, and to sum it in registers it
             # would have to be read from there.

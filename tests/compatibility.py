@@ -24,8 +24,7 @@ import time
 from benchmarks import records
 from tests import counts
 
-ROOT = pathlib.Path(__file__).parent.parent
-HOME = ROOT / "build" / "compatibility"
+HOME = counts.ROOT / "build" / "compatibility"
 NEEDS = ("pytest", "pytest-timeout", "hypothesis", "setuptools>=77")
 MINORS = range(10, 15)  # of Python 3
 # Of each op a case whose sizes no tile divides.
@@ -68,7 +67,7 @@ def install(python: pathlib.Path, *arguments) -> None:
 
 def requirements(torch: str, lowest: bool) -> list[str]:
     """torch as it is asked for, and what else the package requires: the newest, or the lowest that it takes."""
-    project = (ROOT / "pyproject.toml").read_text()  # Python 3.10 reads no TOML
+    project = (counts.ROOT / "pyproject.toml").read_text()  # Python 3.10 reads no TOML
     needed = re.search(r"^dependencies = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)[1]
     floors = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', needed))
     if lowest:
@@ -87,7 +86,7 @@ def environment(base: str, torch: str, lowest: bool) -> pathlib.Path:
     with tempfile.TemporaryDirectory() as name:  # setuptools leaves build/ in the source
         source = pathlib.Path(name) / "source"
         kept_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "results", "tests")
-        shutil.copytree(ROOT, source, ignore=kept_out)
+        shutil.copytree(counts.ROOT, source, ignore=kept_out)
         install(python, "--no-build-isolation", *requirements(torch, lowest), *NEEDS, f"{source}[cli]")
         install(python, "--no-deps", "--no-build-isolation", "--force-reinstall", source)
     return python
@@ -123,8 +122,9 @@ def try_out(python: pathlib.Path, triton: str) -> dict:
         install(python, "--no-deps", f"triton=={triton}")
     with tempfile.TemporaryDirectory() as folder:
         for name in ("tests", "benchmarks"):
-            shutil.copytree(ROOT / name, f"{folder}/{name}", ignore=shutil.ignore_patterns("__pycache__", "results"))
-        shutil.copy(ROOT / "pyproject.toml", folder)
+            left_out = shutil.ignore_patterns("__pycache__", "results")
+            shutil.copytree(counts.ROOT / name, f"{folder}/{name}", ignore=left_out)
+        shutil.copy(counts.ROOT / "pyproject.toml", folder)
         choices = [(ALONE, False)] if triton == "none" else [(PLAIN, False), (KERNELS, True)]
         done = [outcome(python, folder, choice, interpret) for choice, interpret in choices]
     total = {word: sum(found.get(word, 0) for found, _ in done) for word in ("passed", "failed", "skipped")}

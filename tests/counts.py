@@ -34,6 +34,22 @@ def digest(*names: str) -> str:
     return found.hexdigest()[:12]
 
 
+class Notes:
+    """What a long run has done, a line of JSON at a time in build/, so that a run that was cut goes on there.
+
+    Its name says what ran and of which code it is: another's does not count.
+    """
+
+    def __init__(self, name: str):
+        self.path = ROOT / "build" / f"{name}.jsonl"
+        self.lines = list(map(json.loads, self.path.read_text().splitlines())) if self.path.is_file() else []
+
+    def add(self, line: dict) -> None:
+        self.path.parent.mkdir(exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 def keep(
     name: str,
     what: str,

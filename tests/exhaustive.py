@@ -15,10 +15,10 @@ noted in build/, and a run that was cut goes on there. `make test` runs some of 
 import argparse
 import contextlib
 import itertools
-import json
 import multiprocessing
 import os
 import pathlib
+import random
 import resource
 import signal
 import sys
@@ -47,9 +47,8 @@ from tests.ops import (
 from vit_fast import ops, reference
 from vit_fast.ops.attention import HEAD_WIDTHS
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Of the largest true element, or of 1 where that is smaller.
-TOLERANCE = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
+TOLERANCE = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1, "autocast": 0.1}
 FAR = {"past 2^31": 1_100_000_000, "past 2^32": 2_200_000_000}  # strides, in elements, of which the second lies there
 BATCH = 50
 
@@ -60,6 +59,11 @@ BATCH = 50
 def _attention_case(batch: int, queries: int, keys: int, heads: int, width: int, full: bool) -> harness.Case:
     draw = test_attention.shaped(batch, queries, heads, width, keys)
     return harness.Case("attention", draw, {"scale": None if full else 0.3})
+
+
+def _packed_case(batch: int, tokens: int, heads: int, width: int, full: bool) -> harness.Case:
+    draw = test_attention.shaped_qkv(batch, tokens, heads, width)
+    return harness.Case("packed attention", draw, {"scale": None if full else 0.3})
 
 
 def _maps_case(*sizes: int, full: bool) -> harness.Case:
@@ -136,6 +140,14 @@ OPS = {
     "attention": Op(
         *(ops.attention, reference.attention, _attention_case, _ATTENTION),
         ((1, 2), (1, 120), (1, 120), (1, 2), (0, 9)),
+    ),
+    "attention_qkv": Op(
+        *(ops.attention_qkv, test_attention.unpacked(reference.attention), _packed_case),
+        [
+            *((1, 1, 2, 16), (2, 17, 1, 32), (1, 33, 1, 72), (1, 32, 3, 48)),
+            *((1, 65, 1, 80), (1, 113, 1, 16), (2, 49, 1, 104), (1, 12, 2, 128)),
+        ],
+        ((1, 2), (1, 120), (1, 2), (0, 9)),
     ),
     "attention_maps": Op(
         *(ops.attention_maps, reference.attention_probabilities, _maps_case, _ATTENTION),
@@ -221,7 +233,8 @@ class Case:
 
 @contextlib.contextmanager
 def _in_form(form: str) -> Iterator[None]:
-    """Products through pointers and heads streamed, where that is the form; few tokens make two spans."""
+    """Where it is the form: pointers, heads streamed, four sums of a bias. In both few tokens make two spans."""
+    import triton.language as tl
     from vit_fast.kernels import attention, linear, product
 
     with contextlib.ExitStack() as replaced:
@@ -232,6 +245,8 @@ def _in_form(form: str) -> Iterator[None]:
             yield
             return
         replaced.enter_context(mock.patch.object(attention, "_whole", return_value=None))
+        # Fewer than two spans of four columns of tiles would share.
+        replaced.enter_context(mock.patch.object(linear, "MOST_SUMS", tl.constexpr(4)))
         for module in (product, linear):
             pointers = mock.patch.object(module, "described", lambda tile, _: {**tile, "TMA": 0})
             replaced.enter_context(pointers)
@@ -246,7 +261,8 @@ def run(case: Case) -> None:
             one may touch ends the process.
     """
     torch.manual_seed(case.seed)
-    op, dtype = OPS[case.op], DTYPES[case.mode]
+    op, dtype = OPS[case.op], harness.MODES[case.mode]
+    amp = torch.autocast("cpu", torch.bfloat16, enabled=case.mode == "autocast")
     made = op.case(*case.sizes, full=case.full)
     drawn = {name: None if t is None else t.to(dtype) for name, t in made.draw().items()}
     wanted = [name for name, t in drawn.items() if t is not None and name not in made.constant]
@@ -260,9 +276,9 @@ def run(case: Case) -> None:
         placed[name].requires_grad_()
     upstream_placed = case.place(upstream)
     with _in_form(case.form), ops.use_backend("triton"):
-        with counted_writes(case.at_start), torch.no_grad():
+        with counted_writes(case.at_start), torch.no_grad(), amp:
             inferred = op.call(**placed, **made.options)
-        with counted_writes(case.at_start):
+        with counted_writes(case.at_start), amp:
             result = op.call(**placed, **made.options)
             found = torch.autograd.grad(result, [placed[name] for name in wanted], upstream_placed) if wanted else ()
     right = torch.autograd.grad(truth, [exact[name] for name in wanted], upstream.double()) if wanted else ()
@@ -280,12 +296,14 @@ def systematic() -> list[Case]:
     """Every op at its boundary sizes, dtype, layout, place and form; then rows far apart."""
     found = []
     for name, op in OPS.items():
-        settings = itertools.product(DTYPES, LAYOUTS, (False, True), ("table", "other"))
+        settings = itertools.product(harness.MODES, LAYOUTS, (False, True), ("table", "other"))
         for index, (mode, layout, at_start, form) in enumerate(settings):
-            # bf16 has the addresses of fp16: half the sizes each time.
-            step = 2 if mode == "bf16" else 1
-            for at, sizes in list(enumerate(op.boundaries))[index % step :: step]:
-                found.append(Case(name, sizes, (at + index) % 2 == 0, mode, layout, at_start, form, len(found)))
+            chance = random.Random(f"{name} {index}")
+            # The three that multiply halves have the same addresses: of each half the sizes.
+            count = len(op.boundaries) if mode == "fp32" else len(op.boundaries) // 2
+            for sizes in chance.sample(op.boundaries, count):
+                full = chance.random() < 0.5
+                found.append(Case(name, sizes, full, mode, layout, at_start, form, len(found)))
         found += [
             Case(name, sizes, full, mode, layout, False, form, index)
             for index, (sizes, full, mode, layout, form) in enumerate(
@@ -299,6 +317,8 @@ def far_sizes(op: str) -> list[tuple[int, ...]]:
     """Few images, of one token each where an op takes rows: a view of two axes cannot be one of rows."""
     if op == "patch_embed":
         return [(3, 2, 2, 2, 4, 4, 3)]
+    if op == "attention_qkv":
+        return [(3, 5, 2, 16)]
     if op.startswith("attention"):
         return [(3, 5, 7, 2, 16)]
     return [(3, 1, 1, 16, 3)] if op == "block" else [(3, 1, 16, 3)]
@@ -311,7 +331,7 @@ def random_case():
     def sized(name: str):
         sizes = st.tuples(*(st.integers(low, high) for low, high in OPS[name].ranges))
         if name.startswith("attention"):
-            sizes = sizes.map(lambda s: (*s[:4], HEAD_WIDTHS[s[4]]))
+            sizes = sizes.map(lambda s: (*s[:-1], HEAD_WIDTHS[s[-1]]))
         if name == "block":
             sizes = sizes.map(lambda s: (*s[:3], HEAD_WIDTHS[s[3]], s[4]))
         return st.builds(
@@ -319,7 +339,7 @@ def random_case():
             st.just(name),
             sizes,
             st.booleans(),
-            st.sampled_from(list(DTYPES)),
+            st.sampled_from(list(harness.MODES)),
             st.sampled_from(list(LAYOUTS)),
             st.booleans(),
             st.sampled_from(["table", "other"]),
@@ -390,12 +410,12 @@ def _in_a_process(work: Callable, *arguments) -> dict:
     return found
 
 
-def batches(seed: int, random: int) -> dict[str, tuple]:
+def batches(seed: int, drawn: int) -> dict[str, tuple]:
     """Name → (function, arguments) of each batch."""
     chosen = systematic()
     named = {f"chosen {at}": (_run_chosen, chosen[at : at + BATCH]) for at in range(0, len(chosen), BATCH)}
-    for at in range(0, random, BATCH):
-        named[f"random {seed}.{at}"] = (_run_random, min(BATCH, random - at), seed * 1_000_003 + at)
+    for at in range(0, drawn, BATCH):
+        named[f"random {seed}.{at}"] = (_run_random, min(BATCH, drawn - at), seed * 1_000_003 + at)
     return named
 
 
@@ -416,11 +436,8 @@ def main() -> int:
         )
     # What is noted is of the code that ran: another's does not count.
     code = counts.digest("kernels", "vit_fast/ops", "tests/ops", "tests/exhaustive.py", "tests/guard.py")
-    notes = pathlib.Path("build") / f"exhaustive-{given.seed}-{given.random}-{code}.jsonl"
-    notes.parent.mkdir(exist_ok=True)
-    done = {}
-    if notes.is_file():
-        done = {line["batch"]: line for line in map(json.loads, notes.read_text().splitlines())}
+    notes = counts.Notes(f"exhaustive-{given.seed}-{given.random}-{code}")
+    done = {line["batch"]: line for line in notes.lines}
     left = {name: work for name, work in batches(given.seed, given.random).items() if name not in done}
     print(f"{len(done)} batches are done, {len(left)} to go, {given.workers} at a time", flush=True)
 
@@ -437,8 +454,7 @@ def main() -> int:
                 print(f"  FAULT  {line['fault']}", flush=True)
                 continue
             done[line["batch"]] = line
-            with notes.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            notes.add(line)
     if faults:
         return 1
     of = {kind: [case for name, line in done.items() if name.startswith(kind) for case in line["cases"]]

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -56,8 +57,11 @@ class counted_writes:
     """A block in which every element that kernels allocate must be written exactly once, and no other memory at all.
 
     What they get from torch.empty is poisoned and guarded, its end at a protected page or, `at_start`, its start behind
-    one. Of the interpreter only: each of its stores is looked at.
+    one; what PyTorch copies for them, into another dtype or without holes, lies so too. Of the interpreter only: each
+    of its stores is looked at.
     """
+
+    COPYING = ((Tensor, "contiguous"), (Tensor, "reshape"), (Tensor, "to"), (torch.nn.functional, "pad"))
 
     def __init__(self, at_start: bool = False):
         self.at_start = at_start
@@ -70,6 +74,7 @@ class counted_writes:
         self.starts = np.empty(0, np.uint64)
         self.builder, self.store = InterpreterBuilder, InterpreterBuilder.create_masked_store
         self.replaced = torch.empty, torch.empty_like
+        self.copying = [(*of, getattr(*of)) for of in self.COPYING]
 
         def store(builder, pointers, value, mask, *hints):
             self._count(pointers.data[np.asarray(mask.data, bool)])  # a mask may be of bytes
@@ -78,7 +83,19 @@ class counted_writes:
         InterpreterBuilder.create_masked_store = store
         torch.empty = self._empty
         torch.empty_like = lambda tensor, **_: self._empty(tensor.shape, dtype=tensor.dtype)
+        for owner, name, copy in self.copying:
+            setattr(owner, name, self._guarding(copy))
         return self
+
+    def _guarding(self, copy: Callable) -> Callable:
+        def guarded_copy(tensor: Tensor, /, *args, **kwargs) -> Tensor:
+            result = copy(tensor, *args, **kwargs)
+            if result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+                return result
+            flat = guarded_empty((result.numel(),), result.dtype, self.at_start)  # a copy has no holes
+            return flat.as_strided(result.shape, result.stride()).copy_(result)  # of the same graph
+
+        return guarded_copy
 
     def _empty(self, *shape, **options) -> Tensor:
         memory = poisoned_empty(*shape, **options, at_start=self.at_start)
@@ -105,6 +122,8 @@ class counted_writes:
     def __exit__(self, kind, *_) -> None:
         self.builder.create_masked_store = self.store
         torch.empty, torch.empty_like = self.replaced
+        for owner, name, copy in self.copying:
+            setattr(owner, name, copy)
         if kind is None:
             for memory, writes in zip(self.given, self.writes):
                 what = f"{memory.dtype} {list(memory.shape)}: {(writes == 0).sum()} elements never written"

@@ -3,13 +3,12 @@
 python -m tests.mutants [--sample 0] [--seed 0] [--workers N] [--only WORD]
 
 A mutant of tests/mutants.txt is a place in a file and what stands there instead. It is caught where the tests of its op
-fail, crash or hang; that is noted in build/, and a run that was cut goes on there. What is missed is answered: by a new
-test, or in HARMLESS by the reason why it changes nothing. The last whole run is kept in tests/results/mutants.json;
-tests/test_mutants.py sees that every place is still there.
+fail, crash or hang, which they must not do of the tree as it is; that is noted in build/, and a run that was cut goes
+on there. What is missed is answered: by a new test, or in HARMLESS by the reason why it changes nothing. The last whole
+run is kept in tests/results/mutants.json; tests/test_mutants.py sees that every place is still there.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import random
@@ -23,13 +22,22 @@ from typing import NamedTuple
 
 from tests import counts
 
-ROOT = pathlib.Path(__file__).parent.parent
-LIMIT = 600  # seconds that a mutant's tests may take: the slowest op's take half of it
+LIMIT = 1200  # seconds that a mutant's tests may take: the slowest file's take half of it
+NO_END = f"no end in {LIMIT} s"
 NOTHING_RAN = (2, 3, 4, 5)  # pytest's exit statuses: not collected, an error of its own, wrong arguments, no test
 
 # The tests of an op, those first that are quick to fail.
 TESTS = {
-    "kernels/product.py": ["linear_residual", "ln_linear", "swiglu", "offsets", "mlp", "promises", "descriptors"],
+    "kernels/product.py": [
+        "linear_residual",
+        "ln_linear",
+        "swiglu",
+        "offsets",
+        "mlp",
+        "promises",
+        "descriptors",
+        "numbers",
+    ],
     "kernels/linear.py": ["linear_residual", "backward_ops", "offsets", "promises", "mlp", "block"],
     "kernels/layer_norm.py": ["ln_linear", "backward_ops", "offsets", "promises", "mlp", "block"],
     "kernels/ln_linear.py": ["ln_linear", "promises"],
@@ -61,7 +69,7 @@ class Mutant(NamedTuple):
 def read() -> list[Mutant]:
     """The mutants of tests/mutants.txt."""
     found, file = [], ""
-    for part in (ROOT / "tests" / "mutants.txt").read_text().strip().split("\n\n")[1:]:
+    for part in (counts.ROOT / "tests" / "mutants.txt").read_text().strip().split("\n\n")[1:]:
         if part.startswith("# "):
             file = part[2:]
             continue
@@ -79,14 +87,15 @@ HARMLESS = {
 
 def file_of(test: str) -> str:
     """The file of a test by its name, that of an op first."""
-    return next(name for where in ("tests/ops", "tests") if (ROOT / (name := f"{where}/test_{test}.py")).is_file())
+    return next(name for where in ("ops/", "") if (counts.ROOT / (name := f"tests/{where}test_{test}.py")).is_file())
 
 
 def copied_tree(folder: pathlib.Path) -> pathlib.Path:
     """A copy of what the tests need, in which `vit_fast.kernels` is found beside the rest."""
     for name in ("kernels", "vit_fast", "benchmarks", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
+        left_out = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(counts.ROOT / name, folder / name, ignore=left_out)
+    shutil.copy(counts.ROOT / "pyproject.toml", folder)
     (folder / "vit_fast" / "kernels").symlink_to("../kernels")
     return folder
 
@@ -97,7 +106,7 @@ def mutated(mutant: Mutant) -> str:
     Raises:
         ValueError: where the place is not there, or not once.
     """
-    text = (ROOT / mutant.file).read_text()
+    text = (counts.ROOT / mutant.file).read_text()
     if text.count(mutant.old) != 1:
         raise ValueError(f"{mutant.file}, {mutant.bug}: got the place {text.count(mutant.old)} times, takes it once")
     return text.replace(mutant.old, mutant.new)
@@ -117,7 +126,7 @@ def run(mutant: Mutant | None, tests: list[str]) -> tuple[bool, str]:
                 [*command, *files], cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT
             )
         except subprocess.TimeoutExpired:
-            return True, f"no end in {LIMIT} s"
+            return True, NO_END
     if done.returncode in NOTHING_RAN:  # a bug that no test met is not caught
         raise RuntimeError(f"{mutant}: no test ran:\n{done.stdout}{done.stderr}")
     last = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "Fatal"))]
@@ -136,28 +145,31 @@ def main() -> int:
     if given.sample:
         chosen = random.Random(given.seed).sample(chosen, min(given.sample, len(chosen)))
     # Of another code nothing counts; tests may have come since, which take nothing from what was caught.
-    notes = ROOT / "build" / f"mutants-{counts.digest('kernels', 'vit_fast/ops')}.jsonl"
-    notes.parent.mkdir(exist_ok=True)
-    done = {}
-    if notes.is_file():
-        done = {tuple(line["mutant"]): line["seconds"] for line in map(json.loads, notes.read_text().splitlines())}
+    notes = counts.Notes(f"mutants-{counts.digest('kernels', 'vit_fast/ops')}")
+    done = {tuple(line["mutant"]): line for line in notes.lines}
     left, missed = [mutant for mutant in chosen if mutant not in done], []
     print(f"{len(chosen) - len(left)} were caught before, {len(left)} to go, {given.workers} at a time", flush=True)
 
-    def one(mutant: Mutant) -> tuple[Mutant, bool, str, float]:
+    def one(mutant: Mutant | None, tests: list[str]) -> tuple[bool, str, float]:
         begin = time.monotonic()
-        return mutant, *run(mutant, TESTS[mutant.file]), time.monotonic() - begin
+        return *run(mutant, tests), time.monotonic() - begin
 
     with ThreadPoolExecutor(given.workers) as pool:
-        for number, (mutant, caught, said, seconds) in enumerate(pool.map(one, left), 1):
+        whole = sorted({test for mutant in left for test in TESTS[mutant.file]})
+        for test, (fails, said, seconds) in zip(whole, pool.map(lambda test: one(None, [test]), whole)):
+            print(f"of the tree as it is, {file_of(test)}: {seconds:.0f} s", flush=True)
+            if fails:
+                print(f"it fails by itself, and would catch anything: {said}")
+                return 1
+        found = pool.map(lambda mutant: one(mutant, TESTS[mutant.file]), left)
+        for number, (mutant, (caught, said, seconds)) in enumerate(zip(left, found), 1):
             word = "caught" if caught else "MISSED"
             print(f"{number}/{len(left)} {word} {mutant.file}: {mutant.bug} ({seconds:.0f} s) {said}", flush=True)
-            done[mutant] = seconds
-            if not caught:
+            done[mutant] = {"mutant": mutant, "said": said, "seconds": round(seconds)}
+            if caught:
+                notes.add(done[mutant])
+            else:
                 missed.append(mutant)
-                continue
-            with notes.open("a") as file:
-                file.write(json.dumps({"mutant": mutant, "said": said, "seconds": round(seconds)}) + "\n")
     print(f"{len(chosen) - len(missed)} of {len(chosen)} caught")
     unanswered = [mutant for mutant in missed if mutant.bug not in HARMLESS]
     if len(chosen) == len(mutants):
@@ -165,8 +177,13 @@ def main() -> int:
             "mutants",
             "Bugs that kernel authors make, each put into a copy of the tree: the tests of its op must fail.",
             "python -m tests.mutants",
-            sum(done[mutant] for mutant in mutants) / given.workers,
-            {"mutants": len(chosen), "caught": len(chosen) - len(missed), "missed": len(missed)},
+            sum(done[mutant]["seconds"] for mutant in mutants) / given.workers,
+            {
+                "mutants": len(chosen),
+                "caught": len(chosen) - len(missed),
+                "of these by no end": sum(done[mutant]["said"] == NO_END for mutant in mutants),
+                "missed": len(missed),
+            },
             {f"{m.file}: {m.bug}": HARMLESS.get(m.bug, "not answered yet") for m in missed},
         )
     return 1 if unanswered else 0

@@ -1,9 +1,9 @@
-from tests import mutants
+from tests import counts, mutants
 
 
 def test_every_mutant_has_its_place_once_and_changes_it():
     for mutant in mutants.read():
-        assert mutants.mutated(mutant) != (mutants.ROOT / mutant.file).read_text(), mutant
+        assert mutants.mutated(mutant) != (counts.ROOT / mutant.file).read_text(), mutant
         compile(mutants.mutated(mutant), mutant.file, "exec")
         for test in mutants.TESTS[mutant.file]:
             assert mutants.file_of(test)

@@ -107,7 +107,7 @@ def unpacked(f):
 
 
 @on_backends_in_both_forms
-@pytest.mark.parametrize("mode", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", named(SEPARATE))
 def test_output_and_gradients(case, mode, backend, form, guarded_memory):
     hold_to_the_rule(attention, reference.attention, unfused.attention, case, mode, backend)
@@ -121,7 +121,7 @@ def test_every_cut_in_pieces(case, mode, guarded_memory):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", named(PACKED))
 def test_packed_output_and_gradients(case, mode, backend, guarded_memory):
     hold_to_the_rule(attention_qkv, unpacked(reference.attention), unpacked(unfused.attention), case, mode, backend)
@@ -132,14 +132,6 @@ def test_packed_output_and_gradients(case, mode, backend, guarded_memory):
 @pytest.mark.parametrize("case", named(PACKED))
 def test_packed_and_streamed(case, form, guarded_memory):
     hold_to_the_rule(attention_qkv, unpacked(reference.attention), unpacked(unfused.attention), case, "fp32", "triton")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast(backend):
-    hold_to_the_rule(attention, reference.attention, unfused.attention, SEPARATE[4], "autocast", backend)
-    hold_to_the_rule(
-        attention_qkv, unpacked(reference.attention), unpacked(unfused.attention), WIDTHS[1], "autocast", backend
-    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

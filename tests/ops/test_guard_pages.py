@@ -8,13 +8,14 @@ import triton
 import triton.language as tl
 
 from tests import exhaustive
-from tests.guard import counted_writes, guarded
+from tests.guard import PAGE, counted_writes, guarded
+from tests.ops import harness
 
 pytestmark = pytest.mark.interpret
 
 # Of an op: as many as its time allows, 300 in all.
 HOW_MANY = {"block": 12, "swiglu": 26, "mlp": 40, "linear_residual": 44, "ln_linear": 44, "patch_embed": 44}
-HOW_MANY |= {"attention": 45, "attention_maps": 45}
+HOW_MANY |= {"attention": 35, "attention_qkv": 20, "attention_maps": 35}
 
 
 def _some() -> list[exhaustive.Case]:
@@ -41,7 +42,7 @@ def test_some_cases_have_every_layout_place_form_and_dtype():
     assert len(cases) == 300
     for op in exhaustive.OPS:
         of_op = [case for case in cases if case.op == op]
-        assert {case.mode for case in of_op} == set(exhaustive.DTYPES), op
+        assert {case.mode for case in of_op} == set(harness.MODES), op
         assert {case.form for case in of_op} == {"table", "other"}, op
         assert {case.at_start for case in of_op} == {True, False}, op
     assert {case.layout for case in cases} == {*exhaustive.LAYOUTS, *exhaustive.FAR}
@@ -63,6 +64,31 @@ def _copy(read: int, times: int, shift: int = 0, behind: int = 0) -> None:
 
 def test_a_copy_is_written_once():
     _copy(8, 1)
+
+
+@pytest.mark.parametrize(
+    ("copy", "stride"),
+    [
+        (lambda t: t.contiguous(), (6, 1)),
+        (lambda t: t.reshape(24), (1,)),
+        (lambda t: t.to(torch.bfloat16), (1, 4)),
+        (lambda t: t.to(t.dtype, copy=True), (1, 4)),
+        (lambda t: torch.nn.functional.pad(t, (0, 2)), (8, 1)),
+    ],
+)
+@pytest.mark.parametrize("at_start", [False, True])
+def test_what_pytorch_copies_for_a_kernel_is_guarded(copy, stride, at_start):
+    """The same numbers, strides and gradient; its end, or its start, touches a protected page."""
+    x = torch.randn(6, 4).T.requires_grad_()
+    expected = copy(x.detach())
+    with counted_writes(at_start):
+        found = copy(x)
+        assert torch.equal(x.contiguous().contiguous(), x)  # nothing to copy the second time
+    assert found.stride() == expected.stride() == stride
+    assert torch.equal(found, expected)
+    edge = found.data_ptr() if at_start else found.data_ptr() + found.nbytes
+    assert edge % PAGE == 0
+    assert torch.equal(torch.autograd.grad(found.sum(), x)[0], torch.ones_like(x))
 
 
 @pytest.mark.parametrize(

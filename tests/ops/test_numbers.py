@@ -20,7 +20,7 @@ from tests.ops import (
     test_patch_embed,
     test_swiglu,
 )
-from tests.ops.harness import MODES, Case, hold_to_the_rule
+from tests.ops.harness import MODES, Case, hold_to_the_rule, run
 from vit_fast import ops, reference
 
 triton, tl = (pytest.importorskip(name, reason="needs triton") for name in ("triton", "triton.language"))
@@ -43,7 +43,11 @@ CASES = {
     "block": test_block.case("small", test_block.shaped(3, 5, 32, 20), 2),
 }
 CALLS = {name: getattr(ops, name) for name in CASES} | {"attention": ops.attention_qkv}
-TRUTHS = {"attention": test_attention.unpacked(reference.attention), "block": test_block.composed(reference)}
+TRUTHS = {
+    "attention": test_attention.unpacked(reference.attention),
+    "attention_maps": reference.attention_probabilities,
+    "block": test_block.composed(reference),
+}
 PEERS = {"attention": test_attention.unpacked(unfused.attention), "block": test_block.composed(test_block.PEER)}
 
 HERE = "here"
@@ -51,7 +55,8 @@ HARD_ROWS = {op: f"test_{op}.test_hard_rows" for op in ("ln_linear", "mlp", "swi
 NO_NORM = dict.fromkeys(("patch_embed", "attention", "attention_maps", "linear_residual"), "has no LayerNorm")
 NO_SOFTMAX = dict.fromkeys(("patch_embed", "ln_linear", "linear_residual", "mlp", "swiglu"), "has no softmax")
 OF_ATTENTION = "its softmax is attention's kernel"
-THE_SAME_SUM = "its gradients are summed over tokens by the kernels that sum ln_linear's"
+THE_SAME_SUM = "its gradients are summed over tokens by the kernels that sum linear_residual's and ln_linear's"
+THE_SAME_LOOP = "its products have the loop of linear_residual's, its norm is ln_linear's"
 CELLS = {
     "a mean of 1e4 and a variance of 1e-4, equal numbers, a giant in a row": HARD_ROWS | NO_NORM,
     "a giant score": NO_SOFTMAX
@@ -63,16 +68,20 @@ CELLS = {
     "a LayerScale of 1e-5": dict.fromkeys(CASES, "has no LayerScale")
     | dict.fromkeys(("linear_residual", "mlp", "swiglu", "block"), HERE),
     "NaN, inf and -inf in one image": dict.fromkeys(CASES, HERE),
+    "NaN, inf and -inf in any operand": dict.fromkeys(CASES, HERE),
     "8192 tokens": {
         "patch_embed": THE_SAME_SUM,
         "ln_linear": HERE,
         "attention": HERE,
         "attention_maps": HERE,
-        "linear_residual": THE_SAME_SUM,
+        "linear_residual": HERE,
         "mlp": THE_SAME_SUM,
         "swiglu": THE_SAME_SUM,
         "block": f"{THE_SAME_SUM}, and {OF_ATTENTION}",
     },
+    "rows of 8192": dict.fromkeys(CASES, THE_SAME_LOOP)
+    | dict.fromkeys(("ln_linear", "linear_residual"), HERE)
+    | dict.fromkeys(("attention", "attention_maps"), "a head is 128 wide at most"),
     "the same bits in every run": dict.fromkeys(CASES, HERE),
     "the same bits alone and in a batch": dict.fromkeys(CASES, HERE),
 }
@@ -224,9 +233,14 @@ def test_a_layer_scale_of_a_hundred_thousandth(op, mode, guarded_memory):
     hold(op, changed(CASES[op], **tiny), mode)
 
 
-LONG = {
+LONG = {  # 96 features: of a few the norm of the errors is a matter of luck
     "attention": (test_attention.shaped(1, 16, 1, 16, keys=8192), {}),  # the sum of a softmax, and of P·v
-    "ln_linear": (test_ln_linear.shaped(1, 8192, 16, features=16), {"eps": 1e-6}),  # those of dW, db, dγ and dβ
+    "ln_linear": (test_ln_linear.shaped(1, 8192, 16, features=96), {"eps": 1e-6}),  # those of dW, db, dγ and dβ
+    "linear_residual": (test_linear_residual.shaped(2, 4096, 16, features=96), {}),  # those of dW, db and LayerScale's
+}
+LONG_ROWS = {  # the sums of a product and of dγ, of a LayerNorm's mean, variance and gradient
+    "ln_linear": Case("rows of 8192", test_ln_linear.shaped(1, 5, 8192, features=9), {"eps": 1e-6}),
+    "linear_residual": test_linear_residual.case("rows of 8192", test_linear_residual.shaped(2, 3, 8192, features=9)),
 }
 
 
@@ -249,7 +263,14 @@ def test_sums_of_8192(op, mode):
     draw, options = LONG[op]
     call = {"attention": (ops.attention, reference.attention, unfused.attention)}
     three = call.get(op) or (CALLS[op], truth_of(op), getattr(unfused, op))
-    hold_to_the_rule(*three, Case("8192 tokens", draw, options), mode, "triton")
+    constant = ("drop",) if op == "linear_residual" else ()
+    hold_to_the_rule(*three, Case("8192 tokens", draw, options, constant), mode, "triton")
+
+
+@met("rows of 8192")
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_of_8192(op, mode, guarded_memory):
+    hold(op, LONG_ROWS[op], mode)
 
 
 @triton.jit
@@ -296,6 +317,39 @@ def test_what_is_no_number_stays_in_its_image(op, bad):
     for one, other in zip(before, after):
         assert torch.equal(one[[0, 2]], other[[0, 2]])
     assert not torch.isfinite(after[0][1]).all()
+
+
+def poisoned(drawn: dict, bad: float):
+    """The operands with one number of one of them `bad`, each in turn; of packed ones queries, keys and values."""
+    for name in drawn:
+        for place in range(3 if name == "qkv" else 1):
+            changed = {name: t.clone() for name, t in drawn.items()}
+            last = changed[name][-1:] if name != "qkv" else changed[name][-1:, :, place]
+            last[(0,) * (last.dim() - 1)][-1] = bad
+            yield f"{name} {place}", changed
+
+
+@met("NaN, inf and -inf in any operand")
+@pytest.mark.parametrize("mode", ["fp32", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("fp16", "bf16"))])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_reaches_what_it_must_and_no_more(op, mode, bad):
+    """Output and gradients are finite where the reference's are and nowhere else: no mask, maximum or sum hides it."""
+    case, clean = CASES[op], drawn_in(CASES[op], MODES[mode])
+    truth_case = dataclasses.replace(case, constant=("images",) if op == "patch_embed" else case.constant)
+    upstream = torch.randn(truth_of(op)(**clean, **case.options).shape)
+
+    def results(f, operands: dict) -> dict:
+        if op == "attention_maps":
+            return {"output": f(**operands)}
+        return run(f, operands, truth_case, upstream)
+
+    for where, operands in poisoned(clean, bad):
+        truth = results(truth_of(op), {name: t.double() for name, t in operands.items()})
+        assert not all(t.isfinite().all() for t in truth.values())
+        with ops.use_backend("triton"):
+            found = results(CALLS[op], operands)
+        for name in truth:
+            assert torch.equal(found[name].isfinite(), truth[name].isfinite()), f"{name}, of {bad} in {where}"
 
 
 def images_of(op: str, drawn: dict, chosen: list[int]) -> dict:
