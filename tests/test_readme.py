@@ -4,7 +4,15 @@ import sys
 
 import pytest
 
+from tests import readme
 from tests.__main__ import PART
+from vit_fast import ops
+
+
+@pytest.mark.interpret
+def test_every_op_has_its_line():
+    page = readme.README.read_text()
+    assert [op for op in ops.__all__ if f"| `{op}` | forward" not in page] == ["use_backend"]
 
 
 @pytest.mark.interpret

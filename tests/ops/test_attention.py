@@ -102,6 +102,20 @@ WIDTHS = [Case(f"heads of {width}", shaped_qkv(2, 17, 2, width)) for width in HE
 PACKED = [*WIDTHS, Case("packed past every tile", shaped_qkv(1, 49, 1, 16), {"scale": 0.5})]
 
 
+def shaped_qk(batch: int, queries: int, heads: int, width: int, keys: int):
+    draw = shaped(batch, queries, heads, width, keys)
+    return lambda: {name: t for name, t in draw().items() if name != "v"}
+
+
+MAPS = [
+    *(Case(f"heads of {width}", shaped_qk(2, 35, 2, width, 18)) for width in HEAD_WIDTHS),
+    Case("one key", shaped_qk(2, 35, 1, 16, 1)),
+    Case("last key of a tile", shaped_qk(1, 32, 1, 16, 32)),
+    Case("first key of a second tile", shaped_qk(1, 33, 1, 16, 33)),
+    Case("a scale of its own", shaped_qk(2, 35, 2, 16, 18), {"scale": 0.5}),
+]
+
+
 def unpacked(f):
     return lambda qkv, scale=None: f(*qkv.unbind(2), scale)
 
@@ -319,27 +333,25 @@ def test_same_bits_again(backend, form):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
-@pytest.mark.parametrize("width", [16, 72])
-def test_maps(width, mode, backend):
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", named(MAPS))
+def test_maps(case, mode, backend, guarded_memory):
     """Rows are those of the reference, in the order asked for, and sum to one."""
-    q, k, _ = (t.to(MODES[mode]) for t in shaped(2, 35, 2, width, keys=18)().values())
-    queries = torch.tensor([34, 0, -2, 0])
+    q, k = (guarded(t.to(MODES[mode])) for t in case.draw().values())
+    queries = torch.tensor([q.shape[1] - 1, 0, -2, 0])
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"), use_backend(backend):
-        rows = attention_maps(q, k, queries)
-        everything = attention_maps(q, k)
-        other = attention_maps(q, k, scale=0.5)
+        rows = attention_maps(q, k, queries, **case.options)
+        everything = attention_maps(q, k, **case.options)
     if mode == "autocast":
         q, k = q.bfloat16(), k.bfloat16()
-    truth = reference.attention_probabilities(q.double(), k.double())
+    truth = reference.attention_probabilities(q.double(), k.double(), **case.options)
     assert rows.dtype == everything.dtype == torch.float32
     # From the rounded operands on all is fp32, whatever their dtype: a few roundings of scores of about ten.
     close = {"rtol": 1e-5, "atol": 1e-7, "check_dtype": False}
     torch.testing.assert_close(everything, truth, **close)
     torch.testing.assert_close(rows, truth[:, :, queries], **close)
-    torch.testing.assert_close(everything.sum(-1), torch.ones(2, 2, 35), rtol=0, atol=2e-6)
-    torch.testing.assert_close(other, reference.attention_probabilities(q.double(), k.double(), 0.5), **close)
-    assert attention_maps(q, k, queries[:0]).shape == (2, 2, 0, 18)
+    torch.testing.assert_close(everything.sum(-1), torch.ones(truth.shape[:-1]), rtol=0, atol=2e-6)
+    assert attention_maps(q, k, queries[:0]).shape == (*truth.shape[:2], 0, truth.shape[-1])
 
 
 @pytest.mark.interpret
