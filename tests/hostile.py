@@ -44,12 +44,19 @@ from PIL import Image
 
 import vit_fast
 from tests import counts
-from vit_fast import checkpoint, inference, weights
+from tests.small_runs import tiny_config
+from vit_fast import checkpoint, inference, training, weights
 
-KINDS = ("safetensors", "npz", "json", "pictures")
+KINDS = ("safetensors", "npz", "json", "pictures", "training")
 SECONDS = 1.0  # of the processor, for one file
 PATIENCE_S = 60  # for an answer, on a machine that does other things too
-MEMORY = {"safetensors": 256 << 20, "npz": 256 << 20, "json": 256 << 20, "pictures": 1 << 30}  # bytes, for one file
+MEMORY = {
+    "safetensors": 256 << 20,
+    "npz": 256 << 20,
+    "json": 256 << 20,
+    "pictures": 1 << 30,
+    "training": 256 << 20,
+}  # bytes, for one file
 MODEL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -87,6 +94,7 @@ def make_good(folder: Path) -> None:
     np.savez_compressed(folder / "npz" / "zeros.npz", **jax, zeros=np.zeros(100 << 20, np.uint8))
     _make_configs(folder / "json", model)
     _make_pictures(folder / "pictures")
+    training.train(tiny_config(folder / "training" / "run", model="vit_tiny_patch16_224", model_kwargs=MODEL))
 
 
 def _pictures() -> dict:
@@ -396,6 +404,30 @@ def _with_header(header: dict, body: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
+def mutated_training(data: bytes, draw: random.Random) -> bytes:
+    """The checkpoint of a run with another state, or other tensors, and the digest that is right for them."""
+    length = struct.unpack("<Q", data[:8])[0]
+    state, tensors = json.loads(data[8 : 8 + length])["__metadata__"]["state"], safetensors.torch.load(data)
+    if draw.random() < 0.7:
+        state = mutated_json(state, draw).decode(errors="replace")
+    else:
+        for _ in range(draw.choice((1, 1, 2, 5))):
+            name = draw.choice(sorted(tensors))
+            tensor = tensors.pop(name)
+            how = draw.randrange(5)
+            if how == 1:
+                tensors[draw.choice(NAMES)] = tensor
+            elif how == 2:
+                tensors[name] = tensor.to(draw.choice((torch.float64, torch.bfloat16, torch.int64, torch.uint8)))
+            elif how == 3:
+                shape = draw.choice(((-1,), (1, *tensor.shape), tensor.shape[::-1]))
+                tensors[name] = tensor.reshape(shape)
+            elif how == 4:
+                tensors[name] = torch.full_like(tensor, draw.choice((0, 1, 255)))
+    header = {"state": state, "sha256": checkpoint._digest(tensors, state)}
+    return safetensors.torch.save(tensors, header)
+
+
 def mutated_npz(data: bytes, draw: random.Random) -> bytes:
     how = draw.random()
     if how < 0.45:
@@ -523,6 +555,9 @@ def make(kind: str, seed: str, good: Path, folder: Path) -> Path:
             config.write_bytes(mutated_json(config.read_text(), draw))
         return folder
     source = draw.choice(sorted((good / kind).iterdir()))
+    if kind == "training":
+        (folder / checkpoint.TRAINING).write_bytes(mutated_training((source / checkpoint.TRAINING).read_bytes(), draw))
+        return folder
     mutate = {"safetensors": mutated_safetensors, "npz": mutated_npz, "pictures": mutated_picture}[kind]
     path = folder / source.name
     path.write_bytes(mutate(source.read_bytes(), draw))
@@ -534,6 +569,11 @@ def read(kind: str, path: Path) -> None:
     if kind == "pictures":
         for channels in (1, 3):
             inference.preprocess(path, img_size=32, mean=(0.5,), std=(0.5,), in_chans=channels)
+    elif kind == "training":  # as `vit-fast train --resume` with no other setting does, up to the first step
+        settings = training.read_settings(path)
+        run = training._Run(training.Config(**settings | {"data": "digits", "output": str(path)}))
+        run.restore(path)
+        run.report(1)
     elif path.name == checkpoint.TRAINING:
         checkpoint.load_training(path.parent)
     else:

@@ -1,9 +1,11 @@
 """Faults: killed, interrupted, without room or rights, damaged, two at once, a peer that dies: and going on."""
 
+import errno
 import logging
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -46,6 +48,48 @@ def test_a_disk_that_is_full_from_the_first_byte(tmp_path):
 def test_ctrl_c_twice(expected, index):
     """The second one stops at once, in the middle of the checkpoint: the one before stays, and no part of the new."""
     faults.two_interrupts(f"{SEED} interrupts {index}", expected)
+
+
+CALLS = ((os, "fsync"), (os, "link"), (os, "replace"), (Path, "mkdir"), (Path, "write_text"), (shutil, "copyfile"))
+
+
+@pytest.mark.parametrize(("owner", "call"), CALLS, ids=[call for _, call in CALLS])
+def test_a_disk_that_is_full_at_any_call(stopped, tmp_path, monkeypatch, owner, call):
+    """What each does that takes room: an error that names a file of the folder, which is left to go on from."""
+    source = _copy(tmp_path / "source", stopped)
+    run = training._Run(tiny_config(source, epochs=faults.EPOCHS))
+    run.restore(source)
+    real, calls, fails_at, refused = getattr(owner, call), 0, 0, 0
+
+    def full(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == fails_at + 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args, **kwargs)
+
+    if call == "copyfile":
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    while True:
+        folder = _copy(tmp_path / str(fails_at), source)
+        calls = 0
+        monkeypatch.setattr(owner, call, full)
+        said = ""
+        try:
+            run.save(folder)
+        except (OSError, ValueError) as error:
+            said = str(error)
+        monkeypatch.setattr(owner, call, real)
+        refused += bool(said)
+        assert not said or str(folder) in said
+        faults.whole(folder)
+        assert not list(folder.glob(".*")), "a part of a file was left"
+        assert checkpoint.load_training(folder)[2]["batch"] == 3
+        if calls <= fails_at:
+            break
+        fails_at += 1
+    assert fails_at >= 1
+    assert refused == fails_at or call == "link"  # where a link cannot be, the file is copied
 
 
 # ---- a folder that cannot be written to ----------------------------------------------------------------------------

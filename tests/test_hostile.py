@@ -421,9 +421,39 @@ def test_the_number_of_pixels_is_known_before_one_is_decoded(good, monkeypatch, 
     paths = [path for path in (good / "pictures").iterdir() if path.stem not in ("tga", "ico", "eps", "pdf", "pcx")]
     assert {path.suffix for path in paths} == taken
     for path in paths:
+        with pytest.raises(pytest.fail.Exception, match="it was decoded"):  # as many as are taken
+            inference.open_image(path, max_pixels=851)
         with pytest.raises(ValueError, match="refused, it has 37 x 23 pixels, takes 850 at most"):
             inference.open_image(path, max_pixels=850)
     _within_a_second(inference.open_image, bomb(tmp_path / "bomb.png"), "refused, it has")
+
+
+def _read_within(room: int, path: Path, pipe) -> None:
+    hostile.limit_memory(hostile.room_for("pictures") - hostile.MEMORY["pictures"] + room)
+    try:
+        hostile.read("pictures", path)
+        pipe.send("read")
+    except MemoryError as error:
+        pipe.send(str(error))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "room", "says"),
+    [("a.webp", 2 << 30, "read"), ("a.png", 1 << 29, "a.png: no memory for the picture, 9459 x")],
+)
+def test_the_largest_picture(tmp_path, name, room, says):
+    """In the memory that SECURITY.md says, of the format that takes most; where there is less, the error is of memory."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGBA", (9459, 9459)).save(tmp_path / name, lossless=True, exif=exif)
+    ours, theirs = hostile.CONTEXT.Pipe(duplex=False)
+    process = hostile.CONTEXT.Process(target=_read_within, args=(room, tmp_path / name, theirs))
+    process.start()
+    theirs.close()
+    found = ours.recv()
+    process.join()
+    assert says in found
 
 
 def test_a_chunk_that_is_longer_than_its_file(tmp_path):

@@ -232,7 +232,13 @@ def test_what_a_run_refuses(tmp_path, uninterrupted):
             for key, value in [
                 *(("settings", None), ("settings", "x"), ("data", 3), ("epoch", "x"), ("epoch", None), ("epoch", -5)),
                 *(("epoch", True), ("batch", "x"), ("batch", 1.5), ("batch", -5), ("images", -5), ("images", [])),
-                *(("loss_sum", "x"), ("loss_sum", float("nan")), ("history", "x"), ("history", None)),
+                *(
+                    ("loss_sum", "x"),
+                    ("loss_sum", float("nan")),
+                    ("loss_sum", 10**400),
+                    ("history", "x"),
+                    ("history", None),
+                ),
                 *(("history", [1, 2]), ("history", [{}, {}])),
             ]
         ),
@@ -254,6 +260,40 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, uninterrupted, chang
     checkpoint.save(tmp_path / "damaged", model, config, tensors, state)
     with pytest.raises(ValueError, match=says):
         training.train(tiny_config(tmp_path / "on", epochs=2), tmp_path / "damaged")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"epochs": "2"}, "its epochs is '2'"),
+        ({"batch_size": True}, "its batch_size is 'True'"),
+        ({"lr": 10**400}, "its lr is '1000"),
+        ({"hflip": []}, "its hflip is"),
+        ({"epochs": 0}, "epochs: got 0"),
+        ({"lr": math.nan}, "lr: got nan"),
+        ({"workers": 10**6}, r"settings that no run has: \['workers'\]"),
+        ({"output": "elsewhere"}, "settings that no run has"),
+        ({"model": "resnet50"}, "no architecture of that name"),
+        ({"model_kwargs": {"depth": 10**9}}, "depth: the config says 1000000000, the weights are"),
+        ({"model_kwargs": {"depth": 3}}, "its settings: the weights are of another architecture"),
+        ({"model_kwargs": {"device": "cuda"}}, "device: the config says 'cuda'"),
+        ({"model_kwargs": {"num_classes": 3}}, "model_kwargs: got num_classes"),
+        ({"num_classes": 10**9}, "num_classes: the config says 1000000000"),
+        ({"img_size": 10**6}, "img_size: the config says"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_checkpoint_are_those_of_its_weights(tmp_path, uninterrupted, change, says):
+    """`vit-fast train --resume` trains with them: nothing of another size or type gets that far."""
+    folder = uninterrupted[0].output
+    weights, tensors, state = checkpoint.load_training(folder)
+    assert training.read_settings(folder) == state["settings"]
+    state["settings"] |= change
+    model, config = checkpoint.load(folder)
+    model.load_state_dict(weights)
+    checkpoint.save(tmp_path, model, config, tensors, state)
+    with pytest.raises(ValueError, match=says):
+        training.read_settings(tmp_path)
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path):

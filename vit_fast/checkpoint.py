@@ -134,14 +134,14 @@ def replacing(path: Path, previous: Path | None = None):
         if previous is not None and path.exists():
             _keep(path, previous)
         os.replace(beside, path)
+        if os.name != "nt":  # a folder cannot be opened there
+            _flush(path.parent)
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)  # a full disk does not say which file did not fit
         raise
     finally:
         shutil.rmtree(room, ignore_errors=True)
-    if os.name != "nt":  # a folder cannot be opened there
-        _flush(path.parent)
 
 
 def _beside(path: Path) -> Path:
@@ -264,6 +264,21 @@ def build_to_fit(
 ) -> VisionTransformer:
     """The model that a config describes, of whose sizes nothing is allocated before the weights have borne them out.
 
+    Arguments and errors are those of `check_described`.
+    """
+    check_described(build, kwargs, weights, name, partial)
+    return build()
+
+
+def check_described(
+    build: Callable[..., VisionTransformer],
+    kwargs: Mapping[str, object],
+    weights: Mapping[str, Tensor],
+    name: str,
+    partial: Sequence[str] = (),
+) -> None:
+    """Refuse a config whose model the weights are not of, without allocating what it describes.
+
     Args:
         build: makes the model, with further arguments.
         kwargs: what the config says.
@@ -288,7 +303,6 @@ def build_to_fit(
     except Exception as error:  # of arguments of any type and size: whatever PyTorch raises
         raise ValueError(f"{name}: its config describes no model ({error!r})") from error
     _check_fit(shell.state_dict(), weights, name, partial)
-    return build()
 
 
 def load_config(folder: str | Path) -> Config:

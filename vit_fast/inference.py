@@ -46,7 +46,7 @@ def open_image(path: str | Path, in_chans: int = 3, max_pixels: int = MAX_PIXELS
     Raises:
         ValueError: for a file that is no picture in one of `FORMATS`, is cut off, or has more than `max_pixels` pixels
             (a decompression bomb). The message names the file.
-        OSError: for a file that is not there or may not be read.
+        OSError: for a file that is not there or may not be read. MemoryError: where there is none for its pixels.
     """
     Image, _ = _pillow()
     path = Path(path)
@@ -83,6 +83,8 @@ def _upright(image, name: str, in_chans: int, max_pixels: int = MAX_PIXELS):
         if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip instead of scale
             image = image.point(lambda level: level / 256).convert("L")
         return image.convert("L" if in_chans == 1 else "RGB")
+    except MemoryError as error:  # and not the file's fault
+        raise MemoryError(f"{name}: no memory for the picture, {image.width} x {image.height} pixels") from error
     except Exception as error:  # each decoder has errors of its own
         raise ValueError(f"{name}: the picture is damaged or cut off ({error})") from error
 

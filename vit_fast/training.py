@@ -7,10 +7,12 @@ on, on a CPU, to the same bits as one that was not.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ from vit_fast import checkpoint
 from vit_fast.data import ShuffledBatches, load_data
 from vit_fast.inference import normalise
 from vit_fast.model import VisionTransformer
+from vit_fast.zoo import create_model
 
 HISTORY = "history.jsonl"
 DEFAULT_MODEL = "vit_tiny_patch16_224"
@@ -45,7 +48,7 @@ def _is_count(value) -> bool:
 
 
 def _is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # of an int too large for a float too
 
 
 def _is_history(value) -> bool:
@@ -274,6 +277,16 @@ def architecture(config: Config) -> checkpoint.Config:
 
     The drop path is left out: it is training's alone.
     """
+    result = checkpoint.Config(config.model or DEFAULT_MODEL, _model_kwargs(config), (), {})
+    model = result.build(device="meta")
+    preprocessing = {key: model.pretrained_cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    preprocessing["input_size"] = [model.in_chans, *model.patch_embed.img_size]
+    if config.data == "digits":
+        preprocessing["crop_pct"] = 1.0  # a scan is all digit: there is no margin to cut
+    return dataclasses.replace(result, preprocessing=json.loads(json.dumps(preprocessing)))
+
+
+def _model_kwargs(config: Config) -> dict:
     kwargs = dict(config.model_kwargs)
     if config.data == "digits":
         kwargs = {"in_chans": 1, **(DIGITS_KWARGS if config.model is None else {}), **kwargs}
@@ -282,13 +295,7 @@ def architecture(config: Config) -> checkpoint.Config:
     for name, setting in (("num_classes", "num_classes"), ("drop_path_rate", "drop_path")):
         if name in kwargs:
             raise ValueError(f"model_kwargs: got {name}, which is the setting {setting}")
-    result = checkpoint.Config(config.model or DEFAULT_MODEL, kwargs, (), {})
-    model = result.build(device="meta")
-    preprocessing = {key: model.pretrained_cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-    preprocessing["input_size"] = [model.in_chans, *model.patch_embed.img_size]
-    if config.data == "digits":
-        preprocessing["crop_pct"] = 1.0  # a scan is all digit: there is no margin to cut
-    return dataclasses.replace(result, preprocessing=json.loads(json.dumps(preprocessing)))
+    return kwargs
 
 
 def class_names(config: Config, names: Sequence[str]) -> tuple[str, ...]:
@@ -524,14 +531,36 @@ class _Run:
 
 
 def read_settings(folder: str | Path) -> dict:
-    """The settings that a checkpoint was trained with, as arguments of `Config` without the output.
+    """The settings that a checkpoint was trained with, as arguments of `Config` without those of `FREE_ON_RESUME`.
 
     Raises:
-        ValueError: for a folder that no run can go on from.
+        ValueError: for a folder that no run can go on from, and for settings of another model than that of its weights,
+            of which nothing is allocated.
     """
-    state = checkpoint.load_training(folder)[2]
+    weights, _, state = checkpoint.load_training(folder)
     _check(state, {"settings": STATE["settings"]}, folder)
-    return state["settings"]
+    settings = state["settings"]
+    takes = {field.name: field.type for field in dataclasses.fields(Config) if field.name not in FREE_ON_RESUME}
+    _check(settings, {name: functools.partial(_is_setting, kind) for name, kind in takes.items()}, folder)
+    if unknown := [name for name in settings if name not in takes]:
+        raise ValueError(f"{folder}: damaged, it has settings that no run has: {str(unknown)[:100]}")
+    config = Config(**settings, output=str(folder))
+    classes = config.num_classes
+    if classes is None:  # as many as the data has: those of the weights
+        head = weights.get("head.weight", torch.empty(0))
+        classes = min(head.shape[:1].numel(), head.numel())
+    kwargs = {"num_classes": classes, **_model_kwargs(config)}
+    build = functools.partial(create_model, config.model or DEFAULT_MODEL, **kwargs)
+    checkpoint.check_described(build, kwargs, weights, f"{folder}: its settings")
+    return settings
+
+
+def _is_setting(kind, value) -> bool:
+    """Whether a value is of the type of a setting: JSON has one kind of number, and a truth value is none."""
+    kinds = (kind,) if isinstance(kind, type) else kind.__args__
+    return type(value) in (*kinds, *((int,) if float in kinds else ())) and (
+        type(value) is not int or _is_number(value)
+    )
 
 
 def _check(state, takes: dict, folder: str | Path) -> None:
