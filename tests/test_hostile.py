@@ -443,7 +443,7 @@ def _read_within(room: int, path: Path, pipe) -> None:
     [("a.webp", 2 << 30, "read"), ("a.png", 1 << 29, "a.png: no memory for the picture, 9459 x")],
 )
 def test_the_largest_picture(tmp_path, name, room, says):
-    """In the memory that SECURITY.md says, of the format that takes most; where there is less, the error is of memory."""
+    """In the memory that SECURITY.md says, of the format that takes most; with less the error is one of memory."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGBA", (9459, 9459)).save(tmp_path / name, lossless=True, exif=exif)
