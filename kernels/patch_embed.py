@@ -9,6 +9,7 @@ saved      the image alone: it is cut again for the weight's gradient
 limit      2·B·N·D·C·PH·PW operations each way; the image read, the patches written and read, the tokens written once
 
 The prefix tokens are rows of the same product whose patch is empty, so one kernel writes every token of the result.
+Where a prefix token's gradient is no number, the weight's is none either, for that is zero times it.
 
 The cut is a pass of its own, as LayerNorm is: pixels gathered on their way into the product reach shared memory two or
 sixteen bytes at a time, each with an address of its own, and the product waited for that (docs/performance.md).

@@ -228,7 +228,8 @@ def product_and_row_sums(
             # one step after the other has three times as much.
             rest = tl.sum(left, axis=1) - lost
             next_sums = row_sums + rest
-            row_sums, lost = next_sums, (next_sums - row_sums) - rest
+            lost = tl.where(tl.abs(next_sums) < float("inf"), (next_sums - row_sums) - rest, 0.0)
+            row_sums = next_sums
         else:
             # A product with ones: the tile is in shared memory for the other product, and to sum it in registers it
             # would have to be read from there.

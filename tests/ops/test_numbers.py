@@ -304,7 +304,7 @@ def outcome(op: str, drawn: dict) -> tuple[torch.Tensor, ...]:
 
 
 def drawn_in(case: Case, dtype: torch.dtype) -> dict:
-    return {name: t.to(dtype) for name, t in case.draw().items()}
+    return {name: None if t is None else t.to(dtype) for name, t in case.draw().items()}
 
 
 @met("NaN, inf and -inf in one image")
@@ -320,12 +320,12 @@ def test_what_is_no_number_stays_in_its_image(op, bad):
 
 
 def poisoned(drawn: dict, bad: float):
-    """The operands with one number of one of them `bad`, each in turn; of packed ones queries, keys and values."""
+    """The operands with the last number of one of them `bad`, each in turn; of packed ones queries, keys and values."""
     for name in drawn:
         for place in range(3 if name == "qkv" else 1):
             changed = {name: t.clone() for name, t in drawn.items()}
-            last = changed[name][-1:] if name != "qkv" else changed[name][-1:, :, place]
-            last[(0,) * (last.dim() - 1)][-1] = bad
+            operand = changed[name][:, :, place] if name == "qkv" else changed[name]
+            operand[(-1,) * operand.dim()] = bad
             yield f"{name} {place}", changed
 
 
@@ -333,15 +333,17 @@ def poisoned(drawn: dict, bad: float):
 @pytest.mark.parametrize("mode", ["fp32", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("fp16", "bf16"))])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_no_number_reaches_what_it_must_and_no_more(op, mode, bad):
-    """Output and gradients are finite where the reference's are and nowhere else: no mask, maximum or sum hides it."""
+    """Output and gradients are finite where the reference's are and nowhere else: no mask, maximum or sum hides it. The
+    gradient that comes in is one of the operands."""
     case, clean = CASES[op], drawn_in(CASES[op], MODES[mode])
-    truth_case = dataclasses.replace(case, constant=("images",) if op == "patch_embed" else case.constant)
-    upstream = torch.randn(truth_of(op)(**clean, **case.options).shape)
+    case = dataclasses.replace(case, constant=("images",) if op == "patch_embed" else case.constant)
+    if op != "attention_maps":
+        clean["upstream"] = torch.randn(truth_of(op)(**clean, **case.options).shape).to(MODES[mode])
 
     def results(f, operands: dict) -> dict:
-        if op == "attention_maps":
-            return {"output": f(**operands)}
-        return run(f, operands, truth_case, upstream)
+        operands = dict(operands)
+        upstream = operands.pop("upstream", None)
+        return {"output": f(**operands)} if upstream is None else run(f, operands, case, upstream)
 
     for where, operands in poisoned(clean, bad):
         truth = results(truth_of(op), {name: t.double() for name, t in operands.items()})
@@ -350,6 +352,22 @@ def test_what_is_no_number_reaches_what_it_must_and_no_more(op, mode, bad):
             found = results(CALLS[op], operands)
         for name in truth:
             assert torch.equal(found[name].isfinite(), truth[name].isfinite()), f"{name}, of {bad} in {where}"
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+def test_an_infinite_gradient_of_a_bias_is_no_nan(mode):
+    """In the third of four steps of a sum, whose last three begin with it."""
+    case = test_linear_residual.case("four steps", test_linear_residual.shaped(1, 128, 16, features=9, drop=False))
+    operands = drawn_in(case, MODES[mode])
+    upstream = torch.randn(1, 128, 9)
+    upstream[0, 70, 3] = torch.inf
+    exact = {name: None if t is None else t.double() for name, t in operands.items()}
+    truth = run(reference.linear_residual, exact, case, upstream)["dbias"]
+    with ops.use_backend("triton"):
+        found = run(ops.linear_residual, operands, case, upstream)["dbias"]
+    assert truth.isinf().sum() == 1
+    assert torch.equal(found.isinf(), truth.isinf())
+    assert not found.isnan().any()
 
 
 def images_of(op: str, drawn: dict, chosen: list[int]) -> dict:
