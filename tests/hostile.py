@@ -94,7 +94,19 @@ def make_good(folder: Path) -> None:
     np.savez_compressed(folder / "npz" / "zeros.npz", **jax, zeros=np.zeros(100 << 20, np.uint8))
     _make_configs(folder / "json", model)
     _make_pictures(folder / "pictures")
-    training.train(tiny_config(folder / "training" / "run", model="vit_tiny_patch16_224", model_kwargs=MODEL))
+    _make_run(folder / "training" / "run")
+
+
+def _make_run(folder: Path) -> None:
+    """One that was stopped after its second step."""
+
+    def on_step(report):
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    config = tiny_config(folder, model="vit_tiny_patch16_224", model_kwargs=MODEL, batch_size=16)
+    with contextlib.suppress(KeyboardInterrupt):
+        training.train(config, None, on_step)
 
 
 def _pictures() -> dict:
@@ -569,11 +581,14 @@ def read(kind: str, path: Path) -> None:
     if kind == "pictures":
         for channels in (1, 3):
             inference.preprocess(path, img_size=32, mean=(0.5,), std=(0.5,), in_chans=channels)
-    elif kind == "training":  # as `vit-fast train --resume` with no other setting does, up to the first step
+    elif kind == "training":  # as `vit-fast train --resume` with no other setting does, for one step
         settings = training.read_settings(path)
         run = training._Run(training.Config(**settings | {"data": "digits", "output": str(path)}))
         run.restore(path)
-        run.report(1)
+        for batch in run.batches():
+            with contextlib.suppress(FloatingPointError):  # of weights that are none
+                run.train_step(*batch)
+            break
     elif path.name == checkpoint.TRAINING:
         checkpoint.load_training(path.parent)
     else:

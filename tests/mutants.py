@@ -144,8 +144,9 @@ def main() -> int:
     chosen = [mutant for mutant in mutants if given.only in f"{mutant.file} {mutant.bug}"]
     if given.sample:
         chosen = random.Random(given.seed).sample(chosen, min(given.sample, len(chosen)))
-    # Of another code nothing counts; tests may have come since, which take nothing from what was caught.
-    notes = counts.Notes(f"mutants-{counts.digest('kernels', 'vit_fast/ops')}")
+    tests = sorted({file_of(test) for tests in TESTS.values() for test in tests})
+    of = counts.digest("kernels", "vit_fast", "tests/mutants.py", "tests/error_rule.py", "tests/unfused.py", *tests)
+    notes = counts.Notes(f"mutants-{of}")
     done = {tuple(line["mutant"]): line for line in notes.lines}
     left, missed = [mutant for mutant in chosen if mutant not in done], []
     print(f"{len(chosen) - len(left)} were caught before, {len(left)} to go, {given.workers} at a time", flush=True)

@@ -80,6 +80,9 @@ LEFT_OUT = """## Not covered, and why
   writes are counted, see above. `compute-sanitizer` has not been run over all of them.
 - **bf16 on a CPU** is the interpreter's as `mend_interpreter.py` mends it: rounded to nearest even, products exact in
   fp32. A GPU's tensor cores sum in another order.
+- **The order of a product's sums.** That an image has the same bits alone and in a batch is tested here with products
+  summed in fp64, for numpy's product sums some rows of a tile in another order than others: it shows that nothing else
+  depends on the batch. A tensor core's order is the device's; the test in `tests/gpu` has not yet run.
 - **Two GPUs, NCCL.** Two processes are tested on CPUs with gloo. The kernels know of no other process; what could
   differ is DDP's and FSDP2's overlap with a stream that the kernels run on.
 - **Out of memory on a GPU**, a driver that is reset, a GPU that throttles.

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import vit_fast
 from tests.small_runs import TINY_FLAGS, bomb, colour_folder, picture
-from vit_fast import checkpoint, cli, training
+from vit_fast import checkpoint, cli, inference, training
 
 ZOO_MODEL = "test_vit"  # the smallest there is
 
@@ -130,6 +130,23 @@ def test_one_broken_picture_harms_no_other(trained, tmp_path):
     assert code == 1
     assert [one["top"][0]["class"] for one in json.loads(output)] == ["red"]
     assert re.fullmatch(r"error: \S+broken\.png: no picture that can be read, takes JPEG.*", errors)
+
+
+def test_a_picture_without_memory_for_it_harms_no_other(trained, tmp_path, monkeypatch):
+    folder, _ = trained
+    opened = inference.open_image
+
+    def no_memory(path, *args):
+        if path.name == "1.png":
+            raise MemoryError(f"{path}: no memory for the picture")
+        return opened(path, *args)
+
+    monkeypatch.setattr(inference, "open_image", no_memory)
+    pictures = [folder / "pictures" / "red" / name for name in ("1.png", "0.png")]
+    code, output, errors = run("classify", folder / "run", *pictures, "--json")
+    assert code == 1
+    assert [one["top"][0]["class"] for one in json.loads(output)] == ["red"]
+    assert re.fullmatch(r"error: \S+1\.png: no memory for the picture", errors)
 
 
 def test_attend(trained, zoo_weights, tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -280,6 +281,26 @@ def test_a_config_that_asks_for_more_than_its_weights(good, tmp_path, changes, s
     _within_a_second(checkpoint.load, tmp_path, says)
 
 
+def test_pictures_of_a_size_that_no_weight_bears_out(tmp_path):
+    kwargs = hostile.MODEL | {"pos_embed": "none"}
+    model = vit_fast.create_model("vit_tiny_patch16_224", 5, **kwargs)
+    for side in (1024, 1032):
+        config = checkpoint.Config("vit_tiny_patch16_224", kwargs | {"img_size": side}, tuple("abcde"), {})
+        checkpoint.save(tmp_path, model, dataclasses.replace(config, preprocessing=hostile._pictures()), {}, {})
+        if side == 1024:
+            assert checkpoint.load(tmp_path)[0].patch_embed.img_size == (1024, 1024)
+    _within_a_second(checkpoint.load, tmp_path, r"img_size: the config says \(1032, 1032\), of a model without")
+
+
+@pytest.mark.parametrize(("depth", "says"), [(257, "depth: the config says 257, .* 256 at most"), (256, "missing")])
+def test_many_blocks_of_nothing(tmp_path, depth, says):
+    config = checkpoint.Config("vit_tiny_patch16_224", hostile.MODEL | {"depth": depth}, (), hostile._pictures())
+    checkpoint.save(tmp_path, torch.nn.Identity(), config, {}, {})
+    nothing = {f"blocks.{index}.norm1.weight": torch.empty(0) for index in range(5000)}
+    checkpoint.write_weights(tmp_path / checkpoint.WEIGHTS, nothing | {"cls_token": torch.zeros(1000)})
+    _within_a_second(checkpoint.load, tmp_path, says)
+
+
 def test_an_architecture_that_is_larger_than_its_weights_is_not_built(good, tmp_path, monkeypatch):
     for path in (good / "json" / "own").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -428,6 +449,15 @@ def test_the_number_of_pixels_is_known_before_one_is_decoded(good, monkeypatch, 
     _within_a_second(inference.open_image, bomb(tmp_path / "bomb.png"), "refused, it has")
 
 
+def test_a_picture_without_memory_for_it(tmp_path, monkeypatch):
+    def no_memory(image):
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", no_memory)
+    with pytest.raises(MemoryError, match=r"a\.png: no memory for the picture, 12 x 10 pixels"):
+        inference.open_image(picture(tmp_path / "a.png"))
+
+
 def _read_within(room: int, path: Path, pipe) -> None:
     hostile.limit_memory(hostile.room_for("pictures") - hostile.MEMORY["pictures"] + room)
     try:
@@ -451,9 +481,9 @@ def test_the_largest_picture(tmp_path, name, room, says):
     process = hostile.CONTEXT.Process(target=_read_within, args=(room, tmp_path / name, theirs))
     process.start()
     theirs.close()
-    found = ours.recv()
     process.join()
-    assert says in found
+    assert process.exitcode == 0
+    assert says in ours.recv()
 
 
 def test_a_chunk_that_is_longer_than_its_file(tmp_path):

@@ -222,6 +222,15 @@ def test_what_a_run_refuses(tmp_path, uninterrupted):
             lambda tensors, state: tensors.update({"optimiser.head.bias.step": torch.tensor(3)}),
             "step of head.bias is torch.int64",
         ),
+        *(
+            (
+                lambda tensors, state, dtype=dtype: tensors.update(
+                    {"optimiser.head.bias.exp_avg": tensors["optimiser.head.bias.exp_avg"].to(dtype)}
+                ),
+                f"exp_avg of head.bias is {dtype}",
+            )
+            for dtype in (torch.float64, torch.bfloat16)
+        ),
         (lambda tensors, state: tensors.update({"generator.cpu": torch.zeros(9)}), "a generator's state is none"),
         (
             lambda tensors, state: tensors.update({"generator.cpu": torch.zeros(9, dtype=torch.uint8)}),
@@ -270,13 +279,14 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, uninterrupted, chang
         ({"lr": 10**400}, "its lr is '1000"),
         ({"hflip": []}, "its hflip is"),
         ({"epochs": 0}, "epochs: got 0"),
+        ({"warmup_epochs": 1e308}, r"warmup_epochs: got 1e\+308, takes 0 or more, below 2\^31"),
         ({"lr": math.nan}, "lr: got nan"),
         ({"workers": 10**6}, r"settings that no run has: \['workers'\]"),
         ({"output": "elsewhere"}, "settings that no run has"),
         ({"model": "resnet50"}, "no architecture of that name"),
         ({"model_kwargs": {"depth": 10**9}}, "depth: the config says 1000000000, the weights are"),
         ({"model_kwargs": {"depth": 3}}, "its settings: the weights are of another architecture"),
-        ({"model_kwargs": {"device": "cuda"}}, "device: the config says 'cuda'"),
+        ({"model_kwargs": {"depth": 2, "device": "cuda"}}, "device: the config says 'cuda'"),
         ({"model_kwargs": {"num_classes": 3}}, "model_kwargs: got num_classes"),
         ({"num_classes": 10**9}, "num_classes: the config says 1000000000"),
         ({"img_size": 10**6}, "img_size: the config says"),

@@ -41,6 +41,9 @@ CONFIG, WEIGHTS, TRAINING = "config.json", "model.safetensors", "training.safete
 PREVIOUS = "training.previous.safetensors"
 FORMAT = 1
 MOST_JSON = 16 << 20  # bytes of a config or an index
+MOST_BLOCKS = 256  # of a model that is read: a file may hold any number of tensors of no numbers
+LEAST_OF_BLOCK = 8  # tensors: two norms of two, four products
+MOST_SIDE = 1024  # of the pictures of a model without positions, of which no tensor has a size that depends on it
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 SHOWN = 5  # names listed in an error
 
@@ -291,11 +294,12 @@ def check_described(
     for key, value in kwargs.items():
         if key in ("device", "dtype"):
             raise ValueError(f"{key}: the config says {value!r}; that is not for a checkpoint to say")
-        most = len(weights) if key == "depth" else held  # the shell of a block is no memory, but a while
+        # The shell of a block is no memory, but a while.
+        most = min(len(weights) // LEAST_OF_BLOCK, MOST_BLOCKS) if key == "depth" else held
         sizes = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(size, int) and size > most for size in sizes):
             numbers = f"{len(weights)} tensors of {held} numbers"
-            raise ValueError(f"{key}: the config says {value}, the weights are {numbers}")
+            raise ValueError(f"{key}: the config says {value}, the weights are {numbers}: {most} at most")
     try:
         shell = build(device="meta", weight_init="skip")
     except ValueError:
@@ -303,6 +307,9 @@ def check_described(
     except Exception as error:  # of arguments of any type and size: whatever PyTorch raises
         raise ValueError(f"{name}: its config describes no model ({error!r})") from error
     _check_fit(shell.state_dict(), weights, name, partial)
+    sides = shell.patch_embed.img_size
+    if shell.pos_embed is None and max(sides) > MOST_SIDE:
+        raise ValueError(f"img_size: the config says {sides}, of a model without positions: {MOST_SIDE} at most")
 
 
 def load_config(folder: str | Path) -> Config:

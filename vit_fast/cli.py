@@ -36,7 +36,7 @@ app = typer.Typer(
     help="Vision Transformers on fused Triton kernels: train one, classify pictures with it, see what it looked at.",
 )
 # Errors that a user can mend. Anything else is a bug of ours, and shows its traceback.
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError)
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError, MemoryError)
 TOP = 5
 BATCH = 32
 MOST_WORKERS = 16  # that check tiles: each holds memory of the GPU for itself
@@ -274,7 +274,7 @@ def classify(
         for path in paths[start : start + BATCH]:
             try:
                 opened.append((path, inference.open_image(path, network.in_chans)))
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, MemoryError) as error:
                 failed = True
                 _say_error(str(error))
         for (path, _), row in zip(opened, network.predict([image for _, image in opened]).cpu()):

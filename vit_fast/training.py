@@ -102,8 +102,9 @@ class Config:
 
     def __post_init__(self):
         for name in ("epochs", "batch_size"):
-            self._check(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay"):
+            self._check(name, 1 <= getattr(self, name) < 2**31, "1 or more, below 2^31")
+        self._check("warmup_epochs", 0 <= self.warmup_epochs < 2**31, "0 or more, below 2^31")
+        for name in ("lr", "min_lr", "warmup_lr", "weight_decay"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "a finite number, 0 or more")
         for name in ("smoothing", "drop_path"):
             self._check(name, 0 <= getattr(self, name) < 1, "0 or more and less than 1")
@@ -335,7 +336,7 @@ class _ErrorsAsValues(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]):
         try:
             return self.dataset.__getitems__(indices)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             return error
 
 
@@ -514,9 +515,9 @@ class _Run:
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            for key, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
+            for key, like in (("step", torch.zeros(())), ("exp_avg", parameter), ("exp_avg_sq", parameter)):
                 value = tensors.get(f"optimiser.{name}.{key}")
-                if value is None or value.shape != shape or not value.is_floating_point():
+                if value is None or value.shape != like.shape or value.dtype != like.dtype:
                     got = "nothing" if value is None else f"{value.dtype} of shape {list(value.shape)}"
                     raise ValueError(f"{folder}: damaged, the optimiser's {key} of {name} is {got}")
                 self.optimiser.state[parameter][key] = value.clone().to(self.device)
