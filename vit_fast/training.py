@@ -528,7 +528,7 @@ class _Run:
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"{folder}: damaged, a generator's state is none ({error})") from error
         self.epoch, self.batch, self.images, self.history = epoch, batch, images, history
-        self.loss_sum.fill_(state["loss_sum"])
+        self.loss_sum.fill_(float(state["loss_sum"]))  # JSON has ints of any size
 
 
 def read_settings(folder: str | Path) -> dict:
