@@ -50,6 +50,10 @@ def test_ctrl_c_twice(expected, index):
     faults.two_interrupts(f"{SEED} interrupts {index}", expected)
 
 
+def _no_links(*_):
+    raise OSError("not here")
+
+
 CALLS = ((os, "fsync"), (os, "link"), (os, "replace"), (Path, "mkdir"), (Path, "write_text"), (shutil, "copyfile"))
 
 
@@ -69,7 +73,7 @@ def test_a_disk_that_is_full_at_any_call(stopped, tmp_path, monkeypatch, owner, 
         return real(*args, **kwargs)
 
     if call == "copyfile":
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+        monkeypatch.setattr(os, "link", _no_links)
     while True:
         folder = _copy(tmp_path / str(fails_at), source)
         calls = 0
@@ -243,10 +247,7 @@ def test_both_are_damaged(stopped, tmp_path):
 
 
 def test_the_checkpoint_before_is_kept_where_there_are_no_links(tmp_path, monkeypatch):
-    def no_links(*_):
-        raise OSError("not here")
-
-    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(os, "link", _no_links)
     training.train(tiny_config(tmp_path, epochs=2))
     assert checkpoint._read_training(tmp_path / checkpoint.PREVIOUS)[2]["epoch"] == 1
     assert checkpoint._read_training(tmp_path / checkpoint.TRAINING)[2]["epoch"] == 2

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
@@ -285,8 +284,9 @@ def test_pictures_of_a_size_that_no_weight_bears_out(tmp_path):
     kwargs = hostile.MODEL | {"pos_embed": "none"}
     model = vit_fast.create_model("vit_tiny_patch16_224", 5, **kwargs)
     for side in (1024, 1032):
-        config = checkpoint.Config("vit_tiny_patch16_224", kwargs | {"img_size": side}, tuple("abcde"), {})
-        checkpoint.save(tmp_path, model, dataclasses.replace(config, preprocessing=hostile._pictures()), {}, {})
+        sized = kwargs | {"img_size": side}
+        config = checkpoint.Config("vit_tiny_patch16_224", sized, tuple("abcde"), hostile._pictures())
+        checkpoint.save(tmp_path, model, config, {}, {})
         if side == 1024:
             assert checkpoint.load(tmp_path)[0].patch_embed.img_size == (1024, 1024)
     _within_a_second(checkpoint.load, tmp_path, r"img_size: the config says \(1032, 1032\), of a model without")

@@ -253,24 +253,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Vision
     config = load_config(folder)
     weights = read_tensors(folder / WEIGHTS)[0]
     name = str(folder / WEIGHTS)
-    model = build_to_fit(config.build, config.kwargs, weights, name)
+    check_described(config.build, config.kwargs, weights, name)
+    model = config.build()
     load_weights(model, weights, name)
     return model.to(device).eval(), config
-
-
-def build_to_fit(
-    build: Callable[..., VisionTransformer],
-    kwargs: Mapping[str, object],
-    weights: Mapping[str, Tensor],
-    name: str,
-    partial: Sequence[str] = (),
-) -> VisionTransformer:
-    """The model that a config describes, of whose sizes nothing is allocated before the weights have borne them out.
-
-    Arguments and errors are those of `check_described`.
-    """
-    check_described(build, kwargs, weights, name, partial)
-    return build()
 
 
 def check_described(

@@ -93,7 +93,8 @@ def load(
     def build(**more) -> VisionTransformer:
         return settings.build(**{"weight_init": "" if partial else "skip", **more})
 
-    network = checkpoint.build_to_fit(build, settings.args, names, str(path), partial)
+    checkpoint.check_described(build, settings.args, names, str(path), partial)
+    network = build()
     checkpoint.load_weights(network, names, str(path), partial)
     size = settings.pictures.get("input_size", ())[-2:]
     if said == "model_type" and config["model_type"].startswith("dinov2") and size:
