@@ -1,8 +1,10 @@
 """Tensors whose last byte touches a page that nobody may touch: one element too far is a segmentation fault."""
 
+import contextlib
 import ctypes
 import mmap
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import torch
@@ -72,19 +74,23 @@ class counted_writes:
         self.given: list[Tensor] = []  # kept, so that no address is given twice
         self.writes: list[np.ndarray] = []
         self.starts = np.empty(0, np.uint64)
-        self.builder, self.store = InterpreterBuilder, InterpreterBuilder.create_masked_store
-        self.replaced = torch.empty, torch.empty_like
-        self.copying = [(*of, getattr(*of)) for of in self.COPYING]
+        store = InterpreterBuilder.create_masked_store
 
-        def store(builder, pointers, value, mask, *hints):
+        def counted_store(builder, pointers, value, mask, *hints):
             self._count(pointers.data[np.asarray(mask.data, bool)])  # a mask may be of bytes
-            return self.store(builder, pointers, value, mask, *hints)
+            return store(builder, pointers, value, mask, *hints)
 
-        InterpreterBuilder.create_masked_store = store
-        torch.empty = self._empty
-        torch.empty_like = lambda tensor, **_: self._empty(tensor.shape, dtype=tensor.dtype)
-        for owner, name, copy in self.copying:
-            setattr(owner, name, self._guarding(copy))
+        def empty_like(tensor: Tensor, **_) -> Tensor:
+            return self._empty(tensor.shape, dtype=tensor.dtype)
+
+        self.replaced = contextlib.ExitStack()
+        for owner, name, ours in (
+            (InterpreterBuilder, "create_masked_store", counted_store),
+            (torch, "empty", self._empty),
+            (torch, "empty_like", empty_like),
+            *((owner, name, self._guarding(getattr(owner, name))) for owner, name in self.COPYING),
+        ):
+            self.replaced.enter_context(mock.patch.object(owner, name, ours))
         return self
 
     def _guarding(self, copy: Callable) -> Callable:
@@ -120,10 +126,7 @@ class counted_writes:
             np.add.at(self.writes[index], elements, 1)
 
     def __exit__(self, kind, *_) -> None:
-        self.builder.create_masked_store = self.store
-        torch.empty, torch.empty_like = self.replaced
-        for owner, name, copy in self.copying:
-            setattr(owner, name, copy)
+        self.replaced.close()
         if kind is None:
             for memory, writes in zip(self.given, self.writes):
                 what = f"{memory.dtype} {list(memory.shape)}: {(writes == 0).sum()} elements never written"

@@ -467,16 +467,36 @@ def _read_within(room: int, path: Path, pipe) -> None:
         pipe.send(str(error))
 
 
+LARGEST = {
+    "a.webp": ("RGBA", {"lossless": True}),
+    "b.webp": ("RGB", {"quality": 1}),
+    "a.png": ("RGBA", {}),
+    "b.png": ("I;16", {}),
+    "a.jpg": ("RGB", {"progressive": True}),
+    "b.jpg": ("CMYK", {}),
+    "a.tif": ("RGBA", {"compression": "tiff_lzw"}),
+    "b.tif": ("CMYK", {"compression": "tiff_adobe_deflate"}),
+    "c.tif": ("I;16", {}),
+    "a.bmp": ("RGB", {}),
+    "a.gif": ("P", {"save_all": True, "append_images": [Image.new("P", (8, 8), 1)]}),
+    "a.ppm": ("RGB", {}),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "room", "says"),
-    [("a.webp", 2 << 30, "read"), ("a.png", 1 << 29, "a.png: no memory for the picture, 9459 x")],
+    [
+        *((name, 2 << 30, "read") for name in LARGEST),
+        ("a.png", 1 << 29, "a.png: no memory for the picture, 9459 x"),
+    ],
 )
 def test_the_largest_picture(tmp_path, name, room, says):
-    """In the memory that SECURITY.md says, of the format that takes most; with less the error is one of memory."""
+    """Of each format and turned, in the memory that SECURITY.md says; with less the error is one of memory."""
+    mode, options = LARGEST[name]
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGBA", (9459, 9459)).save(tmp_path / name, lossless=True, exif=exif)
+    Image.new(mode, (9459, 9459)).save(tmp_path / name, exif=exif, **options)
     ours, theirs = hostile.CONTEXT.Pipe(duplex=False)
     process = hostile.CONTEXT.Process(target=_read_within, args=(room, tmp_path / name, theirs))
     process.start()
