@@ -2,9 +2,9 @@
 
 python -m tests.leaks [--passes 1000]
 
-After a warm-up is counted what is alive, again after half of the passes, and at the end: tensors and modules, whatever
-else Python tracks, its blocks of memory, the bytes that C and C++ have of malloc, and the process in memory. In the
-interpreter a pass takes a second: there are a tenth as many, of one layer.
+After a warm-up is counted what is alive, and again at the end: tensors and modules, whatever else Python tracks, its
+blocks of memory, the bytes that C and C++ have of malloc, and the process in memory. In the interpreter a pass takes a
+second: there are a tenth as many, of one layer.
 """
 
 import argparse
@@ -75,31 +75,22 @@ def now() -> tuple:
     return things, count, sys.getallocatedblocks(), allocated(), pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def held(work: Callable[[], object], passes: int) -> tuple[Held, Held, Held]:
-    """What the process holds before so many calls, warmed up, after half of them and after all."""
+def held(work: Callable[[], object], passes: int) -> tuple[Held, Held]:
+    """What the process holds before so many calls, warmed up, and after them."""
     for _ in range(min(WARM_UP, passes)):
         work()
     before = now()
-    for _ in range(passes // 2):
-        work()
-    between = now()
-    for _ in range(passes - passes // 2):
+    for _ in range(passes):
         work()
     after = now()
-    return Held(*before), Held(*between), Held(*after)
+    return Held(*before), Held(*after)
 
 
-def leaks(before: Held, between: Held, after: Held) -> list[str]:
-    """What has grown, and by how much, that should not: in both halves, for what comes once is no leak.
-
-    In a process of many tests tqdm's monitor is such: a thread that has a lock more while it waits.
-    """
-    may = Held(things=0, objects=0, blocks=BLOCKS, bytes=BYTES, resident=MIB)
-    return [
-        f"{end - begin:g} {name}"
-        for name, begin, half, end, more in zip(Held._fields, before, between, after, may)
-        if end - begin > more and end > half > begin
-    ]
+def leaks(before: Held, after: Held) -> list[str]:
+    """What has grown, and by how much, that should not."""
+    more = {name: now - then for name, then, now in zip(Held._fields, before, after)}
+    may = {"things": 0, "objects": 0, "blocks": BLOCKS, "bytes": BYTES, "resident": MIB}
+    return [f"{more[name]:g} {name}" for name in may if more[name] > may[name]]
 
 
 def passes_of(backend: str, train: bool) -> Callable[[], None]:
@@ -182,8 +173,8 @@ def main() -> int:
         environment = {**os.environ, "TRITON_INTERPRET": "1" if "interpreter" in kind else "0"}
         command = [sys.executable, "-m", "tests.leaks", "--passes", str(given.passes), "--kind", kind]
         said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-        before, between, after = (Held(*map(float, line.split())) for line in said.splitlines()[-3:])
-        found = leaks(before, between, after)
+        before, after = (Held(*map(float, line.split())) for line in said.splitlines()[-2:])
+        found = leaks(before, after)
         leaking += bool(found)
         rows.append(
             {
@@ -199,9 +190,8 @@ def main() -> int:
         print(rows[-1], *found, flush=True)
     counts.keep(
         "leaks",
-        f"What a process holds after {WARM_UP} passes of warm-up, and after more passes of a small model. What grows "
-        f"in both halves of them is a leak: by one thing or object, {BLOCKS} blocks, {BYTES >> 10} KiB of malloc or "
-        f"{MIB:g} MiB.",
+        f"What a process holds after {WARM_UP} passes of warm-up, and after more passes of a small model. One thing or "
+        f"object more is a leak, and so are {BLOCKS} blocks, {BYTES >> 10} KiB of malloc or {MIB:g} MiB.",
         f"python -m tests.leaks --passes {given.passes}",
         time.monotonic() - begin,
         {"kinds": len(rows), "that leak": leaking},

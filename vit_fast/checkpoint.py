@@ -43,7 +43,7 @@ FORMAT = 1
 MOST_JSON = 16 << 20  # bytes of a config or an index
 MOST_BLOCKS = 256  # of a model that is read: a file may hold any number of tensors of no numbers
 LEAST_OF_BLOCK = 8  # tensors: two norms of two, four products
-MOST_SIDE = 1024  # of the pictures of a model without positions, of which no tensor has a size that depends on it
+MOST_TOKENS = 4096  # of a picture of a model without positions, of which no tensor has a size that depends on them
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 SHOWN = 5  # names listed in an error
 
@@ -293,9 +293,12 @@ def check_described(
     except Exception as error:  # of arguments of any type and size: whatever PyTorch raises
         raise ValueError(f"{name}: its config describes no model ({error!r})") from error
     _check_fit(shell.state_dict(), weights, name, partial)
-    sides = shell.patch_embed.img_size
-    if shell.pos_embed is None and max(sides) > MOST_SIDE:
-        raise ValueError(f"img_size: the config says {sides}, of a model without positions: {MOST_SIDE} at most")
+    tokens = shell.patch_embed.num_patches
+    if shell.pos_embed is None and tokens > MOST_TOKENS:
+        raise ValueError(
+            f"img_size: the config says {shell.patch_embed.img_size}, {tokens} patches of a model without positions: "
+            f"{MOST_TOKENS} at most"
+        )
 
 
 def load_config(folder: str | Path) -> Config:
