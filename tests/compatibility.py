@@ -6,8 +6,8 @@ Each Python gets an environment under build/compatibility, kept for the next run
 it, pytest. Each Triton is put into it in turn, and "none" takes it out. From a folder that holds the tests alone run
 each op's forward and backward in the interpreter, in fp32 and bf16, the model on its kernels, and beside them the model
 in PyTorch, under `python -W error` and torch.compile too; without a Triton checkpoints, training and the command line.
-`--lowest` installs the lowest requirements that the metadata takes. A row that is not run again stays in
-tests/results/compatibility.json.
+`--lowest` installs the lowest requirements that the metadata takes, of the package itself and not of its extras. A row
+that is not run again stays in tests/results/compatibility.json.
 """
 
 import argparse
@@ -30,7 +30,7 @@ MINORS = range(10, 15)  # of Python 3
 # Of each op a case whose sizes no tile divides.
 CASES = "no_tile_divides or every_operand or first_key_of_a_second_tile or heads_of_72 or two_prefix_tokens"
 KERNELS = [
-    *("-m", "interpret", "-k", f"first_use or (output_and_gradients and ({CASES}) and (fp32 or bf16))"),
+    *("-m", "interpret", "-k", f"first_use or ((output_and_gradients or maps) and ({CASES}) and (fp32 or bf16))"),
     *("tests/test_first_use.py", "tests/ops"),
 ]
 # What no Triton has a part in runs once a Python, where there is none.
@@ -135,8 +135,8 @@ def try_out(python: pathlib.Path, triton: str) -> dict:
     return row | {"seconds": round(time.monotonic() - begin), "commit": records.commit(), "note": note or "-"}
 
 
-def keep(new: list[dict], unreachable: dict[str, str]) -> list[dict]:
-    """Rows of this run and of those before, as they stand in the file."""
+def keep(new: list[dict], unreachable: dict[str, str], reached: set[str]) -> list[dict]:
+    """Rows of this run and of those before, as they stand in the file; what could not be run until it has been."""
 
     def key(row: dict) -> tuple:
         return tuple(tuple(map(int, re.findall(r"\d+", row[name]))) for name in ("python", "torch", "triton", "numpy"))
@@ -159,7 +159,11 @@ def keep(new: list[dict], unreachable: dict[str, str]) -> list[dict]:
             "tests failed": sum(row["failed"] for row in rows),
             "combinations with a failure": sum(bool(row["failed"]) for row in rows),
         },
-        missed={name: why for name, why in (missed | unreachable).items() if name.removeprefix("Python ") not in ran},
+        missed={
+            name: why
+            for name, why in (missed | unreachable).items()
+            if name not in reached and name.removeprefix("Python ") not in ran
+        },
         table=rows,
     )
     return rows
@@ -174,23 +178,27 @@ def main() -> int:
         "--lowest", action="store_true", help="torch, numpy and safetensors as old as the package takes"
     )
     given = parser.parse_args()
-    found, rows = pythons(), []
+    found, rows, reached = pythons(), [], set()
     unreachable = {f"Python 3.{minor}": "no interpreter" for minor in MINORS if f"3.{minor}" not in found}
     for name in given.python or found:
+        what = f"Python {name}" + ", lowest" * given.lowest
         try:
             python = environment(found.get(name, name), given.torch, given.lowest)
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-            unreachable[f"Python {name}"] = str(error).strip().splitlines()[-1]
-            print(f"Python {name}: {error}", file=sys.stderr)
+            unreachable[what] = str(error).strip().splitlines()[-1]
+            print(f"{what}: {error}", file=sys.stderr)
+            keep(rows, unreachable, reached)
             continue
+        reached.add(what)
         for triton in given.triton:
             try:
                 rows.append(try_out(python, triton))
+                reached.add(f"{what}, Triton {triton}")
                 print(json.dumps(rows[-1]), flush=True)
             except RuntimeError as error:  # of pip
-                unreachable[f"Python {name}, Triton {triton}"] = str(error).strip().splitlines()[-1]
+                unreachable[f"{what}, Triton {triton}"] = str(error).strip().splitlines()[-1]
                 print(error, file=sys.stderr)
-            keep(rows, unreachable)
+            keep(rows, unreachable, reached)
     return 1 if not rows or any(row["failed"] for row in rows) else 0
 
 

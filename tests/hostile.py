@@ -6,9 +6,10 @@ A case is one file, made from a good one by a few changes: bits, cuts, pieces ex
 true, nesting, names that lead elsewhere, pickles under the file's name. It is read as a user reads it. What must hold:
 
 - it is read, or the error is a ValueError
-- it takes less than a second of the processor
+- it takes less than a second of the processor, and five by the clock
 - it asks for no more memory than `MEMORY`
-- while it is read nothing is written, started, connected to or unpickled, and no file is opened but those of the case
+- while it is read nothing is written, started, connected to or unpickled, and no file is opened but those of the case:
+  as far as Python is told of it, and no file is there afterwards that was not there
 
 Each case draws from a seed of its own, which a failure prints. A process reads many cases; where it dies or does not
 answer, the case is known. `make test` runs some of each kind: tests/test_hostile.py.
@@ -49,6 +50,7 @@ from vit_fast import checkpoint, inference, training, weights
 
 KINDS = ("safetensors", "npz", "json", "pictures", "training")
 SECONDS = 1.0  # of the processor, for one file
+WAIT_S = 5.0  # by the clock, on a machine that does other things too
 PATIENCE_S = 60  # for an answer, on a machine that does other things too
 MEMORY = {
     "safetensors": 256 << 20,
@@ -602,7 +604,7 @@ FORBIDDEN = (
     *("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "subprocess.Popen", "pty.spawn"),
     *("socket.connect", "socket.bind", "socket.getaddrinfo", "urllib.Request", "pickle.find_class", "ctypes.dlopen"),
     *("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.chown", "os.truncate"),
-    *("os.putenv", "shutil.rmtree", "webbrowser.open", "code.__new__", "marshal.loads"),
+    *("os.putenv", "shutil.rmtree", "webbrowser.open"),
 )
 
 
@@ -620,7 +622,7 @@ class Watch:
     def __call__(self, event: str, arguments: tuple) -> None:
         if self.folder is None:
             return
-        if event in FORBIDDEN and event not in ("code.__new__", "marshal.loads"):
+        if event in FORBIDDEN:
             self.seen.append(f"{event} {arguments}")
         elif event == "exec":
             name = getattr(arguments[0], "co_filename", "")
@@ -644,12 +646,23 @@ def _too_much(error: BaseException | None) -> bool:
     return False
 
 
+def _files(folder: Path) -> set[str]:
+    """The files of a case, those beside it, and those where the process is: what C writes Python is not told of."""
+    return {
+        os.path.join(where, name)
+        for top in (folder.parent, Path.cwd())
+        for where, *names in os.walk(top)
+        for name in (*names[0], *names[1])
+    }
+
+
 def judge(kind: str, path: Path, watch: Watch) -> tuple[str, str]:
     """("read" or "refused", its error), or ("wrong", why)."""
     folder = path if path.is_dir() else path.parent
     watch.seen.clear()
+    before = _files(folder)
     watch.folder = os.path.realpath(folder)
-    started, error, outcome = time.process_time(), None, "read"
+    began, started, error, outcome = time.monotonic(), time.process_time(), None, "read"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -660,14 +673,16 @@ def judge(kind: str, path: Path, watch: Watch) -> tuple[str, str]:
         outcome, error = "wrong", caught
     finally:
         watch.folder = None
-    seconds = time.process_time() - started
+    seconds, waited = time.process_time() - started, time.monotonic() - began
     said = "".join(traceback.format_exception(error)[-3:])[:2000] if error is not None else ""
     if _too_much(error):
         return "wrong", f"asked for more than {MEMORY[kind] >> 20} MiB: {said}"
     if seconds > SECONDS:
         return "wrong", f"took {seconds:.1f} s: {said}"
-    if watch.seen or os.path.exists("unpickled"):
-        return "wrong", f"did more than read: {watch.seen}"
+    if waited > WAIT_S:
+        return "wrong", f"waited {waited:.1f} s: {said}"
+    if (more := _files(folder) - before) or watch.seen:
+        return "wrong", f"did more than read: {watch.seen}, {sorted(more)}"
     return outcome, said
 
 

@@ -42,9 +42,9 @@ OPS = """## Ops
 
 Each case is drawn anew, every parameter too, and held to the error rule ([error_rule.py](error_rule.py)): output and
 the gradient of every operand that has one, against float64, at most twice the error of unfused PyTorch in the same
-dtype. Results lie in poisoned memory that ends at a protected page, and so do the operands. Attention maps have no
-gradient in the kernels; their rows are held to a few roundings of fp32. A block in PyTorch is held to its four ops, to
-the bit.
+dtype, and an eighth of that dtype's epsilon; so are the rows, of which the worst may have twice as much again. Results
+lie in poisoned memory that ends at a protected page, and so do the operands. Attention maps have no gradient in the
+kernels; their rows are held to a few roundings of fp32. A block in PyTorch is held to its four ops, to the bit.
 
 {table}
 
@@ -62,8 +62,10 @@ Sizes of each tensor as the case draws them.
 GUARDED = """## Addresses
 
 `tests/ops/test_guard_pages.py` has {count} of the cases of `make exhaustive`: nothing outside is touched, every element
-that a kernel allocates is written once. How many by op and layout, each in {modes}, at the end and at the start of its
-memory, through descriptors and heads as a whole ("table"), and through pointers and heads streamed ("other"):
+that a kernel allocates is written once. How many by op and layout. Of each op some are in each of {modes}, at the end
+and at the start of their memory, through descriptors and heads as a whole ("table"), and through pointers and heads
+streamed ("other"); `make exhaustive` has all of these with each other. Operands past 2^31 and 2^32 are of 16 bits, and
+lie in memory that ends far from them, at no protected page:
 
 {table}
 """
@@ -83,8 +85,15 @@ LEFT_OUT = """## Not covered, and why
 - **The order of a product's sums.** That an image has the same bits alone and in a batch is tested here with products
   summed in fp64, for numpy's product sums some rows of a tile in another order than others: it shows that nothing else
   depends on the batch. A tensor core's order is the device's; the test in `tests/gpu` has not yet run.
-- **Two GPUs, NCCL.** Two processes are tested on CPUs with gloo. The kernels know of no other process; what could
-  differ is DDP's and FSDP2's overlap with a stream that the kernels run on.
+- **Two GPUs, NCCL.** Two processes are tested on CPUs with gloo, in a loop of the test's own, for `vit-fast train` is
+  of one process. The kernels know of no other process; what could differ is DDP's and FSDP2's overlap with a stream
+  that the kernels run on, and what is said when a peer is gone, which is the transport's.
+- **Every case everywhere.** Cases of attention in pieces, of long heads and of several heads a program are there for
+  the kernels' ways through a head: they run in Triton alone, and without autocast, which casts before the op. Head dims
+  are all run packed (`attention_qkv`), separate ones in part. Sums over 8,192 are slow in the interpreter: `make test`
+  has one case of them, in fp32, `make test-all` the others.
+- **A long run that was cut** goes on where it was for `tests.exhaustive` and `tests.mutants`; the others, of some
+  minutes each, begin again.
 - **Out of memory on a GPU**, a driver that is reset, a GPU that throttles.
 - **Files from the hubs.** There is no network in the tests: the published names and shapes of DINO, DINOv2, MAE,
   OpenAI's and Google's files are tested, not the files.
