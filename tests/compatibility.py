@@ -6,8 +6,8 @@ Each Python gets an environment under build/compatibility, kept for the next run
 it, pytest. Each Triton is put into it in turn, and "none" takes it out. From a folder that holds the tests alone run
 each op's forward and backward in the interpreter, in fp32 and bf16, the model on its kernels, and beside them the model
 in PyTorch, under `python -W error` and torch.compile too; without a Triton checkpoints, training and the command line.
-`--lowest` installs the lowest requirements that the metadata takes, of the package itself and not of its extras. A row
-that is not run again stays in tests/results/compatibility.json.
+`--lowest` installs the lowest requirements that the metadata takes, of the package and its extra `cli`, and runs the
+last of these too. A row that is not run again stays in tests/results/compatibility.json.
 """
 
 import argparse
@@ -69,9 +69,10 @@ def requirements(torch: str, lowest: bool) -> list[str]:
     """torch as it is asked for, and what else the package requires: the newest, or the lowest that it takes."""
     project = (counts.ROOT / "pyproject.toml").read_text()  # Python 3.10 reads no TOML
     needed = re.search(r"^dependencies = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)[1]
-    floors = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', needed))
+    extra = re.search(r"^cli = \[(.*?)\]", project, re.DOTALL | re.MULTILINE)[1]
+    floors = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', needed + extra))
     if lowest:
-        return [f"{name}=={floor}.*" if name == "numpy" else f"{name}=={floor}" for name, floor in floors.items()]
+        return [f"{name}=={floor if '.' in floor else f'{floor}.0'}.*" for name, floor in floors.items()]
     return [f"torch=={torch}", *(name for name in floors if name != "torch")]
 
 
@@ -113,7 +114,7 @@ def outcome(python: pathlib.Path, folder: str, choice: list[str], interpret: boo
     return found, " ".join(wrong[:1])
 
 
-def try_out(python: pathlib.Path, triton: str) -> dict:
+def try_out(python: pathlib.Path, triton: str, lowest: bool) -> dict:
     """A row of the table."""
     begin = time.monotonic()
     if triton == "none":
@@ -125,7 +126,9 @@ def try_out(python: pathlib.Path, triton: str) -> dict:
             left_out = shutil.ignore_patterns("__pycache__", "results")
             shutil.copytree(counts.ROOT / name, f"{folder}/{name}", ignore=left_out)
         shutil.copy(counts.ROOT / "pyproject.toml", folder)
-        choices = [(ALONE, False)] if triton == "none" else [(PLAIN, False), (KERNELS, True)]
+        choices = [(ALONE if lowest or triton == "none" else PLAIN, False)]
+        if triton != "none":
+            choices.append((KERNELS, True))
         done = [outcome(python, folder, choice, interpret) for choice, interpret in choices]
     total = {word: sum(found.get(word, 0) for found, _ in done) for word in ("passed", "failed", "skipped")}
     note = " ".join(wrong for _, wrong in done if wrong)
@@ -192,7 +195,7 @@ def main() -> int:
         reached.add(what)
         for triton in given.triton:
             try:
-                rows.append(try_out(python, triton))
+                rows.append(try_out(python, triton, given.lowest))
                 reached.add(f"{what}, Triton {triton}")
                 print(json.dumps(rows[-1]), flush=True)
             except RuntimeError as error:  # of pip

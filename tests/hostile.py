@@ -87,9 +87,14 @@ def make_good(folder: Path) -> None:
     config = checkpoint.Config("vit_tiny_patch16_224", MODEL, tuple("abcde"), _pictures())
     own = folder / "json" / "own"
     own.mkdir()
+    (folder / "json" / "bare").mkdir()
     checkpoint.save(own, model, config, {"generator.cpu": torch.get_rng_state()}, {"step": 3, "history": [{"a": 1.0}]})
     shutil.copy(own / checkpoint.TRAINING, folder / "safetensors" / "training.safetensors")
     (own / checkpoint.TRAINING).unlink()
+    bare = MODEL | {"pos_embed": "none"}  # no weight of which depends on the size of a picture
+    config = checkpoint.Config("vit_tiny_patch16_224", bare, tuple("abcde"), _pictures())
+    checkpoint.save(folder / "json" / "bare", vit_fast.create_model("vit_tiny_patch16_224", 5, **bare), config, {}, {})
+    (folder / "json" / "bare" / checkpoint.TRAINING).unlink()
     jax = {name: tensor.numpy() for name, tensor in weights.convert(state, "jax", num_heads=2).items()}
     np.savez(folder / "npz" / "stored.npz", **jax)
     np.savez_compressed(folder / "npz" / "packed.npz", **jax)

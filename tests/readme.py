@@ -18,7 +18,7 @@ from tests.interpreting import started_interpreting
 from tests.ops import harness
 
 README = pathlib.Path(__file__).parent / "README.md"
-LONG_RUNS = ("exhaustive", "mutants", "faults", "hostile", "numbers", "leaks", "compatibility")
+LONG_RUNS = ("test", "exhaustive", "mutants", "faults", "hostile", "numbers", "leaks", "compatibility")
 # Test → the op where its file is another's, the passes where it has no backward, the backend where it has no parameter.
 HELD = {
     "test_output_and_gradients": {},

@@ -271,6 +271,15 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, uninterrupted, chang
         training.train(tiny_config(tmp_path / "on", epochs=2), tmp_path / "damaged")
 
 
+def test_a_sum_of_losses_that_is_an_integer_past_64_bits(tmp_path, uninterrupted):
+    folder = uninterrupted[0].output
+    _, tensors, state = checkpoint.load_training(folder)
+    checkpoint.save(tmp_path, *checkpoint.load(folder), tensors, state | {"loss_sum": 10**25})
+    run = training._Run(tiny_config(tmp_path / "on", epochs=2))
+    run.restore(tmp_path)
+    assert run.loss_sum.item() == pytest.approx(1e25)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
