@@ -39,8 +39,8 @@ def keep(reports: pathlib.Path, slow: bool, begin: float) -> None:
     ]
     counts.keep(
         "test-all" if slow else "test",
-        "The tests by their files. None may fail; those that are skipped need a GPU, or say why. Two processes run at a "
-        "time: their seconds are more than the run took.",
+        "The tests by their files. None may fail; those that are skipped need a GPU, or say why. Two processes run at "
+        "a time: their seconds are more than the run took.",
         "python -m tests --keep" + " --slow" * slow,
         duration,
         {
