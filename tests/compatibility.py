@@ -60,7 +60,8 @@ def run(*command, **options) -> subprocess.CompletedProcess:
 
 def install(python: pathlib.Path, *arguments) -> None:
     """pip install, and what pip said where it fails."""
-    done = run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
+    quietly = ("--quiet", "--disable-pip-version-check", "--only-binary", "numpy")  # old numpy builds on no new Python
+    done = run(python, "-m", "pip", "install", *quietly, *arguments)
     if done.returncode:
         raise RuntimeError(f"pip install {' '.join(map(str, arguments))}:\n{done.stdout}")
 
@@ -72,7 +73,7 @@ def requirements(torch: str, lowest: bool) -> list[str]:
     extra = re.search(r"^cli = \[(.*?)\]", project, re.DOTALL | re.MULTILINE)[1]
     floors = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', needed + extra))
     if lowest:
-        return [f"{name}=={floor if '.' in floor else f'{floor}.0'}.*" for name, floor in floors.items()]
+        return [f"{name}=={floor}.*" if name == "numpy" else f"{name}=={floor}" for name, floor in floors.items()]
     return [f"torch=={torch}", *(name for name in floors if name != "torch")]
 
 

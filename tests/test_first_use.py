@@ -129,6 +129,7 @@ for command in ("models vit_tiny*", "train --help"):
 # Let through, as -W takes it.
 THIRD_PARTIES = (
     "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning",  # torch.compile, of that one release of Python
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning",  # kornia 0.8.3
     "ignore:'click.utils.get_:DeprecationWarning",  # typer before 0.26 beside click 8.5
 )
 STEPS = {"import": "import vit_fast", "model": MODEL, "training": TRAINING, "command line": COMMANDS}
