@@ -60,7 +60,7 @@ def run(*command, **options) -> subprocess.CompletedProcess:
 
 def install(python: pathlib.Path, *arguments) -> None:
     """pip install, and what pip said where it fails."""
-    quietly = ("--quiet", "--disable-pip-version-check", "--only-binary", "numpy")  # old numpy builds on no new Python
+    quietly = ("--quiet", "--disable-pip-version-check", "--only-binary", ":all:")  # old ones build on no new Python
     done = run(python, "-m", "pip", "install", *quietly, *arguments)
     if done.returncode:
         raise RuntimeError(f"pip install {' '.join(map(str, arguments))}:\n{done.stdout}")
