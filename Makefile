@@ -30,7 +30,7 @@ test-all: $(VENV)/test.stamp  ## the slow tests too
 	$(BIN)/python -m tests --slow $(PYTEST_ARGS)
 
 # Each keeps its counts in tests/results; the page shows them.
-exhaustive: $(VENV)/test.stamp  ## the tests and the long runs: guard pages, kills, hostile files, errors, leaks; two hours; SEED=1 for others
+exhaustive: $(VENV)/test.stamp  ## the tests and the long runs: guard pages, kills, hostile files; two hours; SEED=1 for others
 	$(BIN)/python -m tests --keep
 	$(BIN)/python -m tests.exhaustive --seed $(SEED)
 	$(BIN)/python -m tests.faults --kills 200 --seed $(SEED)

@@ -178,9 +178,7 @@ def main() -> int:
     parser.add_argument("--python", nargs="+", help="interpreters, or versions as 3.12 (each that is found)")
     parser.add_argument("--triton", nargs="+", default=["3.6.0", "3.7.0", "3.9.0", "none"], help="versions, or none")
     parser.add_argument("--torch", default="2.13.0", help="version (2.13.0)")
-    parser.add_argument(
-        "--lowest", action="store_true", help="torch, numpy and safetensors as old as the package takes"
-    )
+    parser.add_argument("--lowest", action="store_true", help="what is required as old as the package takes it")
     given = parser.parse_args()
     found, rows, reached = pythons(), [], set()
     unreachable = {f"Python 3.{minor}": "no interpreter" for minor in MINORS if f"3.{minor}" not in found}

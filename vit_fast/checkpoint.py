@@ -43,7 +43,8 @@ FORMAT = 1
 MOST_JSON = 16 << 20  # bytes of a config or an index
 MOST_BLOCKS = 256  # of a model that is read: a file may hold any number of tensors of no numbers
 LEAST_OF_BLOCK = 8  # tensors: two norms of two, four products
-MOST_TOKENS = 4096  # of a picture of a model without positions, of which no tensor has a size that depends on them
+# Of a picture of a model without positions, of which no tensor has a size that depends on it.
+MOST_SIDE, MOST_PATCHES = 1024, 4096
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 SHOWN = 5  # names listed in an error
 
@@ -293,11 +294,11 @@ def check_described(
     except Exception as error:  # of arguments of any type and size: whatever PyTorch raises
         raise ValueError(f"{name}: its config describes no model ({error!r})") from error
     _check_fit(shell.state_dict(), weights, name, partial)
-    tokens = shell.patch_embed.num_patches
-    if shell.pos_embed is None and tokens > MOST_TOKENS:
+    sides, patches = shell.patch_embed.img_size, shell.patch_embed.num_patches
+    if shell.pos_embed is None and (max(sides) > MOST_SIDE or patches > MOST_PATCHES):
         raise ValueError(
-            f"img_size: the config says {shell.patch_embed.img_size}, {tokens} patches of a model without positions: "
-            f"{MOST_TOKENS} at most"
+            f"img_size: the config says {sides}, {patches} patches, of a model without positions: {MOST_SIDE} a side "
+            f"and {MOST_PATCHES} patches at most"
         )
 
 
