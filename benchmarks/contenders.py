@@ -7,7 +7,7 @@ returns has been held to fp64.
 import functools
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ MODELS = {
 }
 # Tokens, the class token among them → pixels a side of the image, and of a patch.
 IMAGES = {17: (32, 8), 50: (224, 32), 197: (224, 16), 257: (224, 14), 577: (384, 16), 1370: (518, 14)}
+SIZES = ((["B", "L"], 197), (["H"], 257))  # at 224 pixels
 EPS = 1e-6
 
 
@@ -454,8 +455,23 @@ def _relative(ours: Tensor, truth: Tensor) -> float:
     return ((ours.detach().double() - truth.detach()).norm() / truth.detach().norm()).item()
 
 
-def measure(case: Case, contenders: list[str], rounds: int = timing.ROUNDS) -> dict[str, Measured]:
-    """Each contender forward, and forward and backward, in turn with the others.
+def _forward(call: Callable, constant: int, upstream: Tensor, *tensors: Tensor) -> Tensor:
+    with torch.no_grad():
+        return call(*tensors)
+
+
+def _both(call: Callable, constant: int, upstream: Tensor, *tensors: Tensor) -> tuple:
+    wanted = call.wanted(*tensors) if isinstance(call, _Held) else tensors[constant:]
+    return torch.autograd.grad(call(*tensors), wanted, upstream, allow_unused=True)
+
+
+RUNS = {"forward": _forward, "both": _both}
+
+
+def measure(
+    case: Case, contenders: list[str], rounds: int = timing.ROUNDS, directions: Iterable[str] = tuple(RUNS)
+) -> dict[str, Measured]:
+    """Each contender forward, and forward and backward, or one of them alone, in turn with the others.
 
     Its output, and each of its gradients, may be four times as far from fp64 as eager PyTorch's in the same dtype, or
     it is wrong, and not timed. Where eager PyTorch fails there is nothing to hold the others to, and all are left out;
@@ -475,7 +491,7 @@ def measure(case: Case, contenders: list[str], rounds: int = timing.ROUNDS) -> d
     except Exception as error:
         reason = f"eager PyTorch, which the others are held to: {in_a_line(error)}"
         return {name: Measured({}, left_out=reason) for name in contenders}
-    found, runs = {}, {"forward": {}, "both": {}}
+    found, runs = {}, {direction: {} for direction in directions}
     for name in contenders:
         try:
             call = call_of(case, name)
@@ -486,8 +502,8 @@ def measure(case: Case, contenders: list[str], rounds: int = timing.ROUNDS) -> d
                 if not error <= allowed:
                     raise Wrong(f"the error of its {what} is {error:.1e}, {allowed:.1e} is allowed")
             upstream = torch.randn_like(call(*own[0]))
-            for direction, run in (("forward", _forward), ("both", _both)):
-                one = functools.partial(run, call, op.constant, upstream)
+            for direction in directions:
+                one = functools.partial(RUNS[direction], call, op.constant, upstream)
                 one(*own[0])
                 runs[direction][name] = timing.rotated(one, own)
             found[name] = Measured({}, errors.get("output"))
@@ -508,28 +524,22 @@ def measure(case: Case, contenders: list[str], rounds: int = timing.ROUNDS) -> d
     return found
 
 
-def _forward(call: Callable, constant: int, upstream: Tensor, *tensors: Tensor) -> Tensor:
-    with torch.no_grad():
-        return call(*tensors)
-
-
-def _both(call: Callable, constant: int, upstream: Tensor, *tensors: Tensor) -> tuple:
-    wanted = call.wanted(*tensors) if isinstance(call, _Held) else tensors[constant:]
-    return torch.autograd.grad(call(*tensors), wanted, upstream, allow_unused=True)
-
-
 def cases(models, tokens, batches, dtypes, chosen=tuple(OPS)) -> list[Case]:
     """Every op at every one of these."""
     return [Case(*one) for one in itertools.product(chosen, models, tokens, batches, dtypes)]
 
 
 def cases_of(which: str) -> list[Case]:
-    """Those of a set: "small" for a rehearsal, "main", "full"."""
+    """Those of a set: "small" for a rehearsal, "main", "few" for small batches, "full"."""
     if which == "small":
         return cases(["tiny"], [17], [2], ["bf16", "fp32"])
+    if which == "few":
+        found = [cases(models, [tokens], [batch], ["bf16"]) for batch in (1, 8, 64) for models, tokens in SIZES]
+        at_577 = cases(["B", "L"], [577], [1, 8, 64], ["bf16"], ["attention"])
+        return [*itertools.chain(*found), *at_577]
     if which == "full":
         models = [model for model in MODELS if model != "tiny"]
         tokens = [count for count in IMAGES if count != 17]
         return cases(models, tokens, [1, 8, 32, 64, 256], ["bf16", "fp16", "fp32"])
-    found = cases(["B", "L"], [197], [256], ["bf16"]) + cases(["H"], [257], [256], ["bf16"])
-    return found + cases(["B"], [577], [64], ["bf16"], ["attention"])
+    found = [cases(models, [tokens], [256], ["bf16"]) for models, tokens in SIZES]
+    return [*itertools.chain(*found), *cases(["B"], [577], [64], ["bf16"], ["attention"])]

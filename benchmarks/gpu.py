@@ -8,6 +8,8 @@ models     ViT-B and L, inference and training step, against timm eager, in a gr
 tiles      tiles side by side in the block that launches them, to OUT/sweep.json (benchmarks/sweep.py)
 rest       models again: S, H and so400m, small batches, fp16, more training steps; more lines of OUT/models.json
 kernels    each launch of a ViT-B, L and H's block, inference and training step
+few        each op forward at batches of 1, 8 and 64, no compiled peers
+largest    the largest batch of a training step that fits (benchmarks/largest.py)
 tests      tests/gpu
 
 Each step is a process of its own, and writes OUT/STEP.json as it goes: what is cut or fails costs no other step. After
@@ -47,10 +49,11 @@ from vit_fast import verify
 from vit_fast.checkpoint import replacing
 
 REHEARSAL = DEVICE == "cpu"
-STEPS = ("entries", "ops", "models", "tiles", "rest", "kernels", "tests")
+STEPS = ("entries", "ops", "models", "tiles", "rest", "kernels", "few", "largest", "tests")
 FILES = {"tiles": "sweep", "rest": "models"}  # of the steps whose file has another name
 MODELS = ("tiny",) if REHEARSAL else ("B", "L", "H")
 OURS_AND_TIMMS = ("vit_fast", "vit_fast graph", "timm", "timm graph")
+COMPILED_OPS = ("flex", "compiled", "compiled max")
 COMPILED = ("timm compiled", "vit_fast compiled")  # of the models of MODELS, at one batch: it takes longest
 
 
@@ -88,14 +91,15 @@ def measure_ops(write: Write, batch: int, compiled: bool, which: str = "main", d
             case = case._replace(batch=min(case.batch, batch))
         place = {"op": case.op, "model": label(case), "tokens": case.tokens, "batch": case.batch, "dtype": case.dtype}
         # Compiling takes most of the time there is.
-        shown = ("compiled", "compiled max") if which == "full" else ("compiled",) if case.model == "B" else ()
-        names = [n for n in contenders.names(case.op) if not n.startswith("compiled") or (compiled and n in shown)]
+        shown = COMPILED_OPS if which == "full" else COMPILED_OPS[: 1 + (case.model == "B")]
+        names = [n for n in contenders.names(case.op) if n not in COMPILED_OPS or (compiled and n in shown)]
         before = [line for line in lines if place.items() <= line.items()]
         if known(before, names):
             continue
         lines = [line for line in lines if line not in before]
-        found = contenders.measure(case, names)
-        for direction in ("forward", "both"):
+        directions = ("forward",) if which == "few" else tuple(contenders.RUNS)
+        found = contenders.measure(case, names, directions=directions)
+        for direction in directions:
             us = {name: quantiles(one.us[direction]) for name, one in found.items() if one.us}
             samples = {name: [round(x, 3) for x in one.us[direction]] for name, one in found.items() if one.us}
             line = {**place, "direction": direction, "us": us}
@@ -124,15 +128,19 @@ def model_cases(batch: int, which: str) -> list[whole_models.ModelCase]:
     found += [make(name, 224, batch // 4, "bf16", "training") for name in "BL"]
     found += [make("so400m", 224, batch, "bf16", "inference"), make("B", 224, batch, "fp16", "inference")]
     found += [make("S", 224, batch, "bf16", "training"), make("B", 384, batch // 4, "bf16", "inference")]
-    found += [make("B", 224, batch, "fp16", "training"), make("L", 224, batch, "fp16", "inference")]
+    found += [make(name, 224, batch, "amp", "training") for name in "BL"]
+    found += [make(name, 224, batch, "bf16", "checkpointed") for name in "BL"]
+    found += [make("B", 224, batch // 4, "amp", "training"), make("B", 224, batch, "fp16", "training")]
+    found += [make("L", 224, batch, "fp16", "inference")]
     return [*found, make("H", 224, batch, "bf16", "training")]  # which an 80 GB card may not hold
 
 
 def measure_models(write: Write, batch: int, compiled: bool, which: str = "main", done: Iterable[dict] = ()) -> None:
     lines = list(done)
     for case in model_cases(batch, which):
-        at = compiled_at(case.model, case.direction == "training", batch)
-        shown = COMPILED if case[1:4] == (224, at, "bf16") else ()
+        at = compiled_at(case.model, case.direction != "inference", batch)
+        plain = case.dtype == "bf16" and case.direction != "checkpointed"
+        shown = COMPILED if case[1:3] == (224, at) and (plain or case.model == "B") else ()
         names = [
             name
             for name in whole_models.names(case)
@@ -144,7 +152,7 @@ def measure_models(write: Write, batch: int, compiled: bool, which: str = "main"
         lines = [line for line in lines if line not in before]
         found = whole_models.measure(case, names)
         line = {"case": list(case), "model": whole_models.NAMES[case.model], "batch": case.batch}
-        line |= {"training": case.direction == "training"}
+        line |= {"training": case.direction != "inference"}
         line["us"] = {name: quantiles(one.us) for name, one in found.items() if one.us}
         line["samples"] = {name: [round(x, 1) for x in one.us] for name, one in found.items() if one.us}
         line["facts"] = {name: one.facts for name, one in found.items() if one.us}
@@ -373,6 +381,8 @@ def run_step(step: str, out: pathlib.Path, given: argparse.Namespace) -> None:
         measure_kernels(write, given.batch_size)
     elif step == "ops":
         measure_ops(write, given.batch_size, compiled, given.set, known_of(path))
+    elif step == "few":
+        measure_ops(write, given.batch_size, False, step)
     else:
         which = "rest" if step == "rest" and given.set == "main" else given.set
         measure_models(write, given.batch_size, compiled, which, known_of(path))
@@ -385,6 +395,8 @@ def command_of(step: str, given: argparse.Namespace) -> list[str]:
         return [sys.executable, "-m", "pytest", "tests/gpu", *options, *workers]
     if step == "tiles":
         return [sys.executable, "-m", "benchmarks.sweep", str(given.out), "--workers", str(given.workers)]
+    if step == "largest":
+        return [sys.executable, "-m", "benchmarks.largest", str(given.out / "largest.json")]
     command = [sys.executable, "-m", "benchmarks.gpu", str(given.out), step, "--alone", "--set", given.set]
     command += ["--batch-size", str(given.batch_size), "--workers", str(given.workers)]
     return command + ["--no-compile"] * given.no_compile

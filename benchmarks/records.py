@@ -7,7 +7,7 @@ architecture      of a GPU the name of its table of tiles; of a CPU ""
 versions          package → version
 date, commit      of the run, and of the tree that was measured, "+" where it had been changed
 command           what was run
-ceilings          matrix_tflops and copy_tbs, reached in the same run; none on a CPU
+ceilings          matrix_tflops, copy_tbs and, of later files, sustained_tflops, reached in the same run; none on a CPU
 state             clock, temperature and power before and after, where the driver says them
 blocks, tiles     of benchmarks/sweep.py: launches of blocks as they are, and a table of the tiles that won
 results           a list of objects, each one case; times, "us", are microseconds, the 20, 50 and 80 % quantiles or the

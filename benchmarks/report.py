@@ -105,7 +105,7 @@ def models_table(training: bool, batches: tuple[int, ...]) -> str:
 
 def share_of_ceiling(row: dict, us: float | None = None) -> float:
     """What our fastest form, or a run that takes `us`, reaches of the ceiling of its run, in per cent."""
-    flops = forward_flops(row["model"], row["pixels"]) * row["batch"] * (3 if row["direction"] == "training" else 1)
+    flops = forward_flops(row["model"], row["pixels"]) * row["batch"] * (1 if row["direction"] == "inference" else 3)
     return 100 * flops / (us or best(row["us"], True)[1]) / 1e6 / row["ceilings"]["matrix_tflops"]
 
 

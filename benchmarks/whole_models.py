@@ -40,6 +40,7 @@ NAMES = {
 }
 CLASSES = 1000
 FORMS = ("", " graph", " compiled", " compiled max")
+PARAMETERS = {**DTYPES, "amp": torch.float32}  # the dtype of a case's parameters, and of its images
 
 
 class ModelCase(NamedTuple):
@@ -48,8 +49,8 @@ class ModelCase(NamedTuple):
     model: str
     pixels: int
     batch: int
-    dtype: str
-    direction: str  # "inference" or "training"
+    dtype: str  # "amp" is bf16 by autocast, the parameters in fp32
+    direction: str  # "inference", "training", or "checkpointed": training with activation checkpointing
 
     def __str__(self) -> str:
         return "-".join(map(str, self))
@@ -67,9 +68,8 @@ class MeasuredModel(NamedTuple):
 
 def cases(which: str) -> list[ModelCase]:
     if which == "small":
-        return [
-            ModelCase("tiny", 224, 2, dtype, way) for dtype in ("bf16", "fp32") for way in ("inference", "training")
-        ]
+        ways = [(dtype, way) for dtype in ("bf16", "fp32") for way in ("inference", "training")]
+        return [ModelCase("tiny", 224, 2, *way) for way in (*ways, ("amp", "training"), ("bf16", "checkpointed"))]
     models = [name for name in NAMES if name != "tiny"] if which == "full" else ["S", "B", "L", "H"]
     pixels = (224, 384, 518) if which == "full" else (224,)
     found = []
@@ -90,6 +90,11 @@ def _installed_with_torchvision(package: str) -> None:
     mend_torchvision.mend()
 
 
+def _without_checkpointing(case: ModelCase) -> None:
+    if case.direction == "checkpointed":
+        raise LeftOut("its model has no switch for activation checkpointing")
+
+
 def _arguments(case: ModelCase) -> dict[str, int]:
     """What our `create_model` takes, and timm's."""
     depth = {"depth": 2} if case.model == "tiny" else {}
@@ -97,14 +102,18 @@ def _arguments(case: ModelCase) -> dict[str, int]:
 
 
 def _ours(case: ModelCase) -> nn.Module:
-    return vit_fast.create_model(NAMES[case.model], **_arguments(case))
+    model = vit_fast.create_model(NAMES[case.model], **_arguments(case))
+    model.set_grad_checkpointing(case.direction == "checkpointed")
+    return model
 
 
 def _timm(case: ModelCase) -> nn.Module:
     _installed_with_torchvision("timm")
     import timm
 
-    return timm.create_model(NAMES[case.model], **_arguments(case))
+    model = timm.create_model(NAMES[case.model], **_arguments(case))
+    model.set_grad_checkpointing(case.direction == "checkpointed")
+    return model
 
 
 @functools.cache
@@ -151,11 +160,15 @@ def _transformers(case: ModelCase) -> nn.Module:
         num_labels=CLASSES,
         attn_implementation="sdpa",
     )
-    return _Logits(ViTForImageClassification(config))
+    model = ViTForImageClassification(config)
+    if case.direction == "checkpointed":
+        model.gradient_checkpointing_enable()
+    return _Logits(model)
 
 
 def _torchvision(case: ModelCase) -> nn.Module:
     _installed_with_torchvision("torchvision")
+    _without_checkpointing(case)
     from torchvision.models import VisionTransformer
 
     sizes = _sizes(case)
@@ -175,6 +188,7 @@ DINOV2 = {"S": "dinov2_vits14", "B": "dinov2_vitb14", "L": "dinov2_vitl14"}  # i
 
 def _dinov2(case: ModelCase) -> nn.Module:
     """Of a clone of its repository where torch.hub keeps one: nothing is fetched."""
+    _without_checkpointing(case)
     clone = pathlib.Path(torch.hub.get_dir()) / "facebookresearch_dinov2_main"
     if case.model not in DINOV2:
         raise LeftOut("it has no model of this size")
@@ -203,9 +217,12 @@ PEERS = {
 
 
 def rates(case: ModelCase, us: float) -> dict[str, float]:
-    """Images a second, and TFLOP/s of the model as it is published, of a batch that took so many microseconds."""
+    """Images a second, and TFLOP/s of the model as it is published, of a batch that took so many microseconds.
+
+    What checkpointing computes again counts for nothing.
+    """
     sizes = {name: value for name, value in _arguments(case).items() if name == "depth"}
-    flops = forward_flops(NAMES[case.model], case.pixels, **sizes) * (3 if case.direction == "training" else 1)
+    flops = forward_flops(NAMES[case.model], case.pixels, **sizes) * (1 if case.direction == "inference" else 3)
     return {"images_per_second": 1e6 * case.batch / us, "tflops": flops * case.batch / us / 1e6}
 
 
@@ -245,12 +262,12 @@ def graphed(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
-def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """Forward, backward and a step of fused AdamW."""
+def training_step(model: nn.Module, forward: Callable[[], Tensor], labels: Tensor) -> Callable[[], None]:
+    """`forward`, which gives the model's logits, backward and a step of fused AdamW."""
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step():
-        F.cross_entropy(model(images).float(), labels).backward()
+        F.cross_entropy(forward().float(), labels).backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
@@ -289,7 +306,14 @@ class Contender(NamedTuple):
     logits: Callable[[], Tensor]
 
 
-def started(model: nn.Module, form: str, training: bool, images: Tensor, labels: Tensor) -> Contender:
+def autocast(wanted: bool) -> torch.autocast:
+    """Around a forward pass, in bf16 or not at all."""
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=wanted)
+
+
+def started(
+    model: nn.Module, form: str, training: bool, images: Tensor, labels: Tensor, amp: bool = False
+) -> Contender:
     """A model in one of `FORMS`; a graph is captured here, and compilation waits for the first run.
 
     Raises:
@@ -302,13 +326,14 @@ def started(model: nn.Module, form: str, training: bool, images: Tensor, labels:
         if form.endswith("max"):
             mode = "max-autotune-no-cudagraphs" if training else "max-autotune"
         model = compiled(model, mode)
+
+    def forward():
+        with autocast(amp):
+            return model(images)
+
     if training:
-        return Contender(training_step(model, images, labels), lambda: model(images))
-
-    @torch.inference_mode()
-    def infer():
-        return model(images)
-
+        return Contender(training_step(model, forward, labels), forward)
+    infer = torch.inference_mode()(forward)
     run = graphed(infer) if form == "graph" else infer
     return Contender(run, run)
 
@@ -323,14 +348,16 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
     not known. Where one takes the device with it, those that were not timed are left out.
     """
     torch._dynamo.reset()  # its limits are for one piece of code, and all cases share theirs
-    images = torch.randn(case.batch, 3, case.pixels, case.pixels, device=DEVICE).to(DTYPES[case.dtype])
-    labels = torch.randint(CLASSES, (case.batch,), device=DEVICE)
+    images = torch.randn(case.batch, 3, case.pixels, case.pixels, device=DEVICE).to(PARAMETERS[case.dtype])
+    labels, amp = torch.randint(CLASSES, (case.batch,), device=DEVICE), case.dtype == "amp"
     with torch.device(DEVICE), vit_fast.use_backend("torch"):
-        ours = draw_anew(_ours(case)).to(DTYPES[case.dtype]).eval()
+        ours = draw_anew(_ours(case)).to(PARAMETERS[case.dtype]).eval()
         with torch.no_grad():
-            allowed = 4 * error_of(ours(ends(images)), truth_of(ours, images))
+            with autocast(amp):
+                logits = ours(ends(images))
+            allowed = 4 * error_of(logits, truth_of(ours, images))
     del ours
-    training = case.direction == "training"
+    training = case.direction != "inference"
     found, runs = {}, {}
     for name in contenders:
         model = contender = run = None  # of one that failed, whose memory is not that of the others
@@ -339,11 +366,11 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
             others = timing.held_gb() - images.nbytes / 1e9
             whose, _, form = name.partition(" ")
             with torch.device(DEVICE):
-                model = draw_anew(PEERS[whose](case)).to(DTYPES[case.dtype]).train(training)
+                model = draw_anew(PEERS[whose](case)).to(PARAMETERS[case.dtype]).train(training)
             truth = truth_of(model, images)
             timing.empty_memory()
             began = time.perf_counter()
-            contender = started(model, form, training, images, labels)
+            contender = started(model, form, training, images, labels, amp)
             error = error_of(contender.logits(), truth)
             if not error <= allowed:
                 raise ValueError(f"its error is {error:.1e}, {allowed:.1e} is allowed")

@@ -13,7 +13,7 @@ whole      up to the LONGEST of the tile's entry, 272 tokens at most: a program 
            pieces of a power of two, 197 as 128 + 64 + 16. The pieces are what is compiled; how many tokens there are is
            a mask of the last piece, so that a new size of image compiles nothing new until its pieces are others.
            forward: a program a head, or a query tile where heads are few; all scores of a tile at once, one softmax
-           without rescaling. hopper_attention.py has another form, for Hopper, which is not in force yet.
+           without rescaling. Where heads fill a Hopper hopper_attention.py has another form of it.
            backward: a program a head, five products. All queries stay, and dq is summed over key tiles in registers,
            half as many as dk and dv would take; dk and dv of a key tile are whole when the next begins
 streaming  beyond. forward: one pass over key tiles; m is the largest score so far, l = Σ 2^(S − m), both mended when m

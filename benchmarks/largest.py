@@ -1,0 +1,98 @@
+"""The largest batch of a training step that fits into a GPU's memory: ours and timm's.
+
+python -m benchmarks.largest OUT.json [--model B …]
+
+bf16, 224 pixels, eager, AdamW's state included. The memory of two small steps says where the end must be; from there
+batches of a hundredth more or less are tried until one fits and the next does not. "batch" fits, "too_large" did not.
+Nothing is known without a GPU: then the two steps of a tiny model are run, as a rehearsal.
+"""
+
+import argparse
+import contextlib
+import json
+import pathlib
+
+import torch
+
+from benchmarks import timing, whole_models
+from benchmarks.records import record
+from benchmarks.timing import DEVICE
+from vit_fast.checkpoint import replacing
+
+CONTENDERS = ("vit_fast", "timm")
+SMALL = (16, 32) if DEVICE == "cuda" else (1, 2)
+TRIES = 8
+
+
+class Steps:
+    """Training steps of one model at any batch, and the memory that each took."""
+
+    def __init__(self, name: str, contender: str):
+        self.case = whole_models.ModelCase(name, 224, 1, "bf16", "training")
+        with torch.device(DEVICE):
+            self.model = whole_models.PEERS[contender](self.case).to(torch.bfloat16).train()
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), fused=True)
+
+    def peak(self, batch: int) -> int:
+        """Bytes of a step.
+
+        Raises:
+            torch.OutOfMemoryError: where it does not fit.
+        """
+        timing.empty_memory()
+        images = torch.randn(batch, 3, 224, 224, device=DEVICE, dtype=torch.bfloat16)
+        labels = torch.randint(whole_models.CLASSES, (batch,), device=DEVICE)
+        torch.nn.functional.cross_entropy(self.model(images).float(), labels).backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
+
+    def fits(self, batch: int) -> bool:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            self.peak(batch)
+            return True
+        self.optimiser.zero_grad(set_to_none=True)
+        return False
+
+
+def find(name: str, contender: str) -> dict:
+    """One line of results."""
+    steps = Steps(name, contender)
+    steps.peak(SMALL[0])  # the optimiser's state is made here
+    first, second = map(steps.peak, SMALL)
+    line = {"model": whole_models.NAMES[name], "contender": contender, "dtype": "bf16"}
+    if DEVICE == "cpu":
+        return line
+    an_image = (second - first) / (SMALL[1] - SMALL[0])
+    timing.empty_memory()
+    room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    batch = int((room - first) / an_image) + SMALL[0]
+    step, fitting, too_large = max(1, batch // 100), 0, None
+    for _ in range(TRIES):
+        if steps.fits(batch):
+            fitting, batch = batch, batch + step
+        else:
+            too_large, batch = batch, batch - step
+        if fitting and too_large:
+            break
+    return {**line, "batch": fitting, "too_large": too_large, "mb_an_image": round(an_image / 1e6, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=pathlib.Path)
+    models = ["tiny"] if DEVICE == "cpu" else ["B", "L", "H"]
+    parser.add_argument("--model", action="append", choices=models, help="only this one; may be repeated")
+    given = parser.parse_args()
+    lines = []
+    for name in given.model or models:
+        for contender in CONTENDERS:
+            lines.append(find(name, contender))
+            timing.empty_memory()
+            print(*lines[-1].values(), flush=True)
+            with replacing(given.out) as beside:
+                beside.write_text(json.dumps(record(lines, rehearsal=DEVICE == "cpu")))
+
+
+if __name__ == "__main__":
+    main()
