@@ -199,6 +199,86 @@ def test_masks():
             assert close(ours(images, **options), theirs(images, **options))
 
 
+# --- the last block, of which the head reads the class token alone
+
+VARIANTS = {
+    "plain": {},
+    "LayerScale, drop path": {"init_values": 0.5, "drop_path_rate": 0.4},
+    "registers, norms of queries and keys": {"reg_tokens": 2, "qk_norm": True},
+    "norms inside, no bias": {"scale_attn_norm": True, "scale_mlp_norm": True, "qkv_bias": False},
+    "SwiGLU, another final norm": {"mlp_layer": layers.SwiGLUPacked, "act_layer": nn.SiLU, "fc_norm": True},
+}
+
+
+def _tokens_of_the_last_block(monkeypatch, model, images) -> int:
+    """How many tokens the last MLP of a model sees."""
+    seen = []
+    fused = layers.Block._fused_mlp
+    monkeypatch.setattr(layers.Block, "_fused_mlp", lambda block, x: seen.append(x.shape[1]) or fused(block, x))
+    model(images)
+    return seen[-1]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_that_the_head_does_not_read_are_left_out(variant, training, monkeypatch):
+    """Logits and the gradient of every parameter are those of all tokens."""
+    options = {**SMALL, "dtype": torch.float64, **VARIANTS[variant]}
+    model = draw(vit_fast.VisionTransformer(**options)).train(training)
+    images = pictures()
+
+    def results(forward) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        logits = forward(images)
+        wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return [logits, *torch.autograd.grad(logits.square().sum(), wanted)]
+
+    ours, every = results(model), results(lambda x: model.forward_head(model.forward_features(x)))
+    for one, other in zip(ours, every):  # what shifts all keys alike has a gradient of zero, but for rounding
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    assert _tokens_of_the_last_block(monkeypatch, model, images) == 1
+
+
+def test_who_looks_at_every_token_sees_them(monkeypatch):
+    """A hook on the last block, on the final norm or on what holds the blocks; another pool, another head."""
+    model = draw(vit_fast.VisionTransformer(**SMALL, dtype=torch.float64)).eval()
+    images, seen = pictures(), []
+    tokens = model.forward_features(images).shape[1]
+    expected = model(images)
+    assert model.last_block_aside() == ""
+    for name, module in (("blocks.2", model.blocks[-1]), ("norm", model.norm), ("blocks", model.blocks)):
+        handle = module.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+        assert model.last_block_aside() == f"{name} has a hook"
+        assert close(model(images), expected)
+        assert seen.pop() == tokens
+        handle.remove()
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward_features", lambda *args: seen.append("features") or expected.new_ones(2, 3, 32))
+        model(images)
+        assert seen == ["features"]
+
+    class Pooled(vit_fast.VisionTransformer):
+        def pool(self, x, pool_type=None):
+            return x.mean(dim=1)
+
+    class Featured(vit_fast.VisionTransformer):
+        def forward_features(self, x, attn_mask=None, is_causal=False):
+            return 2 * super().forward_features(x, attn_mask, is_causal)
+
+    for kind, changed in ((Pooled, lambda f: model.head(f.mean(1))), (Featured, lambda f: model.head(2 * f[:, 0]))):
+        other = kind(**SMALL, dtype=torch.float64).eval()
+        other.load_state_dict(model.state_dict())
+        assert close(other(images), changed(model.forward_features(images)))
+
+
+def test_what_reads_more_than_the_class_token_gets_it(monkeypatch):
+    for pool in ("avg", "token_avg", "max", "map", ""):
+        model = vit_fast.VisionTransformer(**{**SMALL, "global_pool": pool}).eval()
+        assert model.first_tokens_read() is None
+    distilled = vit_fast.model.VisionTransformerDistilled(**SMALL).eval()
+    assert _tokens_of_the_last_block(monkeypatch, distilled, pictures(dtype=torch.float32)) == 2
+
+
 def test_distilled_model_in_training_and_evaluation():
     options = {**SMALL, "dtype": torch.float64}
     theirs = TimmDistilled(**options)

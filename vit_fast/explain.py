@@ -49,12 +49,15 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         ValueError: where nothing of vit_fast is found in `model`.
     """
-    lines, tokens = [], None
+    lines, tokens, last, count = [], None, None, None
     for name, module in model.named_modules():
         if isinstance(module, VisionTransformer):
             grid = None if module.dynamic_img_size else module.patch_embed.num_patches
             tokens = grid and grid + module.num_prefix_tokens
-        lines += [Line(f"{name}.{part.name}".strip("."), part.op, *_choice(part)) for part in _parts(module, tokens)]
+            count = module.first_tokens_read()
+            last = None if count is None or module.last_block_aside() else module.blocks[-1]
+        parts = _parts(module, tokens, count if module is last else None)
+        lines += [Line(f"{name}.{part.name}".strip("."), part.op, *_choice(part)) for part in parts]
     if not lines:
         raise ValueError(
             f"model: got {type(model).__name__} without any module of vit_fast, takes a VisionTransformer or what "
@@ -89,13 +92,14 @@ class _Part(NamedTuple):
         ]
 
 
-def _parts(module: nn.Module, tokens: int | None) -> Iterator[_Part]:
-    """The ops of one module; `tokens` where they are the same in every call."""
+def _parts(module: nn.Module, tokens: int | None, count: int | None = None) -> Iterator[_Part]:
+    """The ops of one module; `tokens` where they are the same in every call, `count` of those that a block computes
+    where it is not all of them."""
     if isinstance(module, VisionTransformer):
         weight = module.patch_embed.proj.weight
         yield _Part("patch_embed", "patch_embed", weight, module.embed_aside(), "", (len(weight), weight[0].numel()))
     elif isinstance(module, Block):
-        yield from _parts_of_block(module, tokens)
+        yield from _parts_of_block(module, tokens, count)
     elif isinstance(module, AttentionPoolLatent):
         width = module.head_dim
         yield _Part("", "attention", module.latent, "", _head_width(width), (None, None, width))
@@ -111,11 +115,12 @@ def _parts(module: nn.Module, tokens: int | None) -> Iterator[_Part]:
         yield _Part("", module.op(), next(module.parameters()), "")
 
 
-def _parts_of_block(block: Block, tokens: int | None) -> Iterator[_Part]:
+def _parts_of_block(block: Block, tokens: int | None, count: int | None) -> Iterator[_Part]:
     attn, mlp = block.attn, block.mlp
     tensor, aside, mlp_aside = next(block.parameters()), block.attention_aside(), block.mlp_aside()
-    plain = not aside and type(attn.q_norm) is nn.Identity and type(attn.k_norm) is nn.Identity
-    whole = not (aside or mlp_aside) and block.suits_block_op()
+    every = count is None
+    plain = every and not aside and type(attn.q_norm) is nn.Identity and type(attn.k_norm) is nn.Identity
+    whole = every and not (aside or mlp_aside) and block.suits_block_op()
 
     def linear(name: str, op: str, reason: str, weights: nn.Module, weight: str) -> _Part:
         # In a whole block no finding counts but attention's, and where the half is aside its module may hold anything.
@@ -127,7 +132,7 @@ def _parts_of_block(block: Block, tokens: int | None) -> Iterator[_Part]:
     if op_aside:
         yield _Part("attn", op, tensor, op_aside)
     else:
-        yield _Part("attn", op, tensor, "", _head_width(attn.head_dim), (tokens, tokens, attn.head_dim), whole)
+        yield _Part("attn", op, tensor, "", _head_width(attn.head_dim), (count or tokens, tokens, attn.head_dim), whole)
     yield linear("attn", "linear_residual", aside, attn, "proj.weight")
     if mlp_aside or type(mlp.norm) is nn.Identity:
         yield linear("mlp", "swiglu" if type(mlp) is SwiGLUPacked else "mlp", mlp_aside, mlp, "fc2.weight")

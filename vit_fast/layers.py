@@ -471,19 +471,34 @@ class Block(nn.Module):
             norm2.eps,
         )
 
-    def _packed_qkv(self, x: Tensor) -> Tensor:
-        """[B, T, D] → [B, T, 3, H, d] by norm1 and qkv in one op; q_norm and k_norm are still to come."""
-        norm, attn = self.norm1, self.attn
-        qkv = ops.ln_linear(x, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, norm.eps)
-        return qkv.view(x.shape[0], x.shape[1], 3, attn.num_heads, attn.head_dim)
+    def first_tokens(self, x: Tensor, count: int) -> Tensor:
+        """`forward` of the first `count` tokens, [B, count, D]: they read the keys and values of all T, and nobody
+        computes anything else of the others. For a block of which neither half is aside."""
+        return self._fused_mlp(self._fused_attention(x, count))
 
-    def _fused_attention(self, x: Tensor) -> Tensor:
+    def _projected(self, x: Tensor, start: int = 0, stop: int = 3) -> Tensor:
+        """[B, T, D] → [B, T, 3, H, d] by norm1 and qkv in one op, or those of the three from start to stop; q_norm and
+        k_norm are still to come."""
+        norm, attn = self.norm1, self.attn
+        weight: Tensor = attn.qkv.weight
+        bias: Tensor | None = attn.qkv.bias
+        if stop - start < 3:
+            rows = slice(start * attn.attn_dim, stop * attn.attn_dim)
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        y = ops.ln_linear(x, norm.weight, norm.bias, weight, bias, norm.eps)
+        return y.view(x.shape[0], x.shape[1], stop - start, attn.num_heads, attn.head_dim)
+
+    def _fused_attention(self, x: Tensor, count: int | None = None) -> Tensor:
         attn = self.attn
-        qkv = self._packed_qkv(x)
-        if type(attn.q_norm) is nn.Identity and type(attn.k_norm) is nn.Identity:
-            heads = ops.attention_qkv(qkv)
+        if count is None and type(attn.q_norm) is nn.Identity and type(attn.k_norm) is nn.Identity:
+            heads = ops.attention_qkv(self._projected(x))
         else:
-            q, k, v = qkv.unbind(2)
+            if count is None:
+                q, k, v = self._projected(x).unbind(2)
+            else:
+                k, v = self._projected(x, 1, 3).unbind(2)
+                x = x[:, :count]
+                (q,) = self._projected(x, 0, 1).unbind(2)
             heads = ops.attention(attn.q_norm(q), attn.k_norm(k), v)
         if type(attn.norm) is not nn.Identity:
             heads = attn.norm(heads)
@@ -511,7 +526,7 @@ class Block(nn.Module):
         if self.attention_aside():
             q, k, _ = (t.transpose(1, 2) for t in self.attn.queries_keys_values(self.norm1(x)))
         else:
-            q, k, _ = self._packed_qkv(x).unbind(2)
+            q, k, _ = self._projected(x).unbind(2)
             q, k = self.attn.q_norm(q), self.attn.k_norm(k)
         return ops.attention_maps(q, k, queries)
 
@@ -617,7 +632,7 @@ _FORWARD: dict[type, Callable | None] = {
     kind: kind.forward
     for kind in (
         *(*ACTIVATION, *GATE, *DROPOUT, *NORM, *LINEAR, *MLP),
-        *(LayerScale, DropPath, Attention, PatchEmbed, nn.Conv2d),
+        *(LayerScale, DropPath, Attention, Block, PatchEmbed, nn.Conv2d, nn.Sequential),
     )
 }
 _PLAIN_TENSORS = (nn.Parameter, Tensor, type(None))

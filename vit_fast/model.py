@@ -24,6 +24,7 @@ from vit_fast.layers import (
     ACTIVATIONS,
     DROPOUT,
     NONE,
+    NORM_OR_NONE,
     Attention,
     AttentionPoolLatent,
     Block,
@@ -37,6 +38,7 @@ from vit_fast.ops.backend import say_aside
 from vit_fast.positions import resample_positions, sincos_position
 
 POOLS = ("", "token", "avg", "avgmax", "max", "map", "token_avg")
+FEW_TOKENS = 512  # to compute one of so few in nine launches saves a GPU nothing over all of them in a block's seven
 WEIGHT_INITS = ("", "skip", "reset", "jax", "jax_nlhb", "moco")
 
 
@@ -474,6 +476,29 @@ class VisionTransformer(nn.Module):
             x = self._run_block(block, x, attn_mask, is_causal)
         return self.norm(x)
 
+    def first_tokens_read(self) -> int | None:
+        """How many of the first tokens the head reads of what comes from the last block; None for all of them."""
+        kind = type(self)
+        known = kind.forward_head is VisionTransformer.forward_head and kind.pool is VisionTransformer.pool
+        return 1 if known and self.global_pool == "token" and self.attn_pool is None else None
+
+    def last_block_aside(self) -> str:
+        """Why the last block computes tokens that the head does not read, or "" where it leaves them out."""
+        if not len(self.blocks):
+            return "there is no block"
+        if type(self).forward_features is not VisionTransformer.forward_features:
+            return "forward_features is replaced"
+        for name in ("forward_features", "forward_head", "pool"):
+            if name in self.__dict__:
+                return f"{name} is replaced"
+        last: Any = self.blocks[-1]
+        reason = why_aside(
+            ("blocks", self.blocks, (nn.Sequential,)),
+            (f"blocks.{len(self.blocks) - 1}", last, (Block,)),
+            ("norm", self.norm, NORM_OR_NONE),
+        )
+        return reason or last.attention_aside() or last.mlp_aside()
+
     def forward_masked(
         self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -625,7 +650,18 @@ class VisionTransformer(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        return self.forward_head(self.forward_features(x, attn_mask, is_causal))
+        """Images → logits [B, classes]: `forward_head` of `forward_features`, whose last block then leaves out the
+        tokens that the head does not read."""
+        count = self.first_tokens_read()
+        if count is None or attn_mask is not None or is_causal or self.last_block_aside():
+            return self.forward_head(self.forward_features(x, attn_mask, is_causal))
+        x = self._embed(x)
+        if x.device.type != "cpu" and not torch.compiler.is_compiling() and x.shape[0] * x.shape[1] <= FEW_TOKENS:
+            return self.forward_head(self._encode(x))
+        blocks: list[Any] = list(self.blocks)
+        for block in blocks[:-1]:
+            x = self._run_block(block, x, None, False)
+        return self.forward_head(self.norm(blocks[-1].first_tokens(x, count)))
 
     # --- what people ask of a trained model
 
@@ -822,6 +858,9 @@ class VisionTransformerDistilled(VisionTransformer):
     def _prefix_tokens(self) -> list[Tensor]:
         assert self.cls_token is not None  # its pool is "token"
         return [self.cls_token, self.dist_token]
+
+    def first_tokens_read(self) -> int | None:
+        return 2 if type(self).forward_head is VisionTransformerDistilled.forward_head else None
 
     def forward_head(self, x: Tensor, pre_logits: bool = False):
         x, distilled = self.head_drop(x[:, 0]), self.head_drop(x[:, 1])

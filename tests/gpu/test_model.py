@@ -62,6 +62,22 @@ def test_logits_and_gradients(name, mode):
     _assert_close(got, peer, _run(theirs.double(), images.double(), upstream.double()))
 
 
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
+def test_the_last_block_of_many_tokens(mode):
+    """So many that it computes the class token alone: logits and gradients by the error rule."""
+    dtype = torch.bfloat16 if mode == "bf16" else torch.float32
+    ours, theirs = _pair(NAMES[0], dtype)
+    images, upstream = torch.randn(64, 3, 112, 112, device="cuda", dtype=dtype), torch.randn(64, 10, device="cuda")
+    seen = []
+    ours.blocks[-1].first_tokens = lambda *args: (
+        seen.append(args[1]) or type(ours.blocks[-1]).first_tokens(ours.blocks[-1], *args)
+    )
+    with torch.autocast("cuda", torch.bfloat16, enabled=mode == "autocast"):
+        got, peer = _run(ours, images, upstream), _run(theirs, images, upstream)
+    assert seen == [1]
+    _assert_close(got, peer, _run(theirs.double(), images.double(), upstream.double()))
+
+
 def test_every_block_runs_kernels():
     ours, _ = _pair(NAMES[0], torch.bfloat16)
     lines = list(vit_fast.explain(ours))
