@@ -48,7 +48,8 @@ def against(ratio: float) -> str:
 def title_of(row: dict) -> str:
     """Which model a line of whole models is of, its pictures and dtype where they are not 224 pixels and bf16."""
     size = f" at {row['pixels']}" * (row["pixels"] != 224)
-    return NAMES[row["model"]] + size + f", {row['dtype']}" * (row["dtype"] != "bf16")
+    dtype = "fp32 under autocast" if row["dtype"] == "amp" else row["dtype"]
+    return NAMES[row["model"]] + size + f", {dtype}" * (dtype != "bf16")
 
 
 FIRST, LATER = DAYS = "models", "models-889e7e1"  # the files of the first day and of the last
@@ -259,6 +260,27 @@ def facts_table() -> str:
     return markdown_table(["model, batch 256", "contender", "ms", "first call, s", "launches", "peak memory, GB"], rows)
 
 
+def sustained_table() -> str:
+    """Products made again and again for a third of a second, where the power limit sets the clock."""
+    rows = []
+    for line in results("sustained")["results"]:
+        if line["kind"] == "product":
+            us, mhz, watts = line["at"]
+            rows.append([SHAPES[line["model"]], line["what"], f"{us:,.0f}", f"{mhz:,.0f}", f"{watts:.0f}"])
+    return markdown_table(["model, batch 256", "product", "µs", "MHz", "W"], rows)
+
+
+def counters_table() -> str:
+    """What the counters of the device say of each of our launches of a training step."""
+    rows = []
+    for line in results("counters")["results"]:
+        if (ROOT / "kernels" / line["kernel"]).with_suffix(".py").is_file():
+            numbers = [f"{line[name]:.0f}" for name in ("duration_us", "mhz", "sm", "dram", "l2", "l1")]
+            rows.append([f"`{line['kernel']}`", *numbers, f"{line['cycles_an_issue']:.1f}", f"{line['occupancy']:.0f}"])
+    head = ["kernel", "µs", "MHz", "multiprocessors, %", "memory, %", "L2, %", "L1, %", "cycles an issue", "warps, %"]
+    return markdown_table(head, rows)
+
+
 def slower_list() -> str:
     """Everything of the tables in which ours is behind, a line a table; and inference's peak memory beside timm's."""
     lines = []
@@ -378,6 +400,7 @@ def pages() -> dict[pathlib.Path, str]:
     notes = replace_part(performance.read_text(), "ops", ops_table())
     notes = replace_part(notes, "goals", goals_table())
     parts = {"whole": whole_table, "days": days_table, "facts": facts_table, "absent": absent_list}
+    parts |= {"sustained": sustained_table, "counters": counters_table}
     for name, made in parts.items():
         notes = replace_part(notes, name, made())
     notes = replace_part(notes, "host", host_table())
@@ -522,11 +545,33 @@ def plot_memory(path: pathlib.Path) -> None:
     _save(figure, path)
 
 
+def plot_curves(path: pathlib.Path) -> None:
+    """The loss of each training step, on the kernels and in PyTorch from the same seeds."""
+    file = results("curves")
+    figure, axes = _figure(1, 2, figsize=(9, 3))
+    titles = {"digits": "ViT-Ti on scanned digits", "stripes": "ViT-S on drawn stripes"}
+    for axis, (task, title) in zip(axes, titles.items()):
+        for line in (one for one in file["results"] if one["task"] == task):
+            ours = line["backend"] == "triton"
+            label = ("vit_fast" if ours else "PyTorch") if line["seed"] == 0 else None
+            axis.plot(
+                line["losses"], color="tab:blue" if ours else "0.4", lw=0.8, ls="-" if ours else "--", label=label
+            )
+        axis.set(yscale="log", xlabel="step")
+        axis.set_title(title, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("loss", fontsize=8)
+    axes[0].legend(fontsize=7, frameon=False)
+    figure.suptitle(f"{file['device']}, bf16 by autocast, AdamW, measured {file['date']}", fontsize=10)
+    _save(figure, path)
+
+
 PICTURES = {
     "measured": plot_speed,
     "latency": plot_latency,
     "roofline": plot_roofline,
     "memory": plot_memory,
+    "curves": plot_curves,
 }
 
 

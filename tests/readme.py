@@ -77,14 +77,16 @@ LEFT_OUT = """## Not covered, and why
   run by `tests/gpu` on the one GPU that was at hand, an H200. Not run on any other: sm_80, sm_86, sm_89, sm_100,
   sm_120 and AMD's gfx90a, gfx942, gfx950, gfx1100 are compiled, never measured, never checked.
 - **Attention for Hopper** (`kernels/hopper_attention.py`) is written in Gluon, which has no interpreter: its numbers
-  are tested on a device alone (`tests/gpu`), its memory nowhere; here it is compiled and looked at.
+  are tested on a device alone (`tests/gpu`), its memory there by compute-sanitizer's memcheck; here it is compiled and
+  looked at.
 - **Races.** The interpreter runs one program after the other. No kernel has atomics or two writers of one element: the
-  writes are counted, see above. `compute-sanitizer` has not been run over all of them.
+  writes are counted, see above. On an H200 compute-sanitizer's racecheck was run over a case of each: one hazard, in
+  what the compiler makes round attention for Hopper's warps ([docs/performance.md](../docs/performance.md)).
 - **bf16 on a CPU** is the interpreter's as `mend_interpreter.py` mends it: rounded to nearest even, products exact in
   fp32. A GPU's tensor cores sum in another order.
 - **The order of a product's sums.** That an image has the same bits alone and in a batch is tested here with products
   summed in fp64, for numpy's product sums some rows of a tile in another order than others: it shows that nothing else
-  depends on the batch. A tensor core's order is the device's; the test in `tests/gpu` has not yet run.
+  depends on the batch. A tensor core's order is the device's, which `tests/gpu` asks for: the same bits there too.
 - **Two GPUs, NCCL.** Two processes are tested on CPUs with gloo, in a loop of the test's own, for `vit-fast train` is
   of one process. The kernels know of no other process; what could differ is DDP's and FSDP2's overlap with a stream
   that the kernels run on, and what is said when a peer is gone, which is the transport's.

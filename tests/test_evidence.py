@@ -180,7 +180,7 @@ def test_explain_says_when(monkeypatch):
     )
     says(monkeypatch, *known)
     monkeypatch.setitem(vit_fast.explain.__globals__, "findings", backend.findings)
-    sizes = {"embed_dim": 128, "num_heads": 2, "depth": 1}
+    sizes = {"embed_dim": 128, "num_heads": 2, "depth": 2}
     fixed = vit_fast.create_model("vit_tiny_patch16_224", **sizes)
     assert not [line for line in vit_fast.explain(fixed) if reason in line.reason], "it has 197 tokens in every call"
     assert [one for one in vit_fast.explain(fixed.blocks) if reason in one.reason], "nobody knows of blocks alone"
@@ -190,7 +190,10 @@ def test_explain_says_when(monkeypatch):
     attn = lines["blocks.0.attn", "attention_qkv"].reason
     assert attn.endswith(f"; but {reason}")
     assert lines["patch_embed", "patch_embed"].reason.endswith("; but conv2d was faster")
-    assert not [line for line in lines.values() if "another" in line.reason or "one op" in line.reason]
+    assert not [line for line in lines.values() if "another" in line.reason]
+    assert "one op" not in lines["blocks.0.mlp", "mlp"].reason
+    assert "one op" in lines["blocks.1.mlp", "mlp"].reason, "the last block, for the class token alone, is several ops"
+    assert reason not in lines["blocks.1.attn", "attention"].reason, "of one query, which was not measured"
     model.blocks[0].norm1.register_forward_hook(lambda *_: None)
     lines = {(line.name, line.op): line for line in vit_fast.explain(model)}
     assert lines["blocks.0.mlp", "mlp"].reason.endswith("; but the block is one op")

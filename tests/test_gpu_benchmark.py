@@ -46,8 +46,10 @@ def test_the_steps_run_to_the_end(tmp_path):
     lines = json.loads((tmp_path / "models.json").read_text())["results"]
     assert lines[0]["ceilings"] == lines[1]["ceilings"]
     assert lines[2]["ceilings"] == lines[3]["ceilings"], "those of a call of their own, which may be as high"
-    assert [one["case"][3] for one in lines] == ["bf16", "bf16", "fp32", "fp32"], "of `models`, then of `rest`"
-    assert ["timm compiled" in one["us"] for one in lines] == [True, True, False, False]
+    assert [one["case"][3] for one in lines] == ["bf16", "bf16", "fp32", "fp32", "amp", "bf16"], (
+        "of `models`, then of `rest`"
+    )
+    assert ["timm compiled" in one["us"] for one in lines] == [True, True, *4 * [False]]
 
 
 def line(ours: float, theirs: float, **more) -> dict:
@@ -102,7 +104,7 @@ def test_the_page_says_what_is_wrong_and_slow_and_comes_first():
     assert text[8].startswith("mlp B 197 2 bf16 both: 100.0 us")
     assert text[10] == "vit_base_patch16_224 224 px, batch 64, bf16, inference: 50 % of 75"
     assert text[11] == "vit_base_patch16_224 384 px, batch 64, bf16, inference: 158 %, no goal"
-    assert "NOT DONE, OR NOT TO THE END: tiles, rest (cut), kernels" in text
+    assert "NOT DONE, OR NOT TO THE END: tiles, rest (cut), kernels, few, largest" in text
     assert f"FIRST: mend {text[1]}" in text
     assert text[-1] == "1 failed"
 
@@ -149,7 +151,9 @@ def test_a_full_set_goes_on_where_it_was_cut(tmp_path, monkeypatch):
         del line["date"], line["ceilings"], line["state"]  # as files were before: the file's are its
     path.write_text(json.dumps(first))
     measure, measured = gpu.contenders.measure, []
-    monkeypatch.setattr(gpu.contenders, "measure", lambda case, names: measured.append(case) or measure(case, names))
+    monkeypatch.setattr(
+        gpu.contenders, "measure", lambda case, names, **_: measured.append(case) or measure(case, names)
+    )
     gpu.main()
     assert measured == cases[1:], "what lacks a contender is measured again, what is whole is not"
     second = json.loads(path.read_text())
@@ -213,9 +217,9 @@ def test_accelerated_models_before_and_after(tmp_path, monkeypatch):
     assert set(line["us"]) == {"before"}
 
 
-def test_a_whole_day_leaves_six_files():
+def test_a_whole_day_leaves_eight_files():
     names = {gpu.FILES.get(step, step) for step in gpu.STEPS if step != "tests"}
-    assert len(names) + len(["page.txt"]) <= 6
+    assert len(names) + len(["page.txt"]) <= 8
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").rglob("*.json")), ids=lambda path: path.stem)

@@ -1,5 +1,7 @@
 """What one block launches, by name: at batch 1 a ViT waits for launches, not for arithmetic."""
 
+import collections
+
 import pytest
 import torch
 from torch._library.custom_ops import OPDEFS
@@ -106,8 +108,8 @@ SMALL = {"embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 5}
 
 
 def _model(depth: int, **options):
-    """ViT-B's structure, its width and picture made small."""
-    return vit_fast.create_model("vit_base_patch16_224", depth=depth, **SMALL, **options)
+    """ViT-B's structure, its width and picture made small, without a pool: every block computes every token."""
+    return vit_fast.create_model("vit_base_patch16_224", depth=depth, **SMALL, **{"global_pool": "", **options})
 
 
 def _assert_each_block_launches(block: list[str], names: dict[int, list[str]], beside: int) -> None:
@@ -145,6 +147,19 @@ def test_forward_and_backward(options, monkeypatch):
     assert len(FORWARD) + len(expected) < MOST, "above 272 tokens attention takes one more"
     _assert_each_block_launches(FORWARD, forward, beside=4)
     _assert_each_block_launches(expected, backward, beside=14)
+
+
+@pytest.mark.interpret
+def test_the_last_block_before_a_pool_of_the_class_token(monkeypatch):
+    """norm1 and the product for keys and values, and for the queries of one token; the rest is as in every block."""
+    model, images = _model(1, global_pool="token").train(), torch.randn(1, 3, 32, 32)
+    logits = []
+    names = launches(monkeypatch, lambda: logits.append(model(images)))
+    assert [name for name in names if not name.startswith(("aten.", "patch_embed."))] == [*FORWARD[:2], *FORWARD]
+    names = launches(monkeypatch, lambda: logits[0].sum().backward())
+    ours = [name for name in names if not name.startswith(("aten.", "patch_embed."))]
+    assert collections.Counter(ours)["linear._weight_grad_kernel"] == 1 + 5  # the patches'; two of qkv
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.interpret
