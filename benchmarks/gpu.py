@@ -140,7 +140,8 @@ def measure_models(write: Write, batch: int, compiled: bool, which: str = "main"
     for case in model_cases(batch, which):
         at = compiled_at(case.model, case.direction != "inference", batch)
         plain = case.dtype == "bf16" and case.direction != "checkpointed"
-        shown = COMPILED if case[1:3] == (224, at) and (plain or case.model == "B") else ()
+        other = case.model == "B" and (case.dtype == "amp" or case.direction == "checkpointed")
+        shown = COMPILED if case[1:3] == (224, at) and (plain or other) else ()
         names = [
             name
             for name in whole_models.names(case)
@@ -249,7 +250,8 @@ def page(found: dict[str, dict], goals: dict[str, float], endings: dict[str, obj
         if not line["agrees"]:
             what = " ".join(str(line[name]) for name in ("kernel", "op", "shape", "dtype") if name in line)
             wrong.append(f"{what}: {line.get('why') or line['error']}")
-    for line in [*found.get("ops", {}).get("results", []), *models.get("results", [])]:
+    of_ops = [line for step in ("ops", "few") for line in found.get(step, {}).get("results", [])]
+    for line in [*of_ops, *models.get("results", [])]:
         place = _place(line)
         wrong += [f"{place}: {name}: {line['aside'][name]}" for name in line["wrong"]]
         if best(line["us"], True) and best(line["us"], False):
@@ -263,7 +265,9 @@ def page(found: dict[str, dict], goals: dict[str, float], endings: dict[str, obj
             flops = predictions.forward_flops(line["model"], pixels) * line["batch"] * (3 if line["training"] else 1)
             reached = 100 * flops / ours[1] / 1e6 / ceilings["matrix_tflops"]
             goal = goals.get(f"{line['model']} {'training' if line['training'] else 'inference'}")
-            has_goal = goal and pixels == 224 and _case(line).dtype == "bf16"
+            has_goal = (
+                goal and pixels == 224 and _case(line).dtype == "bf16" and _case(line).direction != "checkpointed"
+            )
             short.append(f"{_place(line)}: {reached:.0f} %" + (f" of {goal}" if has_goal else ", no goal"))
     slow = [text for lost, text in sorted(slow, reverse=True) if lost > 0]
     missing = [step for step in STEPS if step not in endings or isinstance(endings[step], str)]
@@ -383,7 +387,7 @@ def run_step(step: str, out: pathlib.Path, given: argparse.Namespace) -> None:
     elif step == "ops":
         measure_ops(write, given.batch_size, compiled, given.set, known_of(path))
     elif step == "few":
-        measure_ops(write, given.batch_size, False, step)
+        measure_ops(write, given.batch_size, False, step, known_of(path))
     else:
         which = "rest" if step == "rest" and given.set == "main" else given.set
         measure_models(write, given.batch_size, compiled, which, known_of(path))

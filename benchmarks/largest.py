@@ -2,15 +2,16 @@
 
 python -m benchmarks.largest OUT.json [--model B …]
 
-bf16, 224 pixels, eager, AdamW's state included. The memory of two small steps says where the end must be; from there
-batches of a hundredth more or less are tried until one fits and the next does not. "batch" fits, "too_large" did not.
-Nothing is known without a GPU: then the two steps of a tiny model are run, as a rehearsal.
+bf16, 224 pixels, eager, AdamW's state included. The memory of small steps says where the end must be; from there the
+search goes on until a batch fits and one a hundredth larger does not: "batch" and "too_large".
+Nothing is known without a GPU: then the small steps of a tiny model are run, as a rehearsal.
 """
 
 import argparse
 import contextlib
 import json
 import pathlib
+from collections.abc import Callable
 
 import torch
 
@@ -21,7 +22,6 @@ from vit_fast.checkpoint import replacing
 
 CONTENDERS = ("vit_fast", "timm")
 SMALL = (16, 32) if DEVICE == "cuda" else (1, 2)
-TRIES = 8
 
 
 class Steps:
@@ -55,6 +55,25 @@ class Steps:
         return False
 
 
+def search(fits: Callable[[int], bool], guess: int) -> tuple[int, int]:
+    """A batch that fits and one at most a hundredth larger that does not, by steps from a guess that double."""
+    step, first = max(1, guess // 100), fits(guess)
+    fitting, too_large = (guess, 0) if first else (0, guess)
+    while not (fitting and too_large):
+        batch = fitting + step if first else max(1, too_large - step)
+        if fits(batch):
+            fitting = batch
+        elif batch == 1:
+            return 0, 1
+        else:
+            too_large = batch
+        step *= 2
+    while too_large - fitting > max(1, fitting // 100):
+        batch = (fitting + too_large) // 2
+        fitting, too_large = (batch, too_large) if fits(batch) else (fitting, batch)
+    return fitting, too_large
+
+
 def find(name: str, contender: str) -> dict:
     """One line of results."""
     steps = Steps(name, contender)
@@ -67,14 +86,7 @@ def find(name: str, contender: str) -> dict:
     timing.empty_memory()
     room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     batch = int((room - first) / an_image) + SMALL[0]
-    step, fitting, too_large = max(1, batch // 100), 0, None
-    for _ in range(TRIES):
-        if steps.fits(batch):
-            fitting, batch = batch, batch + step
-        else:
-            too_large, batch = batch, batch - step
-        if fitting and too_large:
-            break
+    fitting, too_large = search(steps.fits, batch)
     return {**line, "batch": fitting, "too_large": too_large, "mb_an_image": round(an_image / 1e6, 2)}
 
 

@@ -50,7 +50,7 @@ class ModelCase(NamedTuple):
     pixels: int
     batch: int
     dtype: str  # "amp" is bf16 by autocast, the parameters in fp32
-    direction: str  # "inference", "training", or "checkpointed": training with activation checkpointing
+    direction: str  # "inference", "training", or "checkpointed": training with each library's activation checkpointing
 
     def __str__(self) -> str:
         return "-".join(map(str, self))

@@ -191,8 +191,7 @@ def test_explain_says_when(monkeypatch):
     assert attn.endswith(f"; but {reason}")
     assert lines["patch_embed", "patch_embed"].reason.endswith("; but conv2d was faster")
     assert not [line for line in lines.values() if "another" in line.reason]
-    assert "one op" not in lines["blocks.0.mlp", "mlp"].reason
-    assert "one op" in lines["blocks.1.mlp", "mlp"].reason, "the last block, for the class token alone, is several ops"
+    assert not [line for line in lines.values() if "one op" in line.reason]
     assert reason not in lines["blocks.1.attn", "attention"].reason, "of one query, which was not measured"
     model.blocks[0].norm1.register_forward_hook(lambda *_: None)
     lines = {(line.name, line.op): line for line in vit_fast.explain(model)}

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the steps count its launches")
 pytest.importorskip("timm", reason="what models are compared with")
 
 import vit_fast
-from benchmarks import accelerated, gpu, records, timing
+from benchmarks import accelerated, gpu, largest, records, timing
 
 ROOT = Path(__file__).parent.parent
 STEPS = ("entries", "ops", "models", "rest", "kernels", "few", "largest", "tests")
@@ -215,6 +215,17 @@ def test_accelerated_models_before_and_after(tmp_path, monkeypatch):
     line = accelerated.measure("timm ViT-Ti/16, one block", False, 1, compiling=False)
     assert line["wrong"] == ["after"]
     assert set(line["us"]) == {"before"}
+
+
+@pytest.mark.parametrize("most", [1, 2, 63, 900, 999, 1000, 1001, 1100, 4000])
+def test_the_largest_batch_is_found_from_a_guess(most):
+    fitting, too_large = largest.search(lambda batch: batch <= most, 1000)
+    assert fitting <= most < too_large
+    assert too_large - fitting <= max(1, fitting // 100)
+
+
+def test_where_no_batch_fits_the_search_ends():
+    assert largest.search(lambda batch: False, 1000) == (0, 1)
 
 
 def test_a_whole_day_leaves_eight_files():

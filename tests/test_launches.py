@@ -159,6 +159,7 @@ def test_the_last_block_before_a_pool_of_the_class_token(monkeypatch):
     names = launches(monkeypatch, lambda: logits[0].sum().backward())
     ours = [name for name in names if not name.startswith(("aten.", "patch_embed."))]
     assert collections.Counter(ours)["linear._weight_grad_kernel"] == 1 + 5  # the patches'; two of qkv
+    assert len(ours) == 2 + 21  # two of the patches
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 

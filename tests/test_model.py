@@ -206,6 +206,7 @@ VARIANTS = {
     "LayerScale, drop path": {"init_values": 0.5, "drop_path_rate": 0.4},
     "registers, norms of queries and keys": {"reg_tokens": 2, "qk_norm": True},
     "norms inside, no bias": {"scale_attn_norm": True, "scale_mlp_norm": True, "qkv_bias": False},
+    "distilled": {"drop_path_rate": 0.4},
     "SwiGLU, another final norm": {"mlp_layer": layers.SwiGLUPacked, "act_layer": nn.SiLU, "fc_norm": True},
 }
 
@@ -223,8 +224,9 @@ def _tokens_of_the_last_block(monkeypatch, model, images) -> int:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tokens_that_the_head_does_not_read_are_left_out(variant, training, monkeypatch):
     """Logits and the gradient of every parameter are those of all tokens."""
-    options = {**SMALL, "dtype": torch.float64, **VARIANTS[variant]}
-    model = draw(vit_fast.VisionTransformer(**options)).train(training)
+    distilled = variant == "distilled"
+    kind = vit_fast.model.VisionTransformerDistilled if distilled else vit_fast.VisionTransformer
+    model = draw(kind(**SMALL, dtype=torch.float64, **VARIANTS[variant])).train(training)
     images = pictures()
 
     def results(forward) -> list[torch.Tensor]:
@@ -236,11 +238,11 @@ def test_tokens_that_the_head_does_not_read_are_left_out(variant, training, monk
     ours, every = results(model), results(lambda x: model.forward_head(model.forward_features(x)))
     for one, other in zip(ours, every):  # what shifts all keys alike has a gradient of zero, but for rounding
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
-    assert _tokens_of_the_last_block(monkeypatch, model, images) == 1
+    assert _tokens_of_the_last_block(monkeypatch, model, images) == 1 + distilled
 
 
 def test_who_looks_at_every_token_sees_them(monkeypatch):
-    """A hook on the last block, on the final norm or on what holds the blocks; another pool, another head."""
+    """A hook on the last block, in either of its halves, on the final norm or on what holds the blocks."""
     model = draw(vit_fast.VisionTransformer(**SMALL, dtype=torch.float64)).eval()
     images, seen = pictures(), []
     tokens = model.forward_features(images).shape[1]
@@ -252,31 +254,81 @@ def test_who_looks_at_every_token_sees_them(monkeypatch):
         assert close(model(images), expected)
         assert seen.pop() == tokens
         handle.remove()
+    for module in (model.blocks[-1].attn.proj, model.blocks[-1].mlp.fc1):
+        handle = module.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+        assert close(model(images), expected)
+        assert seen.pop() == tokens
+        handle.remove()
+    for module in (model.blocks, model.blocks[-1]):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_compiled_call_impl", lambda x: seen.append(x.shape[1]) or x)
+            model(images)
+        assert seen.pop() == tokens
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("name", ["forward_features", "pool", "forward_head"])
+def test_a_method_of_somebodys_own_gets_every_token(name, distilled, monkeypatch):
+    """In the model, in a class of theirs, and in ours, as mock.patch puts it there."""
+    kind = vit_fast.model.VisionTransformerDistilled if distilled else vit_fast.VisionTransformer
+    if distilled and name == "pool":
+        pytest.skip("the distilled model's head reads its two tokens itself")
+    tokens = vit_fast.model.VisionTransformer(**SMALL).patch_embed.num_patches + 1 + distilled
+    seen = []
+
+    def own(self, x, *args):
+        y = original(self, x, *args)
+        seen.append((y if name == "forward_features" else x).shape[1])
+        return y
+
+    original = getattr(kind, name)
+    model, images = kind(**SMALL).eval(), pictures(dtype=torch.float32)
+    expected = model(images)
     with monkeypatch.context() as patch:
-        patch.setattr(model, "forward_features", lambda *args: seen.append("features") or expected.new_ones(2, 3, 32))
-        model(images)
-        assert seen == ["features"]
-
-    class Pooled(vit_fast.VisionTransformer):
-        def pool(self, x, pool_type=None):
-            return x.mean(dim=1)
-
-    class Featured(vit_fast.VisionTransformer):
-        def forward_features(self, x, attn_mask=None, is_causal=False):
-            return 2 * super().forward_features(x, attn_mask, is_causal)
-
-    for kind, changed in ((Pooled, lambda f: model.head(f.mean(1))), (Featured, lambda f: model.head(2 * f[:, 0]))):
-        other = kind(**SMALL, dtype=torch.float64).eval()
-        other.load_state_dict(model.state_dict())
-        assert close(other(images), changed(model.forward_features(images)))
+        patch.setattr(model, name, own.__get__(model))
+        torch.testing.assert_close(model(images), expected)
+    theirs = type("Theirs", (kind,), {name: own})(**SMALL).eval()
+    theirs.load_state_dict(model.state_dict())
+    torch.testing.assert_close(theirs(images), expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, name, own)
+        torch.testing.assert_close(model(images), expected)
+    assert seen == 3 * [tokens]
 
 
 def test_what_reads_more_than_the_class_token_gets_it(monkeypatch):
     for pool in ("avg", "token_avg", "max", "map", ""):
         model = vit_fast.VisionTransformer(**{**SMALL, "global_pool": pool}).eval()
         assert model.first_tokens_read() is None
+    model = vit_fast.VisionTransformer(**{**SMALL, "global_pool": "map"}).eval()
+    model.global_pool = "token"  # its attention pool reads them all nevertheless
+    assert model.first_tokens_read() is None
     distilled = vit_fast.model.VisionTransformerDistilled(**SMALL).eval()
     assert _tokens_of_the_last_block(monkeypatch, distilled, pictures(dtype=torch.float32)) == 2
+
+
+def test_the_blocks_before_the_last_are_checkpointed(monkeypatch):
+    model, seen = small(), []
+    fused = layers.Block._fused
+    monkeypatch.setattr(layers.Block, "_fused", lambda block, x: seen.append(1) or fused(block, x))
+    model.set_grad_checkpointing()
+    model(pictures(dtype=torch.float32)).sum().backward()
+    assert len(seen) == 2 * (SMALL["depth"] - 1), "once forward, once again backward"
+
+
+def test_few_tokens_on_another_device_than_a_cpu_take_the_block_op(monkeypatch):
+    """The meta device stands for a GPU: 7 tokens a picture."""
+    model = vit_fast.VisionTransformer(**SMALL, device="meta").eval()
+    few = layers.Block.first_tokens
+    seen, normed = [], []
+    monkeypatch.setattr(layers.Block, "first_tokens", lambda block, *args: seen.append(1) or few(block, *args))
+    norm = nn.LayerNorm.forward
+    for batch, alone in ((vit_fast.model.FEW_TOKENS // 7, False), (vit_fast.model.FEW_TOKENS // 7 + 1, True)):
+        assert model(torch.empty(batch, 3, 8, 12, device="meta")).shape == (batch, SMALL["num_classes"])
+        assert bool(seen) is alone
+    monkeypatch.setattr(model.norm, "forward", lambda x: normed.append(x.shape[1]) or norm(model.norm, x))
+    model(torch.empty(1, 3, 8, 12, device="meta"))
+    assert normed == [7]
 
 
 def test_distilled_model_in_training_and_evaluation():

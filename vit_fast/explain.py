@@ -124,7 +124,8 @@ def _parts_of_block(block: Block, tokens: int | None, count: int | None) -> Iter
 
     def linear(name: str, op: str, reason: str, weights: nn.Module, weight: str) -> _Part:
         # In a whole block no finding counts but attention's, and where the half is aside its module may hold anything.
-        shape = () if whole or reason else tuple(weights.get_parameter(weight).shape)
+        # Where one token an image is computed the rows are too few for any that was measured.
+        shape = () if whole or reason or not every else tuple(weights.get_parameter(weight).shape)
         return _Part(name, op, tensor, reason, "", shape)
 
     yield linear("attn", "ln_linear", aside, attn, "qkv.weight")

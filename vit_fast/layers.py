@@ -483,8 +483,9 @@ class Block(nn.Module):
         weight: Tensor = attn.qkv.weight
         bias: Tensor | None = attn.qkv.bias
         if stop - start < 3:
-            rows = slice(start * attn.attn_dim, stop * attn.attn_dim)
-            weight, bias = weight[rows], None if bias is None else bias[rows]
+            width = attn.num_heads * attn.head_dim
+            weight = weight[start * width : stop * width]
+            bias = None if bias is None else bias[start * width : stop * width]
         y = ops.ln_linear(x, norm.weight, norm.bias, weight, bias, norm.eps)
         return y.view(x.shape[0], x.shape[1], stop - start, attn.num_heads, attn.head_dim)
 

@@ -38,7 +38,7 @@ from vit_fast.ops.backend import say_aside
 from vit_fast.positions import resample_positions, sincos_position
 
 POOLS = ("", "token", "avg", "avgmax", "max", "map", "token_avg")
-FEW_TOKENS = 512  # to compute one of so few in nine launches saves a GPU nothing over all of them in a block's seven
+FEW_TOKENS = 512  # a GPU waits for launches there: the class token alone would take nine, a block of all takes seven
 WEIGHT_INITS = ("", "skip", "reset", "jax", "jax_nlhb", "moco")
 
 
@@ -330,7 +330,8 @@ class VisionTransformer(nn.Module):
         }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the input of each block for the backward pass, and compute the block again there."""
+        """Keep only the input of each block for the backward pass, and compute the block again there; but of the last
+        one where it computes the class token alone, which is little to keep."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
@@ -409,7 +410,7 @@ class VisionTransformer(nn.Module):
     def embed_aside(self) -> str:
         """Why the patch embedding calls its modules one by one, or "" where it is one fused op."""
         embed = self.patch_embed
-        if type(self)._pos_embed is not VisionTransformer._pos_embed or "_pos_embed" in self.__dict__:
+        if not self._is_own("_pos_embed"):
             return "_pos_embed is replaced"
         if type(embed) is not PatchEmbed:
             return f"patch_embed is a {type(embed).__name__}"
@@ -476,26 +477,28 @@ class VisionTransformer(nn.Module):
             x = self._run_block(block, x, attn_mask, is_causal)
         return self.norm(x)
 
+    def _is_own(self, *methods: str) -> bool:
+        """Whether these methods are those of this file: nobody replaced one, in the model, in its class or in ours."""
+        return all(getattr(type(self), name) is _OWN[name] and name not in self.__dict__ for name in methods)
+
     def first_tokens_read(self) -> int | None:
-        """How many of the first tokens the head reads of what comes from the last block; None for all of them."""
-        kind = type(self)
-        known = kind.forward_head is VisionTransformer.forward_head and kind.pool is VisionTransformer.pool
-        return 1 if known and self.global_pool == "token" and self.attn_pool is None else None
+        """How many of the first tokens the head reads of what comes from the last block; None for all of them, or where
+        a method between the two is somebody's own."""
+        if self.global_pool != "token" or self.attn_pool is not None:
+            return None
+        return 1 if self._is_own("forward_features", "_encode", "pool", "forward_head") else None
 
     def last_block_aside(self) -> str:
         """Why the last block computes tokens that the head does not read, or "" where it leaves them out."""
         if not len(self.blocks):
             return "there is no block"
-        if type(self).forward_features is not VisionTransformer.forward_features:
-            return "forward_features is replaced"
-        for name in ("forward_features", "forward_head", "pool"):
-            if name in self.__dict__:
-                return f"{name} is replaced"
         last: Any = self.blocks[-1]
+        name = f"blocks.{len(self.blocks) - 1}"
+        for place, module in (("blocks", self.blocks), (name, last)):
+            if module._compiled_call_impl is not None:
+                return f"{place} is compiled by itself"
         reason = why_aside(
-            ("blocks", self.blocks, (nn.Sequential,)),
-            (f"blocks.{len(self.blocks) - 1}", last, (Block,)),
-            ("norm", self.norm, NORM_OR_NONE),
+            ("blocks", self.blocks, (nn.Sequential,)), (name, last, (Block,)), ("norm", self.norm, NORM_OR_NONE)
         )
         return reason or last.attention_aside() or last.mlp_aside()
 
@@ -653,10 +656,11 @@ class VisionTransformer(nn.Module):
         """Images → logits [B, classes]: `forward_head` of `forward_features`, whose last block then leaves out the
         tokens that the head does not read."""
         count = self.first_tokens_read()
-        if count is None or attn_mask is not None or is_causal or self.last_block_aside():
+        if count is None or attn_mask is not None or is_causal:
             return self.forward_head(self.forward_features(x, attn_mask, is_causal))
         x = self._embed(x)
-        if x.device.type != "cpu" and not torch.compiler.is_compiling() and x.shape[0] * x.shape[1] <= FEW_TOKENS:
+        few = x.device.type != "cpu" and not torch.compiler.is_compiling() and x.shape[0] * x.shape[1] <= FEW_TOKENS
+        if few or self.last_block_aside():
             return self.forward_head(self._encode(x))
         blocks: list[Any] = list(self.blocks)
         for block in blocks[:-1]:
@@ -808,6 +812,12 @@ class VisionTransformer(nn.Module):
         return load(path_or_repo, **kwargs)
 
 
+_OWN = {
+    name: vars(VisionTransformer)[name]
+    for name in ("_pos_embed", "forward_features", "_encode", "pool", "forward_head")
+}
+
+
 class VisionTransformerDistilled(VisionTransformer):
     """DeiT with a distillation token and a head of its own (Touvron et al. 2021, section 4).
 
@@ -860,7 +870,8 @@ class VisionTransformerDistilled(VisionTransformer):
         return [self.cls_token, self.dist_token]
 
     def first_tokens_read(self) -> int | None:
-        return 2 if type(self).forward_head is VisionTransformerDistilled.forward_head else None
+        own = type(self).forward_head is _OWN_OF_DISTILLED and "forward_head" not in self.__dict__
+        return 2 if own and self._is_own("forward_features", "_encode") else None
 
     def forward_head(self, x: Tensor, pre_logits: bool = False):
         x, distilled = self.head_drop(x[:, 0]), self.head_drop(x[:, 1])
@@ -870,3 +881,6 @@ class VisionTransformerDistilled(VisionTransformer):
         if self.distilled_training and self.training:
             return x, distilled
         return (x + distilled) / 2
+
+
+_OWN_OF_DISTILLED = vars(VisionTransformerDistilled)["forward_head"]

@@ -1,9 +1,10 @@
 """The fused ops: one file each, named as in kernels/. Every one runs in PyTorch or in Triton (see `use_backend`).
 
 A kernel gives the same bits in every run, and an image the same bits alone and in a batch, as long as both take the
-same entries of the tile table. Where they may differ: in a batch of another class of rows (batch times tokens up to
-512, up to 2,048, or more: `rows_class`), from the batch on that `evidence.json` gives to PyTorch, after the tiles were
-tuned anew, and in PyTorch's backend, which promises nothing of the kind.
+same entries of the tile table. Where they may differ: in a batch of another class of rows (up to 512, up to 2,048, or
+more: `rows_class`; they are batch times tokens, in a last block that computes the class token alone the images), from
+the batch on that `evidence.json` gives to PyTorch, after the tiles were tuned anew, and in PyTorch's backend, which
+promises nothing of the kind.
 """
 
 from vit_fast.ops import flops
