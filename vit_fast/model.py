@@ -331,7 +331,7 @@ class VisionTransformer(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the input of each block for the backward pass, and compute the block again there; but of the last
-        one where it computes the class token alone, which is little to keep."""
+        one, where it computes the class token alone, also the keys and values of all tokens."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
