@@ -6,11 +6,11 @@ entries    every entry of the tile table in force, held to fp64
 ops        ceilings; each op at ViT-B, L and H against SDPA, cuBLAS and PyTorch, at ViT-B compiled PyTorch too
 models     ViT-B and L, inference and training step, against timm eager, in a graph and compiled
 tiles      tiles side by side in the block that launches them, to OUT/sweep.json (benchmarks/sweep.py)
-rest       models again: S, H and so400m, small batches, fp16, more training steps; more lines of OUT/models.json
+rest       models again: S, H and so400m, small batches, fp16, autocast, checkpointing; more lines of OUT/models.json
 kernels    each launch of a ViT-B, L and H's block, inference and training step
+tests      tests/gpu
 few        each op forward at batches of 1, 8 and 64, no compiled peers
 largest    the largest batch of a training step that fits (benchmarks/largest.py)
-tests      tests/gpu
 
 Each step is a process of its own, and writes OUT/STEP.json as it goes: what is cut or fails costs no other step. After
 each OUT/page.txt is written anew: what is wrong, what is slow, what to do first. What is launched first is compiled by
@@ -49,11 +49,12 @@ from vit_fast import verify
 from vit_fast.checkpoint import replacing
 
 REHEARSAL = DEVICE == "cpu"
-STEPS = ("entries", "ops", "models", "tiles", "rest", "kernels", "few", "largest", "tests")
+STEPS = ("entries", "ops", "models", "tiles", "rest", "kernels", "tests", "few", "largest")
 FILES = {"tiles": "sweep", "rest": "models"}  # of the steps whose file has another name
 MODELS = ("tiny",) if REHEARSAL else ("B", "L", "H")
 OURS_AND_TIMMS = ("vit_fast", "vit_fast graph", "timm", "timm graph")
 COMPILED_OPS = ("flex", "compiled", "compiled max")
+SHOWN = {"B": ("flex", "compiled")}  # of those, at each of MODELS in the main set: compiling takes most of the time
 COMPILED = ("timm compiled", "vit_fast compiled")  # of the models of MODELS, at one batch: it takes longest
 
 
@@ -90,8 +91,7 @@ def measure_ops(write: Write, batch: int, compiled: bool, which: str = "main", d
         if which == "main":
             case = case._replace(batch=min(case.batch, batch))
         place = {"op": case.op, "model": label(case), "tokens": case.tokens, "batch": case.batch, "dtype": case.dtype}
-        # Compiling takes most of the time there is.
-        shown = COMPILED_OPS if which == "full" else COMPILED_OPS[: 1 + (case.model == "B")]
+        shown = COMPILED_OPS if which == "full" else SHOWN.get(case.model, ("flex",))
         names = [n for n in contenders.names(case.op) if n not in COMPILED_OPS or (compiled and n in shown)]
         before = [line for line in lines if place.items() <= line.items()]
         if known(before, names):

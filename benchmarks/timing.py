@@ -5,6 +5,7 @@ far as the queue holds them; of whole models it is. What is called again and aga
 holds. Without a GPU the host's clock does, and the figures are a rehearsal's.
 """
 
+import gc
 import itertools
 import math
 import statistics
@@ -52,6 +53,7 @@ def hold_the_device(us: float) -> None:
 
 def empty_memory() -> None:
     """Give the allocator's memory back, and begin to look for its peak anew."""
+    gc.collect()  # what holds itself, as a compiled model or a caught error does, keeps its tensors until then
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -17,7 +17,7 @@ import vit_fast
 from benchmarks import accelerated, gpu, largest, records, timing
 
 ROOT = Path(__file__).parent.parent
-STEPS = ("entries", "ops", "models", "rest", "kernels", "few", "largest", "tests")
+STEPS = ("entries", "ops", "models", "rest", "kernels", "tests", "few", "largest")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: make gpu")
@@ -222,6 +222,20 @@ def test_the_largest_batch_is_found_from_a_guess(most):
     fitting, too_large = largest.search(lambda batch: batch <= most, 1000)
     assert fitting <= most < too_large
     assert too_large - fitting <= max(1, fitting // 100)
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory.", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED", "illegal address"])
+def test_a_batch_too_large_is_told_from_a_fault(words, monkeypatch):
+    def peak(batch):
+        raise RuntimeError(words)
+
+    steps = largest.Steps("tiny", "vit_fast")
+    monkeypatch.setattr(steps, "peak", peak)
+    if words == "illegal address":
+        with pytest.raises(RuntimeError, match=words):
+            steps.fits(8)
+    else:
+        assert not steps.fits(8)
 
 
 def test_where_no_batch_fits_the_search_ends():

@@ -267,7 +267,7 @@ def test_who_looks_at_every_token_sees_them(monkeypatch):
 
 
 @pytest.mark.parametrize("distilled", [False, True])
-@pytest.mark.parametrize("name", ["forward_features", "pool", "forward_head"])
+@pytest.mark.parametrize("name", ["forward_features", "_encode", "pool", "forward_head"])
 def test_a_method_of_somebodys_own_gets_every_token(name, distilled, monkeypatch):
     """In the model, in a class of theirs, and in ours, as mock.patch puts it there."""
     kind = vit_fast.model.VisionTransformerDistilled if distilled else vit_fast.VisionTransformer
@@ -294,6 +294,21 @@ def test_a_method_of_somebodys_own_gets_every_token(name, distilled, monkeypatch
         patch.setattr(kind, name, own)
         torch.testing.assert_close(model(images), expected)
     assert seen == 3 * [tokens]
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_who_runs_the_blocks_in_a_way_of_their_own_runs_the_last_too(distilled):
+    seen = []
+
+    def own(self, block, *args):
+        seen.append(block)
+        return block(args[0])
+
+    kind = vit_fast.model.VisionTransformerDistilled if distilled else vit_fast.VisionTransformer
+    model = type("Theirs", (kind,), {"_run_block": own})(**SMALL).eval()
+    model.set_grad_checkpointing()
+    model(pictures(dtype=torch.float32))
+    assert seen == list(model.blocks)
 
 
 def test_what_reads_more_than_the_class_token_gets_it(monkeypatch):

@@ -479,14 +479,16 @@ class VisionTransformer(nn.Module):
 
     def _is_own(self, *methods: str) -> bool:
         """Whether these methods are those of this file: nobody replaced one, in the model, in its class or in ours."""
-        return all(getattr(type(self), name) is _OWN[name] and name not in self.__dict__ for name in methods)
+        kind = type(self)
+        own = next(_OWN[base] for base in kind.__mro__ if base in _OWN)
+        return all(getattr(kind, name) is own[name] and name not in self.__dict__ for name in methods)
 
     def first_tokens_read(self) -> int | None:
         """How many of the first tokens the head reads of what comes from the last block; None for all of them, or where
         a method between the two is somebody's own."""
         if self.global_pool != "token" or self.attn_pool is not None:
             return None
-        return 1 if self._is_own("forward_features", "_encode", "pool", "forward_head") else None
+        return 1 if self._is_own("forward_features", "_encode", "_run_block", "pool", "forward_head") else None
 
     def last_block_aside(self) -> str:
         """Why the last block computes tokens that the head does not read, or "" where it leaves them out."""
@@ -653,8 +655,8 @@ class VisionTransformer(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Images → logits [B, classes]: `forward_head` of `forward_features`, whose last block then leaves out the
-        tokens that the head does not read."""
+        """Images → logits [B, classes]: `forward_head` of `forward_features`, whose last block may then leave out the
+        tokens that the head does not read (`last_block_aside` says where it does not)."""
         count = self.first_tokens_read()
         if count is None or attn_mask is not None or is_causal:
             return self.forward_head(self.forward_features(x, attn_mask, is_causal))
@@ -812,12 +814,6 @@ class VisionTransformer(nn.Module):
         return load(path_or_repo, **kwargs)
 
 
-_OWN = {
-    name: vars(VisionTransformer)[name]
-    for name in ("_pos_embed", "forward_features", "_encode", "pool", "forward_head")
-}
-
-
 class VisionTransformerDistilled(VisionTransformer):
     """DeiT with a distillation token and a head of its own (Touvron et al. 2021, section 4).
 
@@ -870,8 +866,7 @@ class VisionTransformerDistilled(VisionTransformer):
         return [self.cls_token, self.dist_token]
 
     def first_tokens_read(self) -> int | None:
-        own = type(self).forward_head is _OWN_OF_DISTILLED and "forward_head" not in self.__dict__
-        return 2 if own and self._is_own("forward_features", "_encode") else None
+        return 2 if self._is_own("forward_features", "_encode", "_run_block", "forward_head") else None
 
     def forward_head(self, x: Tensor, pre_logits: bool = False):
         x, distilled = self.head_drop(x[:, 0]), self.head_drop(x[:, 1])
@@ -883,4 +878,11 @@ class VisionTransformerDistilled(VisionTransformer):
         return (x + distilled) / 2
 
 
-_OWN_OF_DISTILLED = vars(VisionTransformerDistilled)["forward_head"]
+# What each class is when this file has been read, before anybody could replace a method in it.
+_OWN: dict[type, dict[str, Any]] = {
+    kind: {
+        name: getattr(kind, name)
+        for name in ("_pos_embed", "forward_features", "_encode", "_run_block", "pool", "forward_head")
+    }
+    for kind in (VisionTransformer, VisionTransformerDistilled)
+}
