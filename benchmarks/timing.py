@@ -53,8 +53,8 @@ def hold_the_device(us: float) -> None:
 
 def empty_memory() -> None:
     """Give the allocator's memory back, and begin to look for its peak anew."""
-    gc.collect()  # what holds itself, as a compiled model or a caught error does, keeps its tensors until then
     if DEVICE == "cuda":
+        gc.collect()  # what holds itself, as a compiled model or a caught error does, keeps its tensors until then
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
