@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import vit_fast
 from benchmarks import timing, whole_models
-from benchmarks.contenders import DTYPES, LeftOut
+from benchmarks.contenders import LeftOut
 from benchmarks.records import record
 from benchmarks.timing import DEVICE, quantiles
 from tests import mend_torchvision
@@ -88,10 +88,10 @@ def measure(name: str, training: bool, batch: int, compiling: bool = True) -> di
 
     What an accelerated form returns may be four times as far from fp64 as the original's, or it is wrong.
     """
-    images = torch.randn(batch, 3, 224, 224, device=DEVICE).to(DTYPES["bf16"])
-    labels = torch.randint(100, (batch,), device=DEVICE)
+    case = whole_models.ModelCase(name, 224, batch, "bf16", "training" if training else "inference")
+    images, labels = whole_models.drawn(case)
     runs, errors, aside, wrong = {}, {}, {}, []
-    forms = [form for form in FORMS["training" if training else "inference"] if compiling or form != "compiled"]
+    forms = [form for form in FORMS[case.direction] if compiling or form != "compiled"]
     for when, form in itertools.product(("before", "after"), forms):
         torch._dynamo.reset()
         key = f"{when} {form}".strip()
@@ -101,7 +101,7 @@ def measure(name: str, training: bool, batch: int, compiling: bool = True) -> di
             truth = whole_models.truth_of(model, images)
             if when == "after":
                 vit_fast.accelerate(model, verify=False)  # what it returns is held to fp64 below
-            contender = whole_models.started(model, form, training, images, labels)
+            contender = whole_models.started(model, form, case, images, labels)
             errors[key] = whole_models.error_of(contender.logits(), truth)
             if not errors[key] <= 4 * errors["before"]:
                 raise ValueError(f"its error is {errors[key]:.1e}, the original's {errors['before']:.1e}")

@@ -9,14 +9,16 @@ tiles      tiles side by side in the block that launches them, to OUT/sweep.json
 rest       models again: S, H and so400m, small batches, fp16, autocast, checkpointing; more lines of OUT/models.json
 kernels    each launch of a ViT-B, L and H's block, inference and training step
 tests      tests/gpu
-few        each op forward at batches of 1, 8 and 64, no compiled peers
+few        each op forward at batches of 1, 8 and 64, no compiled peers; more lines of OUT/ops.json
 largest    the largest batch of a training step that fits (benchmarks/largest.py)
+curves     training beside PyTorch from the same seeds (benchmarks/curves.py)
 
 Each step is a process of its own, and writes OUT/STEP.json as it goes: what is cut or fails costs no other step. After
-each OUT/page.txt is written anew: what is wrong, what is slow, what to do first. What is launched first is compiled by
-half of the cores while the entries are checked. --set full measures every shape and every contender of `pytest
-benchmarks/`, and goes on where an earlier call with the same OUT stopped, on the same device and tree. --set main
-begins anew: what the chosen steps left in OUT before is removed.
+each OUT/page.txt is written anew: what is wrong, what is slow, what to do first. What the models of the chosen steps
+launch, and what torch.compile makes of them, is compiled before anything is timed, side by side, while the entries are
+checked if they are. --set full measures every shape and every contender of `pytest benchmarks/`, and goes on where an
+earlier call with the same OUT stopped, on the same device and tree. --set main begins anew: what the chosen steps left
+in OUT before is removed.
 
 Without a GPU all of it is rehearsed at tiny shapes, in PyTorch and by the host's clock: no figure of that counts.
 """
@@ -49,8 +51,9 @@ from vit_fast import verify
 from vit_fast.checkpoint import replacing
 
 REHEARSAL = DEVICE == "cpu"
-STEPS = ("entries", "ops", "models", "tiles", "rest", "kernels", "tests", "few", "largest")
-FILES = {"tiles": "sweep", "rest": "models"}  # of the steps whose file has another name
+STEPS = ("entries", "ops", "models", "tiles", "rest", "kernels", "tests", "few", "largest", "curves")
+ADDS_TO = {"rest": "models", "few": "ops"}  # steps that write more lines of another's file
+FILES = {**ADDS_TO, "tiles": "sweep"}  # of the steps whose file has another name
 MODELS = ("tiny",) if REHEARSAL else ("B", "L", "H")
 OURS_AND_TIMMS = ("vit_fast", "vit_fast graph", "timm", "timm graph")
 COMPILED_OPS = ("flex", "compiled", "compiled max")
@@ -68,9 +71,9 @@ def check_entries(write: Write, workers: int) -> None:
     write(verify.report("cpu")[0] if REHEARSAL else verify.verify_entries(DEVICE, workers=workers))
 
 
-def known(done: list[dict], names: Iterable[str]) -> bool:
-    """Whether the lines of a case, from an earlier call, say of each of these contenders what became of it."""
-    return bool(done) and all(line["us"].keys() | line["aside"].keys() >= set(names) for line in done)
+def known(done: list[dict], names: Iterable[str], lines: int = 1) -> bool:
+    """Whether so many lines of a case, from an earlier call, say of each of these contenders what became of it."""
+    return len(done) >= lines and all(line["us"].keys() | line["aside"].keys() >= set(names) for line in done)
 
 
 def end_where_lost(aside: dict[str, str]) -> None:
@@ -88,16 +91,16 @@ def label(case: contenders.Case) -> str:
 def measure_ops(write: Write, batch: int, compiled: bool, which: str = "main", done: Iterable[dict] = ()) -> None:
     lines = list(done)
     for case in contenders.cases_of("small" if REHEARSAL else which):
-        if which == "main":
-            case = case._replace(batch=min(case.batch, batch))
+        if which == "main" or REHEARSAL:
+            case = case._replace(batch=1 if which == "few" else min(case.batch, batch))
         place = {"op": case.op, "model": label(case), "tokens": case.tokens, "batch": case.batch, "dtype": case.dtype}
         shown = COMPILED_OPS if which == "full" else SHOWN.get(case.model, ("flex",))
         names = [n for n in contenders.names(case.op) if n not in COMPILED_OPS or (compiled and n in shown)]
         before = [line for line in lines if place.items() <= line.items()]
-        if known(before, names):
+        directions = ("forward",) if which == "few" else tuple(contenders.RUNS)
+        if known(before, names, len(directions)):
             continue
         lines = [line for line in lines if line not in before]
-        directions = ("forward",) if which == "few" else tuple(contenders.RUNS)
         found = contenders.measure(case, names, directions=directions)
         for direction in directions:
             us = {name: quantiles(one.us[direction]) for name, one in found.items() if one.us}
@@ -138,15 +141,7 @@ def model_cases(batch: int, which: str) -> list[whole_models.ModelCase]:
 def measure_models(write: Write, batch: int, compiled: bool, which: str = "main", done: Iterable[dict] = ()) -> None:
     lines = list(done)
     for case in model_cases(batch, which):
-        at = compiled_at(case.model, case.direction != "inference", batch)
-        plain = case.dtype == "bf16" and case.direction != "checkpointed"
-        other = case.model == "B" and (case.dtype == "amp" or case.direction == "checkpointed")
-        shown = COMPILED if case[1:3] == (224, at) and (plain or other) else ()
-        names = [
-            name
-            for name in whole_models.names(case)
-            if (compiled or "compiled" not in name) and (which == "full" or name in (*OURS_AND_TIMMS, *shown))
-        ]
+        names = model_contenders(case, batch, compiled, which)
         before = [line for line in lines if line["case"] == list(case)]
         if known(before, names):
             continue
@@ -166,12 +161,21 @@ def measure_models(write: Write, batch: int, compiled: bool, which: str = "main"
         timing.empty_memory()
 
 
-def compiled_at(model: str, training: bool, batch: int) -> int:
-    """The batch at which a model's compiled forms are measured, 0 where none is: the largest, but of a training step of
-    ViT-H, which no 140 GB hold in timm's form, a quarter."""
-    if model not in MODELS:
-        return 0
-    return batch // 4 if model == "H" and training else batch
+def model_contenders(case: whole_models.ModelCase, batch: int, compiled: bool, which: str) -> list[str]:
+    """Who takes part in a case of a set: of all but the full one ours and timm, compiled at the largest batch.
+
+    Of a training step of ViT-H, which no 140 GB hold in timm's form, that is a quarter.
+    """
+    largest = batch // 4 if case.model == "H" and case.direction != "inference" else batch
+    plain = case.dtype == "bf16" and case.direction != "checkpointed"
+    other = case.model == "B" and (case.dtype == "amp" or case.direction == "checkpointed")
+    at_this = case.model in MODELS and case[1:3] == (224, largest) and (plain or other)
+    wanted = (*OURS_AND_TIMMS, *COMPILED * at_this)
+    return [
+        name
+        for name in whole_models.names(case)
+        if (compiled or "compiled" not in name) and (which == "full" or name in wanted)
+    ]
 
 
 @contextlib.contextmanager
@@ -194,18 +198,13 @@ def launch_clock():
         JITFunction.run = run
 
 
-def shallow_model(name: str, training: bool, **options) -> torch.nn.Module:
-    """In bf16, of two blocks."""
-    with torch.device(DEVICE):
-        model = vit_fast.create_model(whole_models.NAMES[name], num_classes=1000, depth=2, **options)
-    return model.to(torch.bfloat16).train(training)
-
-
 def measure_kernels(write: Write, batch: int) -> None:
     """Microseconds of each launch of two blocks, in their order; the pool reads all tokens, so both are whole."""
     lines = []
     for name, training in itertools.product(MODELS, (False, True)):
-        run = step_of(shallow_model(name, training, global_pool="avg"), batch, training)
+        with torch.device(DEVICE):
+            model = vit_fast.create_model(whole_models.NAMES[name], num_classes=1000, depth=2, global_pool="avg")
+        run = step_of(model.to(torch.bfloat16).train(training), batch, training)
         for _ in range(2):
             run()
         passes = []
@@ -250,8 +249,8 @@ def page(found: dict[str, dict], goals: dict[str, float], endings: dict[str, obj
         if not line["agrees"]:
             what = " ".join(str(line[name]) for name in ("kernel", "op", "shape", "dtype") if name in line)
             wrong.append(f"{what}: {line.get('why') or line['error']}")
-    of_ops = [line for step in ("ops", "few") for line in found.get(step, {}).get("results", [])]
-    for line in [*of_ops, *models.get("results", [])]:
+    of_ops = found.get("ops") or found.get("few") or {}
+    for line in [*of_ops.get("results", []), *models.get("results", [])]:
         place = _place(line)
         wrong += [f"{place}: {name}: {line['aside'][name]}" for name in line["wrong"]]
         if best(line["us"], True) and best(line["us"], False):
@@ -322,30 +321,36 @@ def goals() -> dict[str, float]:
 # ---- the day -------------------------------------------------------------------------------------------------------
 
 
-def prepare(task: tuple) -> None:
-    """Compile what a step will launch: it is run once, small where no compiler asks for the batch."""
-    contender, name, training, batch = task
-    if contender.endswith("compiled"):
-        case = whole_models.ModelCase(name, 224, batch, "bf16", "")
-        with torch.device(DEVICE):
-            model = whole_models.PEERS[contender.split()[0]](case)
-        model = contenders.compiled(model.to(torch.bfloat16).train(training))
-    else:
-        model = shallow_model(name, training)
-    step_of(model, batch, training)()
-    del model
+Task = tuple[whole_models.ModelCase, str]  # a contender at a case
+
+
+def prepare(task: Task) -> None:
+    """Compile what a contender will launch: it runs once."""
+    torch._dynamo.reset()  # its limits are for one piece of code, and all tasks of a process share theirs
+    case, name = task
+    whose, _, form = name.partition(" ")
+    contender = whole_models.started(whole_models.built(case, whose), form, case, *whole_models.drawn(case))
+    contender.run()
+    del contender
     timing.empty_memory()  # several such processes share the device
 
 
-def tasks(batch: int, compiled: bool) -> list[tuple]:
-    """What `prepare` is to do."""
-    small = min(batch, 16)
-    ours = [("vit_fast", name, training, size) for name in MODELS for training in (False, True) for size in {small, 1}]
-    theirs = [
-        (contender, name, training, compiled_at(name, training, batch))
-        for name, contender, training in itertools.product(MODELS, COMPILED, (False, True))
-    ]
-    return theirs * compiled + ours
+def tasks(steps: list[str], batch: int, compiled: bool) -> list[Task]:
+    """What `prepare` is to do before these steps of the main set: what takes longest first.
+
+    Triton's kernels are the same for every batch but the smallest; a compiler asks for the batch itself.
+    """
+    found = []
+    for step in steps:
+        if step in ("models", "rest"):
+            cases = model_cases(batch, "main" if step == "models" else step)
+            found += [(case, name) for case in cases for name in model_contenders(case, batch, compiled, step)]
+        elif step in ("ops", "kernels", "few"):
+            each = itertools.product(MODELS, (224,), (batch, 1), ("bf16",), ("inference", "training"))
+            found += [(whole_models.ModelCase(*one), "vit_fast") for one in each]
+    theirs = [task for task in found if task[1] in COMPILED]
+    ours = [(case._replace(batch=min(case.batch, 16)), name) for case, name in found if name == "vit_fast"]
+    return list(dict.fromkeys([*theirs, *ours]))
 
 
 def known_of(path: pathlib.Path) -> list[dict]:
@@ -400,8 +405,8 @@ def command_of(step: str, given: argparse.Namespace) -> list[str]:
         return [sys.executable, "-m", "pytest", "tests/gpu", *options, *workers]
     if step == "tiles":
         return [sys.executable, "-m", "benchmarks.sweep", str(given.out), "--workers", str(given.workers)]
-    if step == "largest":
-        return [sys.executable, "-m", "benchmarks.largest", str(given.out / "largest.json")]
+    if step in ("largest", "curves"):
+        return [sys.executable, "-m", f"benchmarks.{step}", str(given.out / f"{step}.json")]
     command = [sys.executable, "-m", "benchmarks.gpu", str(given.out), step, "--alone", "--set", given.set]
     command += ["--batch-size", str(given.batch_size), "--workers", str(given.workers)]
     return command + ["--no-compile"] * given.no_compile
@@ -424,7 +429,7 @@ def main() -> None:
         return
     if given.set == "main":
         for step in given.steps:
-            if step != "rest":  # which adds to the file of the models
+            if step not in ADDS_TO:
                 (given.out / f"{FILES.get(step, step)}.json").unlink(missing_ok=True)
     start, tests, endings = time.monotonic(), "", {}
 
@@ -434,8 +439,10 @@ def main() -> None:
     def said(*words) -> None:
         print(f"[{time.monotonic() - start:5.0f} s]", *words, flush=True)
 
-    pool = multiprocessing.get_context("spawn").Pool(max(1, given.workers // 2))
-    waiting = [(task, pool.apply_async(prepare, (task,))) for task in tasks(given.batch_size, not given.no_compile)]
+    # Half of the cores are for the entries.
+    pool = multiprocessing.get_context("spawn").Pool(max(1, given.workers // (2 if "entries" in given.steps else 1)))
+    todo = tasks(given.steps, given.batch_size, not given.no_compile)
+    waiting = [(task, pool.apply_async(prepare, (task,))) for task in todo]
     for step in given.steps:
         if step == "tiles" and REHEARSAL:
             endings[step] = "not run: tiles are chosen by timing them on a GPU"
@@ -446,7 +453,7 @@ def main() -> None:
         if step != "entries":  # nothing is timed while the cores compile
             for task, outcome in waiting:
                 try:
-                    outcome.get(left())
+                    outcome.get(max(0.0, left() - 30 * given.minutes))  # half of the time is for what is measured
                 except Exception as error:  # a step that fails says so itself
                     said("preparing", *task, "failed:", type(error).__name__, str(error)[:200])
             waiting = []

@@ -29,18 +29,14 @@ class Steps:
 
     def __init__(self, name: str, contender: str):
         self.case = whole_models.ModelCase(name, 224, 1, "bf16", "training")
-        with torch.device(DEVICE):
-            self.model = whole_models.PEERS[contender](self.case).to(torch.bfloat16).train()
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), fused=True)
+        self.model = whole_models.built(self.case, contender)
+        self.optimiser = whole_models.fused_adamw(self.model)
 
     def peak(self, batch: int) -> int:
         """Bytes of a step."""
         timing.empty_memory()
-        images = torch.randn(batch, 3, 224, 224, device=DEVICE, dtype=torch.bfloat16)
-        labels = torch.randint(whole_models.CLASSES, (batch,), device=DEVICE)
-        torch.nn.functional.cross_entropy(self.model(images).float(), labels).backward()
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        images, labels = whole_models.drawn(self.case._replace(batch=batch))
+        whole_models.training_step(self.optimiser, lambda: self.model(images), labels)()
         return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
 
     def fits(self, batch: int) -> bool:

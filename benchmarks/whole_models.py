@@ -216,6 +216,18 @@ PEERS = {
 }
 
 
+def built(case: ModelCase, whose: str) -> nn.Module:
+    """A library's model as the case has it: in its dtype, on the device, in training or not."""
+    with torch.device(DEVICE):
+        return PEERS[whose](case).to(PARAMETERS[case.dtype]).train(case.direction != "inference")
+
+
+def drawn(case: ModelCase) -> tuple[Tensor, Tensor]:
+    """Images of a case [batch, 3, pixels, pixels] and their labels [batch]."""
+    images = torch.randn(case.batch, 3, case.pixels, case.pixels, device=DEVICE).to(PARAMETERS[case.dtype])
+    return images, torch.randint(CLASSES, (case.batch,), device=DEVICE)
+
+
 def rates(case: ModelCase, us: float) -> dict[str, float]:
     """Images a second, and TFLOP/s of the model as it is published, of a batch that took so many microseconds.
 
@@ -262,9 +274,14 @@ def graphed(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
-def training_step(model: nn.Module, forward: Callable[[], Tensor], labels: Tensor) -> Callable[[], None]:
-    """`forward`, which gives the model's logits, backward and a step of fused AdamW."""
-    optimiser = torch.optim.AdamW(model.parameters(), fused=True)
+def fused_adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), fused=True)
+
+
+def training_step(
+    optimiser: torch.optim.Optimizer, forward: Callable[[], Tensor], labels: Tensor
+) -> Callable[[], None]:
+    """`forward`, which gives a model's logits, backward and a step of its optimiser."""
 
     def step():
         F.cross_entropy(forward().float(), labels).backward()
@@ -306,21 +323,20 @@ class Contender(NamedTuple):
     logits: Callable[[], Tensor]
 
 
-def autocast(wanted: bool) -> torch.autocast:
+def autocast(case: ModelCase) -> torch.autocast:
     """Around a forward pass, in bf16 or not at all."""
-    return torch.autocast(DEVICE, torch.bfloat16, enabled=wanted)
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=case.dtype == "amp")
 
 
-def started(
-    model: nn.Module, form: str, training: bool, images: Tensor, labels: Tensor, amp: bool = False
-) -> Contender:
-    """A model in one of `FORMS`; a graph is captured here, and compilation waits for the first run.
+def started(model: nn.Module, form: str, case: ModelCase, images: Tensor, labels: Tensor) -> Contender:
+    """A model in one of `FORMS`, as a case has it run; a graph is captured here, compilation waits for the first run.
 
     Raises:
         LeftOut: for a graph without a GPU.
     """
     if form == "graph" and DEVICE == "cpu":
         raise LeftOut("graphs are a GPU's")
+    training = case.direction != "inference"
     if form.startswith("compiled"):
         mode = None
         if form.endswith("max"):
@@ -328,11 +344,11 @@ def started(
         model = compiled(model, mode)
 
     def forward():
-        with autocast(amp):
+        with autocast(case):
             return model(images)
 
     if training:
-        return Contender(training_step(model, forward, labels), forward)
+        return Contender(training_step(fused_adamw(model), forward, labels), forward)
     infer = torch.inference_mode()(forward)
     run = graphed(infer) if form == "graph" else infer
     return Contender(run, run)
@@ -348,16 +364,14 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
     not known. Where one takes the device with it, those that were not timed are left out.
     """
     torch._dynamo.reset()  # its limits are for one piece of code, and all cases share theirs
-    images = torch.randn(case.batch, 3, case.pixels, case.pixels, device=DEVICE).to(PARAMETERS[case.dtype])
-    labels, amp = torch.randint(CLASSES, (case.batch,), device=DEVICE), case.dtype == "amp"
-    with torch.device(DEVICE), vit_fast.use_backend("torch"):
-        ours = draw_anew(_ours(case)).to(PARAMETERS[case.dtype]).eval()
+    images, labels = drawn(case)
+    with vit_fast.use_backend("torch"):
+        ours = draw_anew(built(case, "vit_fast")).eval()
         with torch.no_grad():
-            with autocast(amp):
+            with autocast(case):
                 logits = ours(ends(images))
             allowed = 4 * error_of(logits, truth_of(ours, images))
     del ours
-    training = case.direction != "inference"
     found, runs = {}, {}
     for name in contenders:
         model = contender = run = None  # of one that failed, whose memory is not that of the others
@@ -365,12 +379,11 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
         try:
             others = timing.held_gb() - images.nbytes / 1e9
             whose, _, form = name.partition(" ")
-            with torch.device(DEVICE):
-                model = draw_anew(PEERS[whose](case)).to(PARAMETERS[case.dtype]).train(training)
+            model = draw_anew(built(case, whose))
             truth = truth_of(model, images)
             timing.empty_memory()
             began = time.perf_counter()
-            contender = started(model, form, training, images, labels, amp)
+            contender = started(model, form, case, images, labels)
             error = error_of(contender.logits(), truth)
             if not error <= allowed:
                 raise ValueError(f"its error is {error:.1e}, {allowed:.1e} is allowed")
@@ -396,7 +409,7 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
                 gone = MeasuredModel([], left_out=LOST + name)
                 timed = {other: one for other, one in found.items() if one.left_out or one.wrong}
                 return dict.fromkeys(contenders, gone) | timed
-    apart = training and DEVICE == "cuda"
+    apart = case.direction != "inference" and DEVICE == "cuda"
     timed = timing.time_in_turn(runs, rounds, held=False, apart=apart, shortest=timing.SUSTAINED)
     for name, samples in timed.items():
         facts = found[name].facts | timing.state_under(runs[name])

@@ -662,7 +662,19 @@ def _files(folder: Path) -> set[str]:
 
 
 def judge(kind: str, path: Path, watch: Watch) -> tuple[str, str]:
-    """("read" or "refused", its error), or ("wrong", why)."""
+    """("read" or "refused", its error), or ("wrong", why).
+
+    A file that took too long is read again: a machine that does other things too makes one reading slow, not three.
+    """
+    for _ in range(3):
+        outcome, said = _judge_once(kind, path, watch)
+        if outcome != "slow":
+            return outcome, said
+    return "wrong", said
+
+
+def _judge_once(kind: str, path: Path, watch: Watch) -> tuple[str, str]:
+    """As `judge` has it, or ("slow", how long)."""
     folder = path if path.is_dir() else path.parent
     watch.seen.clear()
     before = _files(folder)
@@ -682,12 +694,12 @@ def judge(kind: str, path: Path, watch: Watch) -> tuple[str, str]:
     said = "".join(traceback.format_exception(error)[-3:])[:2000] if error is not None else ""
     if _too_much(error):
         return "wrong", f"asked for more than {MEMORY[kind] >> 20} MiB: {said}"
-    if seconds > SECONDS:
-        return "wrong", f"took {seconds:.1f} s: {said}"
-    if waited > WAIT_S:
-        return "wrong", f"waited {waited:.1f} s: {said}"
     if (more := _files(folder) - before) or watch.seen:
         return "wrong", f"did more than read: {watch.seen}, {sorted(more)}"
+    if seconds > SECONDS:
+        return "slow", f"took {seconds:.1f} s: {said}"
+    if waited > WAIT_S:
+        return "slow", f"waited {waited:.1f} s: {said}"
     return outcome, said
 
 

@@ -17,7 +17,7 @@ import vit_fast
 from benchmarks import accelerated, gpu, largest, records, timing
 
 ROOT = Path(__file__).parent.parent
-STEPS = ("entries", "ops", "models", "rest", "kernels", "tests", "few", "largest")
+STEPS = tuple(step for step in gpu.STEPS if step != "tiles")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: make gpu")
@@ -36,7 +36,7 @@ def test_the_steps_run_to_the_end(tmp_path):
         records.validate(written)
         assert written["device"] == "rehearsal", "no figure of a rehearsal counts"
         assert written["results"]
-        if step not in ("entries", "largest"):
+        if step not in ("entries", "largest", "curves"):
             assert written["ceilings"].keys() == {"matrix_tflops", "sustained_tflops", "copy_tbs"}
     assert len(list(tmp_path.iterdir())) <= 8
     page = (tmp_path / "page.txt").read_text()
@@ -50,6 +50,9 @@ def test_the_steps_run_to_the_end(tmp_path):
         "of `models`, then of `rest`"
     )
     assert ["timm compiled" in one["us"] for one in lines] == [True, True, *4 * [False]]
+    lines = json.loads((tmp_path / "ops.json").read_text())["results"]
+    assert [one["batch"] for one in lines] == sorted((one["batch"] for one in lines), reverse=True), "`few` adds"
+    assert {(one["batch"], one["direction"]) for one in lines} == {(2, "forward"), (2, "both"), (1, "forward")}
 
 
 def line(ours: float, theirs: float, **more) -> dict:
@@ -104,7 +107,7 @@ def test_the_page_says_what_is_wrong_and_slow_and_comes_first():
     assert text[8].startswith("mlp B 197 2 bf16 both: 100.0 us")
     assert text[10] == "vit_base_patch16_224 224 px, batch 64, bf16, inference: 50 % of 75"
     assert text[11] == "vit_base_patch16_224 384 px, batch 64, bf16, inference: 158 %, no goal"
-    assert "NOT DONE, OR NOT TO THE END: tiles, rest (cut), kernels, few, largest" in text
+    assert "NOT DONE, OR NOT TO THE END: tiles, rest (cut), kernels, few, largest, curves" in text
     assert f"FIRST: mend {text[1]}" in text
     assert text[-1] == "1 failed"
 
@@ -184,6 +187,54 @@ def test_models_too_are_not_measured_twice(monkeypatch):
     assert [case for case, _ in asked] == cases * 2, "the full set has more contenders"
     assert [one["case"] for one in written[-1]] == [list(case) for case in cases]
     assert not any("compiled" in name for _, names in asked[4:] for name in names), "--no-compile is of each set"
+
+
+def test_what_was_measured_in_one_direction_is_measured_again_in_both(monkeypatch):
+    case = gpu.contenders.Case("projection", "tiny", 17, 2, "fp32")
+    monkeypatch.setattr(gpu.contenders, "cases_of", lambda which: [case])
+    written = []
+    for which in ("few", "main", "few"):
+        gpu.measure_ops(written.append, 1, False, which, done=written[-1] if written else [])
+    assert [[line["direction"] for line in lines] for lines in written] == [["forward"], ["forward", "both"]], (
+        "and what both directions have is not measured again"
+    )
+
+
+@pytest.mark.parametrize("steps", [["models"], ["rest"], ["entries", "models", "rest", "kernels"]])
+def test_what_models_launch_is_compiled_before_they_are_measured(monkeypatch, steps):
+    """Each compiled contender at its own batch; of ours each model in each dtype and pass, small."""
+    monkeypatch.setattr(gpu, "REHEARSAL", False)
+    monkeypatch.setattr(gpu, "MODELS", ("B", "L", "H"))
+    tasks = gpu.tasks(steps, 256, True)
+    assert len(tasks) == len(set(tasks))
+    for step in set(steps) & {"models", "rest"}:
+        which = "main" if step == "models" else step
+        for case in gpu.model_cases(256, which):
+            names = gpu.model_contenders(case, 256, True, which)
+            assert {(case, name) for name in names if name.endswith("compiled")} <= set(tasks)
+            of_it = [one.batch for one, name in tasks if one._replace(batch=case.batch) == case and name == "vit_fast"]
+            assert min(of_it) <= 16
+            assert (1 in of_it) >= (case.batch == 1)
+    places = ["compiled" in name for _, name in tasks]
+    assert places == sorted(places, reverse=True), "what takes longest is first"
+    assert gpu.tasks(steps, 256, False) == tasks[sum(places) :]
+
+
+@pytest.mark.parametrize("name", ["vit_fast", "vit_fast compiled"])
+def test_preparing_runs_a_case_once(monkeypatch, name):
+    seen = []
+    started = gpu.whole_models.started
+
+    def watched(model, form, case, *drawn):
+        found = started(model, form, case, *drawn)
+        seen.append((form, case))
+        return found._replace(run=lambda: seen.append(found.run()))
+
+    monkeypatch.setattr(gpu.whole_models, "started", watched)
+    monkeypatch.setattr(gpu.whole_models, "compiled", lambda model, mode=None: model)
+    case = gpu.whole_models.ModelCase("tiny", 224, 1, "fp32", "training")
+    gpu.prepare((case, name))
+    assert seen == [(name.partition(" ")[2], case), None]
 
 
 def test_one_file_is_one_run(tmp_path, monkeypatch):
