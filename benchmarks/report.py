@@ -35,6 +35,12 @@ def best(times: dict[str, list], ours: bool) -> tuple[str, float] | None:
     return min(medians.items(), key=lambda one: one[1], default=None)
 
 
+def lead(times: dict[str, list]) -> float | None:
+    """How many times as fast ours is as the fastest peer, each in its fastest form; None where no peer was measured."""
+    ours, theirs = best(times, True), best(times, False)
+    return theirs and theirs[1] / ours[1]
+
+
 def to_digits(ratio: float) -> str:
     """A ratio to two digits, or three where two would hide that it is under 1."""
     return f"{ratio:.2f}" if ratio >= 1 or ratio < 0.995 else f"{ratio:.3f}"
@@ -46,23 +52,25 @@ def against(ratio: float) -> str:
 
 
 def title_of(row: dict) -> str:
-    """Which model a line of whole models is of, its pictures and dtype where they are not 224 pixels and bf16."""
+    """Which model a line of whole models is of, and what of its case is not usual: pictures, dtype, checkpointing."""
     size = f" at {row['pixels']}" * (row["pixels"] != 224)
     dtype = "fp32 under autocast" if row["dtype"] == "amp" else row["dtype"]
-    return NAMES[row["model"]] + size + f", {dtype}" * (dtype != "bf16")
+    checkpointed = ", checkpointed" * (row["direction"] == "checkpointed")
+    return NAMES[row["model"]] + size + f", {dtype}" * (dtype != "bf16") + checkpointed
 
 
+DIRECTIONS = ("inference", "training")
 FIRST, LATER = DAYS = "models", "models-889e7e1"  # the files of the first day and of the last
 
 
-def measured_models(training: bool, *files: str, **wanted) -> list[dict]:
-    """Lines of whole models, of these files or of all; where two have a case, that of the later.
+def measured_models(direction: str, *files: str, **wanted) -> list[dict]:
+    """Lines of whole models in a direction, of these files or of all; where two have a case, that of the later.
 
     With the "date" and the "ceilings" of their runs, and the peak memory of each contender as "gb". `wanted` are values
     of their cases.
     """
     names = ("model", "pixels", "batch", "dtype", "direction")
-    wanted["direction"] = "training" if training else "inference"
+    wanted["direction"] = direction
     found = {}
     for file in map(results, files or DAYS):
         for row in file["results"]:
@@ -77,27 +85,27 @@ def measured_models(training: bool, *files: str, **wanted) -> list[dict]:
 PLAIN = {"pixels": 224, "dtype": "bf16"}  # what pictures show
 
 
-def models_table(training: bool, batches: tuple[int, ...]) -> str:
+def models_table(batches: tuple[int, ...], *directions: str) -> str:
     """Images a second of whole models, ours and timm's, each in its fastest form that was measured, and when.
 
     A star is where timm's compiled form was not.
     """
     order = list(NAMES)
-    lines = [row for row in measured_models(training) if row["batch"] in batches]
+    lines = [row for way in directions for row in measured_models(way) if row["batch"] in batches]
     head = ["model", "batch", "vit_fast", "timm", "ratio", "% of the matrix ceiling", "peak memory, GB", "measured"]
     rows = []
     for row in sorted(lines, key=lambda row: (order.index(row["model"]), row["batch"])):
-        (way, ours), (form, theirs) = best(row["us"], True), best(row["us"], False)
-        ratio = theirs / ours
-        cells = [
-            title_of(row),
-            f"{row['batch']}",
-            f"{row['batch'] / ours * 1e6:,.0f} {way.removeprefix('vit_fast').strip() or 'eager'}",
-            f"{row['batch'] / theirs * 1e6:,.0f} {form.removeprefix('timm').strip() or 'eager'}"
-            + "\\*" * ("timm compiled" not in row["us"]),
-            against(ratio),
-            f"{share_of_ceiling(row):.0f}",
-        ]
+
+        def rate(ours: bool, row=row) -> str:
+            if not best(row["us"], ours):
+                return "did not run"
+            form, us = best(row["us"], ours)
+            return f"{row['batch'] / us * 1e6:,.0f} {form.partition(' ')[2] or 'eager'}"
+
+        ratio = lead(row["us"])
+        theirs = rate(False) + "\\*" * (ratio is not None and "timm compiled" not in row["us"])
+        cells = [title_of(row), row["batch"], rate(True), theirs, against(ratio) if ratio else "-"]
+        cells.append(f"{share_of_ceiling(row):.0f}")
         forms = {"vit_fast": "", "timm": "timm eager ", "timm compiled": "compiled "}
         memory = [f"{said}{row['gb'][name]:.2f}" for name, said in forms.items() if name in row["gb"]]
         rows.append([*cells, ", ".join(memory) or "-", row["date"]])
@@ -126,29 +134,30 @@ def goals_table() -> str:
     def add(what: str, goal: str, of) -> None:
         rows.append([what, goal, *(of(file) or "not measured" for file in DAYS)])
 
-    def case(file: str, training: bool, model: str, batch: int) -> dict | None:
-        return next((r for r in measured_models(training, file, batch=batch, **PLAIN) if r["model"] == model), None)
+    def case(file: str, direction: str, model: str, batch: int) -> dict | None:
+        return next((r for r in measured_models(direction, file, batch=batch, **PLAIN) if r["model"] == model), None)
 
     def told(value: float, goal: float, text: str) -> str:
         return text if value >= goal else f"{text}, short"
 
-    for direction, training in (("inference", False), ("training", True)):
+    for which, direction in enumerate(DIRECTIONS):
         for model, name, *shares in MODELS:
-            share, ratio = shares[training], OVER_TIMM[direction]
+            share, ratio = shares[which], OVER_TIMM[direction]
 
-            def reached(file, training=training, model=model, share=share):
-                row = case(file, training, model, 256)
+            def reached(file, direction=direction, model=model, share=share):
+                row = case(file, direction, model, 256)
                 value = row and share_of_ceiling(row)
                 return row and told(value, share, f"{value:.0f} %")
 
-            def over_timm(file, training=training, model=model, ratio=ratio):
-                row = case(file, training, model, 256)
-                value = row and best(row["us"], False)[1] / best(row["us"], True)[1]
-                return row and told(round(value, 2), ratio, f"{value:.2f}")
+            def over_timm(file, direction=direction, model=model, ratio=ratio):
+                row = case(file, direction, model, 256)
+                value = row and lead(row["us"])
+                return value and told(round(value, 2), ratio, f"{value:.2f}")
 
-            def compiled_over_timm(file, training=training, model=model, ratio=ratio):
-                us = (case(file, training, model, 256) or {"us": {}})["us"]
-                value = "vit_fast compiled" in us and us["timm compiled"][1] / us["vit_fast compiled"][1]
+            def compiled_over_timm(file, direction=direction, model=model, ratio=ratio):
+                us = (case(file, direction, model, 256) or {"us": {}})["us"]
+                ours, theirs = us.get("vit_fast compiled"), us.get("timm compiled")
+                value = ours and theirs and theirs[1] / ours[1]
                 return value and told(round(value, 2), ratio, f"{value:.2f}")
 
             add(f"{name}, {direction}: share of the ceiling", f"{share} %", reached)
@@ -156,14 +165,14 @@ def goals_table() -> str:
             add(f"{name}, {direction}: the same, both compiled", f"{ratio}", compiled_over_timm)
 
     def latency(file):
-        row = case(file, False, MODELS[0][0], 1)
+        row = case(file, "inference", MODELS[0][0], 1)
         ms = row["us"]["vit_fast graph"][1] / 1e3 if row else tried_at_one_image() if file == LATER else None
         return ms and told(-ms, -LATENCY_MS, f"{ms:.2f} ms")
 
     def memory(file):
-        row = case(file, True, MODELS[0][0], 256)
-        value = row and row["gb"]["vit_fast"] / row["gb"]["timm"]
-        return row and told(-round(value, 2), -MEMORY, f"{value:.2f}")
+        row = case(file, "training", MODELS[0][0], 256)
+        value = row and "timm" in row["gb"] and row["gb"]["vit_fast"] / row["gb"]["timm"]
+        return value and told(-round(value, 2), -MEMORY, f"{value:.2f}")
 
     add("ViT-B/16, batch 1 in a graph", f"{LATENCY_MS} ms", latency)
     add("ViT-B/16, training: peak memory over timm eager's", f"{MEMORY}", memory)
@@ -183,9 +192,19 @@ def goals_table() -> str:
     return markdown_table(["goal", "at", *days], rows)
 
 
+def op_rows(file: str) -> dict[tuple, dict]:
+    """(op, model, "forward" or "both") → the line of the largest batch, of a file of ops."""
+    found = {}
+    for row in results(file)["results"]:
+        key = row["op"], row["model"], row["direction"]
+        if row["batch"] >= found.get(key, row)["batch"]:
+            found[key] = row
+    return found
+
+
 def op_times(file: str) -> dict[tuple, dict]:
-    """(op, model, "forward" or "both") → contender → quantiles, of a file of ops."""
-    return {(row["op"], row["model"], row["direction"]): row["us"] for row in results(file)["results"]}
+    """As `op_rows`, contender → quantiles."""
+    return {key: row["us"] for key, row in op_rows(file).items()}
 
 
 def tried_at_one_image() -> float:
@@ -199,13 +218,16 @@ def tried_at_one_image() -> float:
 def whole_table() -> str:
     """What of a whole model's time is that of its parts measured alone, and what of theirs cuBLAS's products take.
 
-    Both of the last day, milliseconds. The parts are the patch embedding and the blocks, one block times the depth.
-    Each share is of the ceiling of its own run.
+    Both of the last day, milliseconds. The parts are the patch embedding and the blocks, one block times the depth: the
+    last counts as the others do, though what no head reads of it is left out since. Each share is of the ceiling of its
+    own run.
     """
     timed, ceilings = op_times("ops"), results("ops")["ceilings"]
     letters = {name: letter for letter, name in SHAPES.items()}
     rows = []
-    for row in [row for training in (False, True) for row in measured_models(training, LATER, batch=256, **PLAIN)]:
+    for row in [row for way in DIRECTIONS for row in measured_models(way, LATER, batch=256, **PLAIN)]:
+        if NAMES[row["model"]] not in letters:  # whose ops are not timed
+            continue
         letter, way = letters[NAMES[row["model"]]], "both" if row["direction"] == "training" else "forward"
 
         def alone(form, *ops, letter=letter, way=way):
@@ -222,7 +244,7 @@ def whole_table() -> str:
                 *(f"{us / 1e3:.1f}, {share_of_ceiling(of_parts, us):.0f} %" for us in (least, ours)),
                 f"{whole / 1e3:.1f}, {share_of_ceiling(row):.0f} %",
                 f"{whole / ours:.2f}",
-                f"{row['us']['timm'][1] / theirs:.2f}",
+                f"{row['us']['timm'][1] / theirs:.2f}" if "timm" in row["us"] else "-",
             ]
         )
     times = [f"{what}, ms, share" for what in ("cuBLAS's products alone", "our parts alone", "the whole")]
@@ -233,13 +255,12 @@ def days_table() -> str:
     """Milliseconds of the contenders that were measured on more than one day, and the last over the first."""
     files = (FIRST, "models-d6bd20c", LATER)
     rows = []
-    for training in (False, True):
-        by_file = [{row["model"]: row["us"] for row in measured_models(training, f, batch=256, **PLAIN)} for f in files]
+    for way in DIRECTIONS:
+        by_file = [{row["model"]: row["us"] for row in measured_models(way, f, batch=256, **PLAIN)} for f in files]
         for model in by_file[-1]:
             for form in by_file[-1][model]:
                 us = [times.get(model, {}).get(form, [None] * 2)[1] for times in by_file]
                 if sum(one is not None for one in us) > 1:
-                    way = "training" if training else "inference"
                     times = ["-" if one is None else f"{one / 1e3:.1f}" for one in us]
                     last = f"{us[-1] / us[0]:.2f}" if us[0] else "-"
                     rows.append([f"{NAMES[model]}, {way}", form, *times, last])
@@ -250,8 +271,8 @@ def days_table() -> str:
 def facts_table() -> str:
     """First call, launches and peak memory of each contender of the last day."""
     rows = []
-    for training in (False, True):
-        for row in measured_models(training, LATER, batch=256, **PLAIN):
+    for way in DIRECTIONS:
+        for row in measured_models(way, LATER, batch=256, **PLAIN):
             for form, us in row["us"].items():
                 facts = row["facts"][form]
                 cells = [f"{us[1] / 1e3:.1f}", f"{facts['first_call_s']:.1f}", facts["launches"]]
@@ -288,23 +309,26 @@ def slower_list() -> str:
     def add(what: str, behind: list[str]) -> None:
         lines.append(f"- {what}: {', '.join(behind) or 'none'}")
 
-    for training, way in ((False, "inference"), (True, "training step")):
+    for way, rows in (
+        ("inference", measured_models("inference")),
+        ("training step", measured_models("training") + measured_models("checkpointed")),
+    ):
         behind = []
-        for row in measured_models(training):
-            (_, ours), (form, theirs) = best(row["us"], True), best(row["us"], False)
-            if theirs < ours:
-                behind.append(f"{title_of(row)} at batch {row['batch']} ({to_digits(theirs / ours)} of {form})")
+        for row in rows:
+            if (ratio := lead(row["us"])) and ratio < 1:
+                form, _ = best(row["us"], False)
+                behind.append(f"{title_of(row)} at batch {row['batch']} ({to_digits(ratio)} of {form})")
         add(f"whole models, {way}", behind)
     for direction, way in (("forward", "forward"), ("both", "forward and backward")):
         behind = []
         for (op, model, its), us in op_times("ops").items():
-            (form, theirs), ours = best(us, False), us["vit_fast"][1]
-            if its == direction and theirs < ours:
+            if its == direction and (ratio := lead(us)) and ratio < 1:
+                form, _ = best(us, False)
                 form = {"eager": "PyTorch eager", "compiled": "PyTorch compiled"}.get(form, form)
-                behind.append(f"`{op}` of {SHAPES[model]} ({to_digits(theirs / ours)} of {form})")
+                behind.append(f"`{op}` of {SHAPES[model]} ({to_digits(ratio)} of {form})")
         add(f"ops, {way}", behind)
     behind = []
-    for row in measured_models(False):
+    for row in measured_models("inference"):
         gb = row["gb"]
         if "vit_fast" in gb and gb["vit_fast"] > min(gb.values()):
             form = min(gb, key=gb.get)
@@ -332,7 +356,7 @@ def eager_table() -> str:
     """Milliseconds of small batches launched one by one, where the host is what takes the time."""
     rows = []
     for batch in (1, 8):
-        for row in measured_models(False, FIRST, batch=batch, **PLAIN):
+        for row in measured_models("inference", FIRST, batch=batch, **PLAIN):
             times = [row["us"][run][1] / 1e3 for run in ("vit_fast", "timm", "vit_fast graph", "timm graph")]
             rows.append([NAMES[row["model"]], batch, *(f"{ms:.2f}" for ms in times)])
     forms = ["vit_fast eager, ms", "timm eager, ms", "vit_fast in a graph, ms", "timm in a graph, ms"]
@@ -378,15 +402,15 @@ def cpu_table() -> str:
 
 
 def ops_table() -> str:
-    """Microseconds of each op at batch 256, forward, and forward and backward, beside its best peer."""
+    """Microseconds of each op at its largest batch, forward, and forward and backward, beside its best peer."""
     head = ["op", "model", "forward, µs", "best peer", "ratio", "forward and backward, µs", "best peer", "ratio"]
-    measured, rows = results("ops")["results"], []
-    for forward, both in zip(measured[::2], measured[1::2]):
-        cells = [f"`{forward['op']}`", f"{SHAPES[forward['model']]}, batch {forward['batch']}"]
-        for row in (forward, both):
-            ours = row["us"]["vit_fast"][1]
-            form, theirs = best(row["us"], False)
-            cells += [f"{ours:,.0f}", f"{theirs:,.0f} {form}", against(theirs / ours)]
+    found, rows = op_rows("ops"), []
+    for op, model in dict.fromkeys(key[:2] for key in found):
+        forward, both = (found[op, model, way] for way in ("forward", "both"))
+        cells = [f"`{op}`", f"{SHAPES[model]}, batch {forward['batch']}"]
+        for us in (forward["us"], both["us"]):
+            (_, ours), peer = best(us, True), best(us, False)
+            cells += [f"{ours:,.0f}", f"{peer[1]:,.0f} {peer[0]}" if peer else "-", against(lead(us)) if peer else "-"]
         rows.append(cells)
     return markdown_table(head, rows)
 
@@ -394,8 +418,8 @@ def ops_table() -> str:
 def pages() -> dict[pathlib.Path, str]:
     """Every page with its measured parts made anew."""
     readme, performance = ROOT / "README.md", ROOT / "docs/performance.md"
-    text = replace_part(readme.read_text(), "inference", models_table(False, (1, 8, 64, 256)))
-    text = replace_part(text, "training", models_table(True, (64, 256)))
+    text = replace_part(readme.read_text(), "inference", models_table((1, 8, 64, 256), "inference"))
+    text = replace_part(text, "training", models_table((64, 256), "training", "checkpointed"))
     text = replace_part(text, "slower", slower_list())
     notes = replace_part(performance.read_text(), "ops", ops_table())
     notes = replace_part(notes, "goals", goals_table())
@@ -448,8 +472,8 @@ def _save(figure, path: pathlib.Path) -> None:
 def plot_speed(path: pathlib.Path) -> None:
     """The speed of each contender over that of timm's eager form, by model: inference and training step."""
     figure, axes = _figure(1, 2, figsize=(9, 3.2), width_ratios=(3, 1))
-    for axis, training, title in zip(axes, (False, True), ("inference", "training step")):
-        rows = [row for row in measured_models(training, batch=256, **PLAIN) if "timm" in row["us"]]
+    for axis, way, title in zip(axes, DIRECTIONS, ("inference", "training step")):
+        rows = [row for row in measured_models(way, batch=256, **PLAIN) if "timm" in row["us"]]
         forms = {
             "timm eager": lambda us: us["timm"][1],
             "timm, its fastest measured form": lambda us: best(us, False)[1],
@@ -478,7 +502,7 @@ def plot_latency(path: pathlib.Path) -> None:
 
     Of the first day: the lines of one picture are of one run.
     """
-    rows = measured_models(False, FIRST, **PLAIN)
+    rows = measured_models("inference", FIRST, **PLAIN)
     shown = [name for name in NAMES if sum(row["model"] == name for row in rows) > 1]
     figure, axes = _figure(1, len(shown), figsize=(11, 3), sharey=True)
     lines = {
@@ -528,7 +552,7 @@ def plot_roofline(path: pathlib.Path) -> None:
 
 def plot_memory(path: pathlib.Path) -> None:
     """Peak memory of a training step by model, ours and timm's forms."""
-    rows = measured_models(True, batch=256, **PLAIN)
+    rows = measured_models("training", batch=256, **PLAIN)
     figure, axis = _figure(figsize=(5, 3))
     forms = {"timm eager": "timm", "timm compiled": "timm compiled", "vit_fast": "vit_fast"}
     for number, (label, form) in enumerate(forms.items()):

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the pages' other parts come from compiled kernels")
 
-from benchmarks import predictions, records, report
+from benchmarks import pages, predictions, records, report
 from benchmarks.launches import sameness
 from benchmarks.pages import RESULTS
 
@@ -28,7 +28,9 @@ def test_the_figures_that_are_typed_are_those_of_the_files():
     tried = report.results("tried")["results"]
     ms = {row["contender"]: row["us"][1] / 1e3 for row in tried if row["experiment"].startswith("eager ViT-B, batch 1")}
     assert f"{ms['vit_fast']:.1f} ms beside timm's {ms['timm']:.1f}" in text
-    both = {row["model"]: row["us"] for row in report.measured_models(False, report.LATER)}["vit_base_patch16_224"]
+    both = {row["model"]: row["us"] for row in report.measured_models("inference", report.LATER)}[
+        "vit_base_patch16_224"
+    ]
     assert f"ViT-B is at {both['timm compiled'][1] / both['vit_fast compiled'][1]:.2f})" in text
 
 
@@ -99,12 +101,18 @@ def test_a_contender_counts_by_its_fastest_form():
 def test_what_is_slower_is_said_to_be(monkeypatch):
     row = {"model": "vit_base_patch16_224", "batch": 64, "training": False, "facts": {}}
     row |= {"case": ["B", 224, 64, "bf16", "inference"], "us": {"vit_fast": [9, 9, 9], "timm": [6, 6, 6]}}
-    op = {"op": "fc2", "model": "B", "direction": "both", "us": {"vit_fast": [9, 1000, 9], "eager": [8, 996, 8]}}
+    op = {
+        "op": "fc2",
+        "model": "B",
+        "batch": 256,
+        "direction": "both",
+        "us": {"vit_fast": [9, 1000, 9], "eager": [8, 996, 8]},
+    }
     cpu = {"model": "S", "dtype": "fp32", "direction": "training", "ratio": 1.25}
     files = {name: {"date": "2026-01-02", "ceilings": {"matrix_tflops": 800}, "results": [row]} for name in report.DAYS}
     files |= {"ops": {"results": [op]}, "cpu": {"results": [cpu]}}
     monkeypatch.setattr(report, "results", lambda name, *folder: files[name])
-    assert "0.67, slower" in report.models_table(False, (64,))
+    assert "0.67, slower" in report.models_table((64,), "inference")
     row["facts"] = {"vit_fast": {"peak_gb": 3.0}, "timm": {"peak_gb": 2.0}}
     assert report.slower_list().splitlines() == [
         "- whole models, inference: ViT-B/16 at batch 64 (0.67 of timm)",
@@ -116,9 +124,34 @@ def test_what_is_slower_is_said_to_be(monkeypatch):
     ]
 
 
+def test_where_no_peer_ran_the_tables_say_so(monkeypatch):
+    """As on a card that holds our step of a model and no other's; and of checkpointing the tables say that too."""
+    us = {"vit_fast": [1, 1000, 1], "cublas": [1, 500, 1]}
+    ways = ("forward", "both")
+    ops = [
+        {"op": "mlp", "model": "B", "batch": batch, "direction": way, "us": us} for way in ways for batch in (256, 8)
+    ]
+    row = {"model": "vit_base_patch16_224", "batch": 256, "us": {"vit_fast": [1, 1e6, 1]}, "aside": {"timm": "no room"}}
+    row |= {"case": ["B", 224, 256, "bf16", "checkpointed"], "facts": {"vit_fast": {"peak_gb": 3.0, "first_call_s": 1}}}
+    plain = {**row, "case": ["B", 224, 256, "bf16", "training"]}
+    day = {"date": "2026-01-02", "commit": "c", "ceilings": {"matrix_tflops": 800}, "results": [row, plain]}
+    files = dict.fromkeys(report.DAYS, day) | {"ops": {**day, "results": ops}, "cpu": {"results": []}}
+    monkeypatch.setattr(report, "results", lambda name, *folder: files.get(name) or pages.results(name, *folder))
+    table = report.models_table((256,), "training", "checkpointed")
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [cells[:5] for cells in shown] == [
+        ["ViT-B/16", "256", "256 eager", "did not run", "-"],
+        ["ViT-B/16, checkpointed", "256", "256 eager", "did not run", "-"],
+    ]
+    assert report.ops_table().splitlines()[2] == "| `mlp` | ViT-B/16, batch 256 | 1,000 | - | - | 1,000 | - | - |"
+    assert all(line.endswith(": none") for line in report.slower_list().splitlines())
+
+
 def test_a_case_that_was_measured_again_is_that_of_the_later_day():
-    first, later = ({row["model"]: row for row in report.measured_models(False, day, batch=256)} for day in report.DAYS)
-    found = {row["model"]: row for row in report.measured_models(False, batch=256)}
+    first, later = (
+        {row["model"]: row for row in report.measured_models("inference", day, batch=256)} for day in report.DAYS
+    )
+    found = {row["model"]: row for row in report.measured_models("inference", batch=256)}
     assert later
     assert found == first | later
     assert found["vit_base_patch16_224"]["date"] > found["vit_small_patch16_224"]["date"]
@@ -164,7 +197,7 @@ def test_a_goal_that_is_not_reached_is_short(monkeypatch):
 def test_parts_and_whole_are_each_of_the_ceiling_of_their_own_run(monkeypatch):
     us = {"vit_fast": [1, 1000, 1], "eager": [1, 2000, 1], "cublas": [1, 500, 1]}
     ops = [
-        {"op": op, "model": "B", "direction": way, "us": us}
+        {"op": op, "model": "B", "batch": 256, "direction": way, "us": us}
         for op in ("patch_embed", "ln_linear", "projection", "mlp", "block")
         for way in ("forward", "both")
     ]
