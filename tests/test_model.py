@@ -756,6 +756,15 @@ def test_explain_lists_every_op():
     assert len(str(lines).splitlines()) == len(lines) + 1
 
 
+def test_explain_of_a_block_in_two_places_tells_of_the_first():
+    model = small()
+    names = [line.op for line in vit_fast.explain(model) if line.name == "blocks.2.attn"]
+    assert names == ["ln_linear", "attention", "linear_residual"], "of the class token alone"
+    model.blocks[-1] = model.blocks[0]
+    found = {line.name: line.op for line in vit_fast.explain(model) if line.op.startswith("attention")}
+    assert found == {"blocks.0.attn": "attention_qkv", "blocks.1.attn": "attention_qkv"}
+
+
 def test_explain_gives_the_reason():
     model = small(attn_drop_rate=0.1).train()
     model.blocks[1].mlp.fc1.register_forward_hook(lambda *_: None)

@@ -38,7 +38,8 @@ def explain(model: nn.Module) -> Explanation:
 
     The answer is for the state that counts now: device and dtype of the parameters, autocast, `use_backend`, training
     mode and dropout, hooks. Where PyTorch was measured to be faster, at a batch and a picture that only a call can
-    tell, the reason says so, and at which.
+    tell, the reason says so, and at which. A last block that leaves out what the head does not read is told of as such;
+    on a GPU it is as the others are in a batch of at most `vit_fast.model.FEW_TOKENS` tokens.
 
     Args:
         model: a VisionTransformer, a module that holds one or some of its blocks, or what `accelerate` has changed.
@@ -56,6 +57,8 @@ def explain(model: nn.Module) -> Explanation:
             tokens = grid and grid + module.num_prefix_tokens
             count = module.first_tokens_read()
             last = None if count is None or module.last_block_aside() else module.blocks[-1]
+            if last in list(module.blocks)[:-1]:  # a module of two places has one line
+                last = None
         parts = _parts(module, tokens, count if module is last else None)
         lines += [Line(f"{name}.{part.name}".strip("."), part.op, *_choice(part)) for part in parts]
     if not lines:
@@ -124,7 +127,7 @@ def _parts_of_block(block: Block, tokens: int | None, count: int | None) -> Iter
 
     def linear(name: str, op: str, reason: str, weights: nn.Module, weight: str) -> _Part:
         # In a whole block no finding counts but attention's, and where the half is aside its module may hold anything.
-        # Where one token an image is computed the rows are too few for any that was measured.
+        # Where only the tokens that the head reads are computed the rows are too few for any that was measured.
         shape = () if whole or reason or not every else tuple(weights.get_parameter(weight).shape)
         return _Part(name, op, tensor, reason, "", shape)
 

@@ -2,7 +2,7 @@
 
 A kernel gives the same bits in every run, and an image the same bits alone and in a batch, as long as both take the
 same entries of the tile table. Where they may differ: in a batch of another class of rows (up to 512, up to 2,048, or
-more: `rows_class`; they are batch times tokens, in a last block that computes the class token alone the images), from
+more: `rows_class`; they are batch times tokens, of which a last block may compute only those that the head reads), from
 the batch on that `evidence.json` gives to PyTorch, after the tiles were tuned anew, and in PyTorch's backend, which
 promises nothing of the kind.
 """
