@@ -23,7 +23,7 @@ direction; what the compiler makes of them for sm_90 and sm_80, per element and 
 gelu             1.3e-6        7e-7           9                    1                    15             2
 gelu_tanh        9e-6          4e-5           9                    1                    19             1
 quick_gelu       1e-6          5e-7           7                    2                    14             2
-silu             1.3e-6        3e-7           7                    2                    13             2
+silu             1.3e-6        3.5e-7         7                    2                    13             2
 
 Other forms, and why not: x·σ(2p(x)) with an odd polynomial p, by exp2 and a reciprocal, is two special functions, of
 which a multiprocessor does a sixteenth a clock of what it adds, and comes no closer than 2.7e-4 with three coefficients
