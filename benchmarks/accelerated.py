@@ -103,6 +103,8 @@ def measure(name: str, training: bool, batch: int, compiling: bool = True) -> di
                 vit_fast.accelerate(model, verify=False)  # what it returns is held to fp64 below
             contender = whole_models.started(model, form, case, images, labels)
             errors[key] = whole_models.error_of(contender.logits(), truth)
+            if "before" not in errors:
+                raise LeftOut("the original did not run, and nothing says how far from fp64 it may be")
             if not errors[key] <= 4 * errors["before"]:
                 raise ValueError(f"its error is {errors[key]:.1e}, the original's {errors['before']:.1e}")
             contender.run()

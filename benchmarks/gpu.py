@@ -33,10 +33,12 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 
 import torch
+from triton import knobs
 from triton.runtime.jit import JITFunction
 from vit_fast.kernels import tile_table
 
@@ -49,6 +51,7 @@ from benchmarks.report import best
 from benchmarks.timing import DEVICE, quantiles
 from vit_fast import verify
 from vit_fast.checkpoint import replacing
+from vit_fast.verify import in_a_line
 
 REHEARSAL = DEVICE == "cpu"
 STEPS = ("entries", "ops", "models", "tiles", "rest", "kernels", "tests", "few", "largest", "curves")
@@ -162,14 +165,10 @@ def measure_models(write: Write, batch: int, compiled: bool, which: str = "main"
 
 
 def model_contenders(case: whole_models.ModelCase, batch: int, compiled: bool, which: str) -> list[str]:
-    """Who takes part in a case of a set: of all but the full one ours and timm, compiled at the largest batch.
-
-    Of a training step of ViT-H, which no 140 GB hold in timm's form, that is a quarter.
-    """
-    largest = batch // 4 if case.model == "H" and case.direction != "inference" else batch
+    """Who takes part in a case of a set: of all but the full one ours and timm, compiled at the largest batch."""
     plain = case.dtype == "bf16" and case.direction != "checkpointed"
     other = case.model == "B" and (case.dtype == "amp" or case.direction == "checkpointed")
-    at_this = case.model in MODELS and case[1:3] == (224, largest) and (plain or other)
+    at_this = case.model in MODELS and case[1:3] == (224, batch) and (plain or other)
     wanted = (*OURS_AND_TIMMS, *COMPILED * at_this)
     return [
         name
@@ -324,32 +323,44 @@ def goals() -> dict[str, float]:
 Task = tuple[whole_models.ModelCase, str]  # a contender at a case
 
 
-def prepare(task: Task) -> None:
-    """Compile what a contender will launch: it runs once."""
+def prepare(task: Task) -> str:
+    """Compile what a contender will launch: it runs once, ours with two blocks where it is not compiled whole.
+
+    Returns:
+        Why it failed, or "".
+    """
     torch._dynamo.reset()  # its limits are for one piece of code, and all tasks of a process share theirs
     case, name = task
     whose, _, form = name.partition(" ")
-    contender = whole_models.started(whole_models.built(case, whose), form, case, *whole_models.drawn(case))
-    contender.run()
-    del contender
-    timing.empty_memory()  # several such processes share the device
+    model = contender = None
+    try:
+        model = whole_models.built(case, whose, **({} if form else {"depth": 2}))
+        contender = whole_models.started(model, form, case, *whole_models.drawn(case))
+        contender.run()
+        return ""
+    except Exception as error:  # in words: not each can be sent to another process
+        return in_a_line(error)
+    finally:
+        model = contender = None
+        timing.empty_memory()  # several such processes share the device
 
 
 def tasks(steps: list[str], batch: int, compiled: bool) -> list[Task]:
-    """What `prepare` is to do before these steps of the main set: what takes longest first.
-
-    Triton's kernels are the same for every batch but the smallest; a compiler asks for the batch itself.
-    """
-    found = []
+    """What `prepare` is to do before these steps of the main set: what takes longest first."""
+    found, make = [], whole_models.ModelCase
     for step in steps:
         if step in ("models", "rest"):
             cases = model_cases(batch, "main" if step == "models" else step)
             found += [(case, name) for case in cases for name in model_contenders(case, batch, compiled, step)]
-        elif step in ("ops", "kernels", "few"):
-            each = itertools.product(MODELS, (224,), (batch, 1), ("bf16",), ("inference", "training"))
-            found += [(whole_models.ModelCase(*one), "vit_fast") for one in each]
+        elif step in ("ops", "kernels"):
+            ways = ("inference", "training")
+            found += [(make(name, 224, batch, "bf16", way), "vit_fast") for name in MODELS for way in ways]
+        elif step == "few":
+            found += [
+                (make(name, 224, size, "bf16", "inference"), "vit_fast") for name in MODELS for size in (1, 8, 64)
+            ]
     theirs = [task for task in found if task[1] in COMPILED]
-    ours = [(case._replace(batch=min(case.batch, 16)), name) for case, name in found if name == "vit_fast"]
+    ours = [task for task in found if task[1] == "vit_fast"]
     return list(dict.fromkeys([*theirs, *ours]))
 
 
@@ -439,9 +450,23 @@ def main() -> None:
     def said(*words) -> None:
         print(f"[{time.monotonic() - start:5.0f} s]", *words, flush=True)
 
-    # Half of the cores are for the entries.
-    pool = multiprocessing.get_context("spawn").Pool(max(1, given.workers // (2 if "entries" in given.steps else 1)))
+    def half() -> float:
+        """What is left of the half of the time in which nothing is timed yet."""
+        return max(0.0, left() - 30 * given.minutes)
+
+    # Where what is prepared is looked for: Inductor would have a process look elsewhere once it compiled something.
+    os.environ.setdefault("TRITON_CACHE_DIR", knobs.cache.dir)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/inductor_{os.getuid()}")
     todo = tasks(given.steps, given.batch_size, not given.no_compile)
+    cores = given.workers // 2 if "entries" in given.steps else given.workers
+    pool = multiprocessing.get_context("spawn").Pool(max(1, min(cores, len(todo))))
+
+    def prepared(outcome) -> str:
+        try:
+            return outcome.get(half())
+        except multiprocessing.TimeoutError:
+            return "half of the time is over"
+
     waiting = [(task, pool.apply_async(prepare, (task,))) for task in todo]
     for step in given.steps:
         if step == "tiles" and REHEARSAL:
@@ -451,18 +476,21 @@ def main() -> None:
             endings[step] = "not run: pytest is not installed"
             continue
         if step != "entries":  # nothing is timed while the cores compile
-            for task, outcome in waiting:
-                try:
-                    outcome.get(max(0.0, left() - 30 * given.minutes))  # half of the time is for what is measured
-                except Exception as error:  # a step that fails says so itself
-                    said("preparing", *task, "failed:", type(error).__name__, str(error)[:200])
+            failed = [task for task, outcome in waiting if prepared(outcome)]
+            for task in failed:  # for want of memory beside the others, it may be
+                if why := prepared(pool.apply_async(prepare, (task,))):
+                    said("preparing", *task, "failed:", why[:200])
             waiting = []
             # An idle worker would keep its context and its allocator's memory on the device while all else is measured.
             pool.terminate()
             pool.join()
+            # What Inductor chose by timing it on a device that others used is chosen again.
+            for choice in pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).rglob("*.best_config"):
+                choice.unlink()
         try:
             output = subprocess.PIPE if step == "tests" else None
-            done = subprocess.run(command_of(step, given), timeout=left(), stdout=output, text=True)
+            limit = half() if step == "entries" != given.steps[-1] else left()
+            done = subprocess.run(command_of(step, given), timeout=limit, stdout=output, text=True)
             tests = done.stdout if step == "tests" else tests
             endings[step] = done.returncode
         except subprocess.TimeoutExpired as cut:

@@ -20,7 +20,7 @@ from benchmarks.timing import DEVICE
 from vit_fast.checkpoint import replacing
 
 CONTENDERS = ("vit_fast", "timm")
-NO_ROOM = ("out of memory", "ALLOC_FAILED")
+NO_ROOM = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
 SMALL = (16, 32) if DEVICE == "cuda" else (1, 2)
 
 

@@ -21,7 +21,8 @@ NAMES = {
     "vit_giant_patch14_224": "ViT-g/14",
     "vit_so400m_patch14_siglip_224": "so400m/14",
 }
-SHAPES = {"B": "ViT-B/16", "L": "ViT-L/16", "H": "ViT-H/14", "B at 384": "ViT-B/16 at 384"}
+SHAPES = {"B": "ViT-B/16", "L": "ViT-L/16", "H": "ViT-H/14"}
+SHAPES |= {f"{letter} at 384": f"{SHAPES[letter]} at 384" for letter in "BL"}
 DEPTHS = {"B": 12, "L": 24, "H": 32}
 
 
@@ -166,7 +167,8 @@ def goals_table() -> str:
 
     def latency(file):
         row = case(file, "inference", MODELS[0][0], 1)
-        ms = row["us"]["vit_fast graph"][1] / 1e3 if row else tried_at_one_image() if file == LATER else None
+        us = row and row["us"].get("vit_fast graph")
+        ms = us[1] / 1e3 if us else tried_at_one_image() if file == LATER else None
         return ms and told(-ms, -LATENCY_MS, f"{ms:.2f} ms")
 
     def memory(file):
@@ -269,7 +271,10 @@ def days_table() -> str:
 
 
 def facts_table() -> str:
-    """First call, launches and peak memory of each contender of the last day."""
+    """First call, launches and peak memory of each contender of the last day.
+
+    What a first call compiles may have been prepared by `make gpu`.
+    """
     rows = []
     for way in DIRECTIONS:
         for row in measured_models(way, LATER, batch=256, **PLAIN):
@@ -406,11 +411,12 @@ def ops_table() -> str:
     head = ["op", "model", "forward, µs", "best peer", "ratio", "forward and backward, µs", "best peer", "ratio"]
     found, rows = op_rows("ops"), []
     for op, model in dict.fromkeys(key[:2] for key in found):
-        forward, both = (found[op, model, way] for way in ("forward", "both"))
-        cells = [f"`{op}`", f"{SHAPES[model]}, batch {forward['batch']}"]
-        for us in (forward["us"], both["us"]):
-            (_, ours), peer = best(us, True), best(us, False)
-            cells += [f"{ours:,.0f}", f"{peer[1]:,.0f} {peer[0]}" if peer else "-", against(lead(us)) if peer else "-"]
+        lines = [found.get((op, model, way), {"us": {}}) for way in ("forward", "both")]
+        cells = [f"`{op}`", f"{SHAPES[model]}, batch {lines[0]['batch']}"]
+        for us in (line["us"] for line in lines):
+            ours, peer = best(us, True), best(us, False)
+            cells.append(f"{ours[1]:,.0f}" if ours else "-")
+            cells += [f"{peer[1]:,.0f} {peer[0]}", against(lead(us))] if ours and peer else ["-", "-"]
         rows.append(cells)
     return markdown_table(head, rows)
 

@@ -101,8 +101,8 @@ def _arguments(case: ModelCase) -> dict[str, int]:
     return {"num_classes": CLASSES, "img_size": case.pixels, **depth}
 
 
-def _ours(case: ModelCase) -> nn.Module:
-    model = vit_fast.create_model(NAMES[case.model], **_arguments(case))
+def _ours(case: ModelCase, **options) -> nn.Module:
+    model = vit_fast.create_model(NAMES[case.model], **_arguments(case) | options)
     model.set_grad_checkpointing(case.direction == "checkpointed")
     return model
 
@@ -216,10 +216,10 @@ PEERS = {
 }
 
 
-def built(case: ModelCase, whose: str) -> nn.Module:
-    """A library's model as the case has it: in its dtype, on the device, in training or not."""
+def built(case: ModelCase, whose: str, **options) -> nn.Module:
+    """A library's model as the case has it: in its dtype, on the device, in training or not. Of ours, with options."""
     with torch.device(DEVICE):
-        return PEERS[whose](case).to(PARAMETERS[case.dtype]).train(case.direction != "inference")
+        return PEERS[whose](case, **options).to(PARAMETERS[case.dtype]).train(case.direction != "inference")
 
 
 def drawn(case: ModelCase) -> tuple[Tensor, Tensor]:
@@ -410,7 +410,10 @@ def measure(case: ModelCase, contenders: list[str], rounds: int = timing.ROUNDS)
                 timed = {other: one for other, one in found.items() if one.left_out or one.wrong}
                 return dict.fromkeys(contenders, gone) | timed
     apart = case.direction != "inference" and DEVICE == "cuda"
-    timed = timing.time_in_turn(runs, rounds, held=False, apart=apart, shortest=timing.SUSTAINED)
+    try:
+        timed = timing.time_in_turn(runs, rounds, held=False, apart=apart, shortest=timing.SUSTAINED)
+    except torch.OutOfMemoryError as error:  # each had room beside those before it, and all together have none
+        return found | dict.fromkeys(runs, MeasuredModel([], left_out=in_a_line(error)))
     for name, samples in timed.items():
         facts = found[name].facts | timing.state_under(runs[name])
         found[name] = found[name]._replace(us=samples, facts=facts)

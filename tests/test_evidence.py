@@ -255,6 +255,18 @@ def test_which_lines_count(change, count):
 
 
 @pytest.mark.parametrize(
+    ("lost", "rows"),
+    [({1}, []), ({8, 256}, [256]), ({64, 256}, [64, 256]), ({1, 8, 64, 256}, [1, 8, 64, 256]), (set(), [])],
+)
+def test_a_finding_holds_at_every_larger_batch_that_was_measured(lost, rows):
+    wins = TIMES | {"vit_fast": [5, 6, 7]}
+    lines = [LINE | {"batch": size, "us": TIMES if size in lost else wins} for size in (256, 1, 8, 64)]
+    lines.append(LINE | {"batch": 512, "us": wins, "direction": "forward"})  # which says nothing of both
+    found = maker.findings({"device": "d", "date": "2026-01-01", "commit": "c", "results": lines})
+    assert sorted(one["rows"] // 197 for one in found) == rows
+
+
+@pytest.mark.parametrize(
     ("op", "tokens", "shape", "rows"),
     [
         ("ln_linear", 197, [2304, 768], 394),

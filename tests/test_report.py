@@ -128,9 +128,9 @@ def test_where_no_peer_ran_the_tables_say_so(monkeypatch):
     """As on a card that holds our step of a model and no other's; and of checkpointing the tables say that too."""
     us = {"vit_fast": [1, 1000, 1], "cublas": [1, 500, 1]}
     ways = ("forward", "both")
-    ops = [
-        {"op": "mlp", "model": "B", "batch": batch, "direction": way, "us": us} for way in ways for batch in (256, 8)
-    ]
+    op = {"op": "mlp", "model": "B", "us": us}
+    ops = [{**op, "batch": batch, "direction": way} for way in ways for batch in (256, 8)]
+    ops.append({"op": "attention", "model": "L at 384", "batch": 64, "direction": "forward", "us": us})  # as `few` has
     row = {"model": "vit_base_patch16_224", "batch": 256, "us": {"vit_fast": [1, 1e6, 1]}, "aside": {"timm": "no room"}}
     row |= {"case": ["B", 224, 256, "bf16", "checkpointed"], "facts": {"vit_fast": {"peak_gb": 3.0, "first_call_s": 1}}}
     plain = {**row, "case": ["B", 224, 256, "bf16", "training"]}
@@ -143,7 +143,10 @@ def test_where_no_peer_ran_the_tables_say_so(monkeypatch):
         ["ViT-B/16", "256", "256 eager", "did not run", "-"],
         ["ViT-B/16, checkpointed", "256", "256 eager", "did not run", "-"],
     ]
-    assert report.ops_table().splitlines()[2] == "| `mlp` | ViT-B/16, batch 256 | 1,000 | - | - | 1,000 | - | - |"
+    assert report.ops_table().splitlines()[2:] == [
+        "| `mlp` | ViT-B/16, batch 256 | 1,000 | - | - | 1,000 | - | - |",
+        "| `attention` | ViT-L/16 at 384, batch 64 | 1,000 | - | - | - | - | - |",
+    ]
     assert all(line.endswith(": none") for line in report.slower_list().splitlines())
 
 
