@@ -20,7 +20,7 @@ def short(monkeypatch, tmp_path):
 
 
 def test_the_demo_fails_below_its_accuracy(short):
-    with pytest.raises(SystemExit, match="the held-out accuracy is below 97 %"):
+    with pytest.raises(SystemExit, match="the held-out accuracy is below 95 %"):
         demo.main()
 
 
@@ -33,22 +33,29 @@ def test_the_demo_removes_nothing_of_others(short):
     assert kept.exists()
 
 
-def test_the_demo(short, monkeypatch, capsys):
+def test_the_demo(short, monkeypatch, capfd):
     monkeypatch.setattr(demo, "LEAST_ACCURACY", 0.0)
     for name in ("model", "digits"):  # an earlier demo left something
         (short / "demo-output" / name).mkdir(parents=True)
         (short / "demo-output" / name / "config.json").write_text("")
     demo.main()
-    lines = capsys.readouterr().out.splitlines()
+    output, errors = capfd.readouterr()
+    assert "Warning" not in errors, "of a process of its own too"
+    lines = output.splitlines()
     assert sum(line.startswith("held-out accuracy: ") and line.endswith(" %") for line in lines) == 1
     assert sum(line.startswith("PyTorch and the kernels agree: ") for line in lines) == 1
     for name in ("demo-output/attention.png", "demo-output/training.png", "picture.png"):
         assert name in lines
         with Image.open(short / name) as picture:
             assert picture.width > 500
+    model, digits = (short / "demo-output" / name for name in ("model", "digits"))
     monkeypatch.setattr(demo, "LARGEST_DIFFERENCE", -1.0)
     with pytest.raises(SystemExit, match="they do not agree"):
-        demo.compare(short / "demo-output" / "model", next((short / "demo-output" / "digits").glob("3-*.png")))
+        demo.compare(model, next(digits.glob("3-*.png")))
+    assert (model / "training.previous.safetensors").is_file(), "as each run of two epochs leaves it"
+    for folder in (model, digits):  # which the next demo does
+        demo.remove_earlier(folder)
+        assert not folder.exists()
 
 
 def test_the_scans_of_the_demo_were_never_trained_on(tmp_path):

