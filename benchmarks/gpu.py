@@ -14,11 +14,11 @@ largest    the largest batch of a training step that fits (benchmarks/largest.py
 curves     training beside PyTorch from the same seeds (benchmarks/curves.py)
 
 Each step is a process of its own, and writes OUT/STEP.json as it goes: what is cut or fails costs no other step. After
-each OUT/page.txt is written anew: what is wrong, what is slow, what to do first. What the models of the chosen steps
-launch, and what torch.compile makes of them, is compiled before anything is timed, side by side, while the entries are
-checked if they are. --set full measures every shape and every contender of `pytest benchmarks/`, and goes on where an
-earlier call with the same OUT stopped, on the same device and tree. --set main begins anew: what the chosen steps left
-in OUT before is removed.
+each OUT/page.txt is written anew: what is wrong, what is slow, what to do first. What ops, models, rest, kernels and
+few will launch, and what torch.compile makes of models, is compiled before anything is timed, side by side; meanwhile
+the entries are checked, where that step is chosen. --set full measures every shape and every contender of `pytest
+benchmarks/`, and goes on where an earlier call with the same OUT stopped, on the same device and tree. --set main
+begins anew: what the chosen steps left in OUT before is removed, but rest and few add what is not there yet.
 
 Without a GPU all of it is rehearsed at tiny shapes, in PyTorch and by the host's clock: no figure of that counts.
 """

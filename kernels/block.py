@@ -7,7 +7,7 @@ backward   of the second half, then of the first, each with the gradient past it
            stages of all four weights, one for both LayerNorms' dγ and dβ
            13 launches, 14 where attention takes two kernels, one more for the second half's LayerScale, drop path or
            autocast
-saved      x, qkv, o, m, h, lse and the mean and rstd of both LayerNorms: per token and layer 20·D elements (F = 4·D),
+saved      x, qkv, o, m, h, lse and the mean and rstd of both LayerNorms: per token and layer 10·D elements (F = 4·D),
            16 bytes, and one number a head
 
 """

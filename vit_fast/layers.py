@@ -1,8 +1,8 @@
 """The modules of a Vision Transformer: they hold parameters under timm's names and call the fused ops.
 
-Each half of a block is two or three fused ops that read the parameters of its submodules. Where a submodule is no plain
-module of the kind that timm puts there (it has a hook, a parametrization, a LoRA wrapper, a quantised weight) or where
-dropout is active, that half calls its submodules one by one instead, as timm does, and one log line says why.
+A plain block is one fused op, any other one to three a half; they read the parameters of its submodules. Where one is
+no plain module of the kind that timm puts there (it has a hook, a parametrization, a LoRA wrapper, a quantised weight)
+or where dropout is active, that half calls its submodules one by one instead, as timm does, and one log line says why.
 
     Dosovitskiy et al. 2021, An Image is Worth 16x16 Words, equations 1 to 3        patches and blocks
     Touvron et al. 2021, CaiT (LayerScale); Huang et al. 2016, Stochastic Depth     the ends of a block's two halves

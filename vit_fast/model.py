@@ -655,8 +655,9 @@ class VisionTransformer(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Images → logits [B, classes]: `forward_head` of `forward_features`, whose last block may then leave out the
-        tokens that the head does not read (`last_block_aside` says where it does not)."""
+        """Images → logits [B, classes]: `forward_head` of `forward_features`, whose last block leaves out the tokens
+        that the head does not read, where `first_tokens_read` counts those that it does, `last_block_aside` names no
+        reason, and the call is not one of `FEW_TOKENS` or less that a GPU runs eagerly."""
         count = self.first_tokens_read()
         if count is None or attn_mask is not None or is_causal:
             return self.forward_head(self.forward_features(x, attn_mask, is_causal))

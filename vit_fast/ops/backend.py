@@ -36,7 +36,8 @@ def use_backend(name: str):
     Args:
         name: "auto", Triton on a CUDA or ROCm tensor and PyTorch elsewhere; "triton", Triton always: on a CPU tensor
             that is the interpreter, which needs TRITON_INTERPRET=1 in the environment before Python starts, and an
-            error otherwise, never PyTorch; "torch", PyTorch always.
+            error otherwise, but PyTorch for tensors without elements, in torch.export and for the gradient of an image;
+            "torch", PyTorch always.
 
     The choice is one for the process, not one a thread, so that torch.compile can guard on it.
 
