@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 import vit_fast
 from tests.error_rule import assert_close_to_truth, relative_error
 from tests.test_parity import assert_same, draw, run
-from vit_fast import layers, reference
+from vit_fast import layers, positions, reference
 from vit_fast.ops import backend
 
 SMALL = {
@@ -722,6 +722,72 @@ def test_compiled_with_dynamic_shapes(dynamic):
         images = pictures(batch, torch.float32)
         with torch.no_grad():
             torch.testing.assert_close(compiled(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "how"), [(None, "antialiased"), *((True, how) for how in positions.INTERPOLATIONS)]
+)
+def test_compiled_training_on_pictures_of_several_sizes(dynamic, how):
+    """Resized positions and their gradient, at sizes that a graph was not made for."""
+    torch.compiler.reset()  # its limits are for one piece of code, and all tests share theirs
+    model = small(dynamic_img_size=True)
+    model.pos_interpolation = how
+    compiled = torch.compile(model, dynamic=dynamic, backend="aot_eager")
+    for size in ((8, 12), (16, 8), (12, 20)):
+        images = pictures(2, torch.float32, size)
+        expected = torch.autograd.grad(model(images).square().sum(), model.pos_embed)[0]
+        found = torch.autograd.grad(compiled(images).square().sum(), model.pos_embed)[0]
+        torch.testing.assert_close(found, expected)
+    torch.compiler.reset()
+
+
+def test_a_projection_of_somebodys_own():
+    """As timm runs it; what else asks for the projection's numbers does without."""
+    theirs, ours = twins()
+    stem = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, SMALL["embed_dim"], 2, 2)).double()
+    theirs.patch_embed.proj = stem
+    ours.patch_embed.proj = copy.deepcopy(stem)
+    images = pictures()
+    assert relative_error(ours(images), theirs(images)) < 1e-12
+    assert vit_fast.explain(ours)[0][1:] == ("patch_embed", "torch", "patch_embed.proj is a Sequential")
+    ours.reset_classifier(7)
+    assert ours(images).shape == (2, 7)
+    assert ours.head.weight.dtype == torch.float64
+    with pytest.raises(ValueError, match=r"images: got shape \[3, 8, 12\], takes \[B, C, rows, columns\]"):
+        ours(images[0])
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_pruned_heads(last):
+    """One head of each block left out, as timm runs it; where a last block has every token and where not."""
+    theirs, ours = twins(global_pool="token" if last else "avg")
+    for model in (theirs, ours):
+        for block in model.blocks:
+            attn, width = block.attn, SMALL["embed_dim"]
+            kept = torch.arange(width).view(attn.num_heads, -1)[1:].flatten()
+            attn.qkv.weight.data = attn.qkv.weight.data.view(3, width, width)[:, kept].flatten(0, 1)
+            attn.qkv.bias.data = attn.qkv.bias.data.view(3, width)[:, kept].flatten()
+            attn.proj.weight.data = attn.proj.weight.data[:, kept]
+            attn.num_heads, attn.attn_dim = attn.num_heads - 1, len(kept)
+    images = pictures()
+    assert relative_error(ours(images), theirs(images)) < 1e-12
+    loss = [model(images).square().sum() for model in (ours, theirs)]
+    grads = [torch.autograd.grad(one, model.blocks[0].attn.qkv.weight)[0] for one, model in zip(loss, (ours, theirs))]
+    assert relative_error(*grads) < 1e-10
+
+
+def test_maps_of_a_scale_of_ones_own():
+    """It counts where the probabilities are written out, and there alone, as in timm."""
+    _, ours = twins()
+    attn, images = ours.blocks[0].attn, pictures()
+    usual = ours.attention_maps(images, layers=[0])
+    attn.scale *= 3
+    assert torch.equal(ours.attention_maps(images, layers=[0]), usual)
+    attn.fused_attn = False
+    found = []
+    attn.attn_drop.register_forward_hook(lambda module, given, maps: found.append(maps))
+    ours.eval()(images)
+    assert relative_error(ours.attention_maps(images, layers=[0])[0], found[0]) < 1e-12
 
 
 def test_the_log_says_it_once(caplog):

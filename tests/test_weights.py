@@ -235,6 +235,37 @@ def test_save_pretrained_and_load(name, tmp_path):
     assert relative_error(theirs(x), model(x)) < CLOSE
 
 
+@pytest.mark.parametrize("change", ["pool", "pool of a map", "no fc_norm", "no norm", "pruned"])
+def test_a_model_that_was_changed_is_saved_as_it_is(change, tmp_path):
+    """Where the final norm stands goes by the pool that a model was built with, not by the one that it has."""
+    more = {
+        "pool of a map": {"global_pool": "map", "class_token": False},
+        "no fc_norm": {"global_pool": "avg", "fc_norm": False},
+        "no norm": {"final_norm": False},
+    }
+    model = drawn(vit_fast.create_model("vit_tiny_patch16_224", 3, **TINY, **more.get(change, {})))
+    if change.startswith("pool"):
+        model.reset_classifier(5, "avg")
+    if change == "pruned":
+        model.prune_intermediate_layers([0], prune_norm=True)
+    drawn(model).save_pretrained(tmp_path)
+    x = images()
+    assert torch.equal(vit_fast.load(tmp_path)(x), model(x))
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert relative_error(theirs(x), model(x)) < CLOSE
+
+
+def test_what_no_config_tells_of_is_not_saved_in_silence(tmp_path, caplog):
+    model = vit_fast.create_model("vit_tiny_patch16_224", 3, **TINY)
+    model.norm.eps = 1e-3
+    model.save_pretrained(tmp_path / "a")
+    assert "config.json has one eps for all, 1e-06; the model has [1e-06, 0.001]" in caplog.text
+    model.blocks[0].mlp.act = nn.ReLU()
+    with pytest.raises(ValueError, match=r"a part is somebody's own.*'ReLU' object has no attribute 'approximate'"):
+        model.save_pretrained(tmp_path / "b")
+    assert not (tmp_path / "b").exists() or not list((tmp_path / "b").iterdir())
+
+
 # Which of them which layout has no names for: anything else converts, and a refusal there is a fault.
 NO_PLACE = {
     *((name, "open_clip") for name in TIMM),  # all have a bias in the patch projection or in the head

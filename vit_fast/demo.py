@@ -17,11 +17,11 @@ import torch
 
 from vit_fast.ops.backend import triton_is_missing
 
-# Four seeds reach 97.5 to 99.2 %, and how a processor rounds its sums moves a run as far as a seed does.
+# Three seeds reach 98.6 to 99.4 %, and how a processor rounds its sums moves a run as far as a seed does.
 LEAST_ACCURACY = 0.95
 LARGEST_DIFFERENCE = 1e-4  # of a probability, between PyTorch and the kernels, both in fp32
 SHOWN = (3, 5, 8)  # digits of the attention picture
-TRAIN = ("--epochs", "80", "--lr", "0.002", "--drop-path", "0.1", "--seed", "42")
+TRAIN = ("--epochs", "80", "--lr", "0.002", "--drop-path", "0.2", "--seed", "42")
 
 
 def main() -> None:

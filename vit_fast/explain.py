@@ -99,8 +99,11 @@ def _parts(module: nn.Module, tokens: int | None, count: int | None = None) -> I
     """The ops of one module; `tokens` where they are the same in every call, `count` of those that a block computes
     where it is not all of them."""
     if isinstance(module, VisionTransformer):
-        weight = module.patch_embed.proj.weight
-        yield _Part("patch_embed", "patch_embed", weight, module.embed_aside(), "", (len(weight), weight[0].numel()))
+        if aside := module.embed_aside():
+            yield _Part("patch_embed", "patch_embed", next(module.parameters()), aside)
+        else:
+            weight = module.patch_embed.proj.weight
+            yield _Part("patch_embed", "patch_embed", weight, "", "", (len(weight), weight[0].numel()))
     elif isinstance(module, Block):
         yield from _parts_of_block(module, tokens, count)
     elif isinstance(module, AttentionPoolLatent):

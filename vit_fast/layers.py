@@ -177,10 +177,10 @@ class PatchEmbed(nn.Module):
         """
         if not isinstance(images, Tensor):
             raise TypeError(f"images: got {type(images).__name__}, takes a tensor [B, C, rows, columns]")
-        channels = self.proj.in_channels
+        channels = getattr(self.proj, "in_channels", None)  # of somebody's own projection it is not known
         if images.dim() != 4:
-            raise ValueError(f"images: got shape {list(images.shape)}, takes [B, {channels}, rows, columns]")
-        if images.shape[1] != channels:
+            raise ValueError(f"images: got shape {list(images.shape)}, takes [B, {channels or 'C'}, rows, columns]")
+        if channels is not None and images.shape[1] != channels:
             raise ValueError(f"images: got {images.shape[1]} channels, takes {channels}")
         rows, columns = images.shape[2:]
         high, wide = self.patch_size
@@ -427,10 +427,12 @@ class Block(nn.Module):
         )
 
     def suits_block_op(self) -> bool:
-        """Whether the op of the whole block computes this one: no norm inside a half, no gate; no half may be aside."""
+        """Whether the op of the whole block computes this one: no norm inside a half, no gate, no head pruned; no half
+        may be aside."""
         attn, mlp = self.attn, self.mlp
         inner = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
-        return type(mlp) is Mlp and all(type(norm) is nn.Identity for norm in inner)
+        heads, width = attn.qkv.weight.shape
+        return heads == 3 * width and type(mlp) is Mlp and all(type(norm) is nn.Identity for norm in inner)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         attention_reason = "a mask is given" if attn_mask is not None or is_causal else self.attention_aside()
@@ -526,6 +528,9 @@ class Block(nn.Module):
             raise ValueError(f"attention_map: the block's attn is a {type(self.attn).__name__}, takes vit_fast's")
         if self.attention_aside():
             q, k, _ = (t.transpose(1, 2) for t in self.attn.queries_keys_values(self.norm1(x)))
+            usual = self.attn.head_dim**-0.5
+            if not self.attn.fused_attn and self.attn.scale != usual:  # the fused forms do not ask for it, as timm's
+                q = q * (self.attn.scale / usual)
         else:
             q, k, _ = self._projected(x).unbind(2)
             q, k = self.attn.q_norm(q), self.attn.k_norm(k)

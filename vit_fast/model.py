@@ -9,6 +9,7 @@ Letters: B batch, C channels, P patch side, N patches, R prefix tokens, T = R + 
 
 import collections
 import contextlib
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +39,7 @@ from vit_fast.ops.backend import say_aside
 from vit_fast.positions import resample_positions, sincos_position
 
 POOLS = ("", "token", "avg", "avgmax", "max", "map", "token_avg")
+NORM_AFTER = ("avg", "avgmax", "max")  # pools behind which the final norm stands, where `fc_norm` does not say
 FEW_TOKENS = 512  # a GPU waits for launches there: the class token alone would take nine, a block of all takes seven
 WEIGHT_INITS = ("", "skip", "reset", "jax", "jax_nlhb", "moco")
 
@@ -171,7 +173,7 @@ class VisionTransformer(nn.Module):
         embed_norm_layer = embed_norm_layer and norm_factory("embed_norm_layer", embed_norm_layer)
         mlp_layer = SwiGLUPacked if is_swiglu(mlp_layer, Mlp, SwiGLUPacked) else Mlp
         act_layer = ACTIVATIONS[activation_name(act_layer, gated=mlp_layer is SwiGLUPacked)]
-        norm_after_pool = global_pool in ("avg", "avgmax", "max") if fc_norm is None else fc_norm
+        norm_after_pool = global_pool in NORM_AFTER if fc_norm is None else fc_norm
 
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -360,7 +362,7 @@ class VisionTransformer(nn.Module):
         self.head = self._new_head(self._dd()).train(self.training)
 
     def _dd(self) -> dict:
-        parameter = self.patch_embed.proj.weight
+        parameter = next(itertools.chain(self.patch_embed.parameters(), self.parameters()))
         return {"device": parameter.device, "dtype": parameter.dtype}
 
     def set_input_size(self, img_size=None, patch_size=None) -> None:

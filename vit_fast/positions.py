@@ -37,13 +37,25 @@ def resample_positions(
         return table
     tokens, patches = table[:, :prefix], table[:, prefix:]
     image = patches.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
-    if how == "offset":
-        scale = tuple((new + 0.1) / old for new, old in zip(grid, old_grid))
-        image = F.interpolate(image, scale_factor=scale, mode="bicubic")
+    if torch.compiler.is_compiling() and not exporting() and torch.is_grad_enabled() and table.requires_grad:
+        # PyTorch compiles no gradient of a resize to a size that is not known: a product with resized units has one.
+        with torch.no_grad():
+            # Of each side, [old, new]: units as both columns of a picture, which stay alike in every way.
+            units = [torch.eye(old, device=image.device)[None, :, :, None].expand(-1, -1, -1, 2) for old in old_grid]
+            rows, columns = (_resized(unit, (new, 2), how)[0, :, :, 0] for unit, new in zip(units, grid))
+        image = rows.T @ image @ columns
     else:
-        image = F.interpolate(image, size=grid, mode="bicubic", antialias=how == "antialiased")
+        image = _resized(image, grid, how)
     patches = image.permute(0, 2, 3, 1).reshape(1, -1, table.shape[-1]).to(table.dtype)
     return torch.cat([tokens, patches], dim=1) if prefix else patches
+
+
+def _resized(image: Tensor, size: tuple[int, int], how: str) -> Tensor:
+    """Pictures [1, D, rows, columns] of another size."""
+    if how != "offset":
+        return F.interpolate(image, size=size, mode="bicubic", antialias=how == "antialiased")
+    sides = zip(size, image.shape[2:])
+    return F.interpolate(image, scale_factor=tuple((new + 0.1) / old for new, old in sides), mode="bicubic")
 
 
 def resample_patch_weight(weight: Tensor, size: tuple[int, int]) -> Tensor:

@@ -67,7 +67,9 @@ def load(
         network.label_names = own.classes
         return network
     tensors = read(path)
-    names, coverage = to_ours(tensors, partial)
+    args = config.get("model_args")
+    unnormed = isinstance(args, dict) and args.get("final_norm") is False
+    names, coverage = to_ours(tensors, (*partial, "norm.*") if unnormed else partial)
     log.info(str(coverage))
     said = next((key for key in ("architecture", "model_type") if key in config), "")
     if model is not None and said:

@@ -33,12 +33,12 @@ def warm(model: VisionTransformer, sizes: Iterable[int | tuple[int, ...]]) -> li
         raise ValueError(f"model: got {type(model).__name__}, takes a VisionTransformer")
     if not isinstance(sizes, Iterable):
         raise ValueError(f"sizes: got {sizes!r}, takes an iterable of them")
-    weight = model.patch_embed.proj.weight
+    dtype = model._dd()["dtype"]
     # On the meta device: whether the model takes images of this size costs nothing to ask.
     shapes = [_shape(model, size) for size in sizes]
     for shape in shapes:
         try:
-            model.patch_embed.prepare(torch.empty(shape, dtype=weight.dtype, device="meta"))
+            model.patch_embed.prepare(torch.empty(shape, dtype=dtype, device="meta"))
         except ValueError as error:
             raise ValueError(f"sizes: {error}") from None
     if all(line.backend != "triton" for line in explain(model)):
@@ -59,12 +59,12 @@ def _shape(model: VisionTransformer, size: int | Iterable[int]) -> tuple[int, in
 
 def pass_over(model: VisionTransformer, shape: tuple[int, int, int, int]) -> None:
     """A pass over images of this shape that leaves no trace: forward, and in training backward."""
-    weight = model.patch_embed.proj.weight
-    devices = [weight.device] if weight.device.type == "cuda" else []
+    dd = model._dd()
+    devices = [dd["device"]] if dd["device"].type == "cuda" else []
     before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         with torch.random.fork_rng(devices), torch.inference_mode(False), torch.set_grad_enabled(model.training):
-            output = model(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
+            output = model(torch.zeros(shape, **dd))
             wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
             if output.requires_grad:  # backward() would add to .grad
                 torch.autograd.grad(output, wanted, torch.zeros_like(output), allow_unused=True)

@@ -4,6 +4,7 @@ Read from the config of timm or of transformers, or from the shapes of the weigh
 timm's.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from vit_fast.inference import CROP_MODES
 from vit_fast.layers import LayerScale, QuickGELU, SwiGLUPacked
-from vit_fast.model import VisionTransformer, VisionTransformerDistilled
+from vit_fast.model import NORM_AFTER, VisionTransformer, VisionTransformerDistilled
 from vit_fast.weights.layout import Coverage, is_gated
 from vit_fast.zoo import create_model
+
+log = logging.getLogger("vit_fast")
 
 # transformers' names of activations, and ours.
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
@@ -261,10 +264,26 @@ def from_open_clip(config: dict, names: Mapping[str, Tensor]) -> Settings:
 
 
 def to_timm(model: VisionTransformer, classes: tuple[str, ...] = ()) -> dict:
-    """A config.json as timm reads it: what the model's architecture leaves to be said, and its settings."""
-    name, args = model.pretrained_cfg.get("architecture", ""), arguments_of(model)
-    with_defaults = arguments_of(create_model(name or ANY, device="meta", weight_init="skip"))
-    args = {key: value for key, value in args.items() if with_defaults.get(key) != value}
+    """A config.json as timm reads it: what the model's architecture leaves to be said, and its settings.
+
+    Raises:
+        ValueError: where a part of the model is somebody's own, for which a config has no word.
+    """
+    name = model.pretrained_cfg.get("architecture", "")
+    try:
+        said = arguments_of(model)
+    except AttributeError as error:
+        raise ValueError(
+            f"model: a part is somebody's own, for which config.json has no word ({error}); "
+            "safetensors.torch.save_model keeps the weights alone"
+        ) from error
+    usual = arguments_of(create_model(name or ANY, device="meta", weight_init="skip"))
+    args = {key: value for key, value in said.items() if usual.get(key) != value}
+    if said["final_norm"] and said["fc_norm"] != (model.global_pool in NORM_AFTER):  # its default goes by the pool
+        args["fc_norm"] = said["fc_norm"]
+    eps = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
+    if len(eps) > 1:
+        log.warning(f"norms: config.json has one eps for all, {said.get('norm_eps')}; the model has {sorted(eps)}")
     pictures = {key: v for key, v in model.pretrained_cfg.items() if key not in ("architecture", "projection")}
     config = {
         "architecture": name or ANY,
