@@ -668,6 +668,23 @@ def test_explain_tells_of_it():
     assert ("blocks.1", "block", "a tensor on cpu: the kernels run on CUDA and ROCm") in lines
 
 
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_torch_fx_traces_what_it_traced_before(library):
+    """By symbols, with the library's own code."""
+    if library == "timm":
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        node = "blocks.1.mlp.fc2"
+    else:
+        model = torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64)
+        node = "encoder.ln"
+    x = torch.randn(2, 3, 32, 32)
+    model.eval()
+    extractor = torchvision.models.feature_extraction.create_feature_extractor
+    expected = extractor(model, [node])(x)[node]
+    vit_fast.accelerate(model, verify=False)
+    torch.testing.assert_close(extractor(model, [node])(x)[node], expected)
+
+
 def test_nothing_is_left_behind():
     """After a hundred times to and fro there are no more tensors and classes than after ten."""
     model = _timm()

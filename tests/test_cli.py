@@ -224,6 +224,23 @@ def test_env_runs_every_kernel():
             assert re.search(rf"\b{name} float32 \d\.\de-\d+ ok", output), name
 
 
+@pytest.mark.parametrize(("chosen", "said"), [("torch", "PyTorch"), ("triton", "Triton")])
+def test_env_says_what_was_chosen(monkeypatch, chosen, said):
+    from vit_fast import verify
+
+    monkeypatch.setattr(verify, "report", lambda device: ([], "in a test"))
+    with vit_fast.use_backend(chosen):
+        assert f"backend {said} (VIT_FAST_BACKEND)" in run("env", "--device", "cpu")[1]
+
+
+def test_who_reads_no_further_gets_no_error():
+    command = [sys.executable, "-m", "vit_fast.cli", "models"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 def test_env_tells_a_wrong_kernel(monkeypatch):
     from vit_fast import verify
 

@@ -78,6 +78,11 @@ def _one_class(folder):
     picture(folder / "cats" / "a.png")
 
 
+def _single_pictures(folder):
+    for name in ("cats", "dogs"):
+        picture(folder / name / "a.png")
+
+
 def _empty_class(folder):
     picture(folder / "cats" / "a.png")
     (folder / "dogs").mkdir()
@@ -89,9 +94,10 @@ def _empty_class(folder):
         (lambda folder: None, "two subfolders or more, one a class, found none"),
         (lambda folder: picture(folder / "a.png"), "found none"),
         (_one_class, "found one class, 'cats'"),
+        (_single_pictures, "no class has two pictures, of which one would be held out"),
         (_empty_class, "dogs: a class without a picture"),
     ],
-    ids=["nothing", "pictures without a class", "one class", "an empty class"],
+    ids=["nothing", "pictures without a class", "one class", "a picture a class", "an empty class"],
 )
 def test_a_folder_that_cannot_be_trained_on(tmp_path, make, says):
     make(tmp_path)

@@ -72,8 +72,19 @@ def test_an_unknown_name_offers_the_nearest():
         vit_fast.create_model("resnet50")
     with pytest.raises(ValueError, match="pretrained: got True"):
         vit_fast.create_model("test_vit", pretrained=True)
+    with pytest.raises(TypeError, match="num_classes: got True, takes a number; pretrained is given by its name"):
+        vit_fast.create_model("test_vit", True)
     with pytest.raises(TypeError, match="features_only"):
         vit_fast.create_model("test_vit", features_only=True)
+
+
+def test_none_leaves_what_cannot_be_none():
+    """As a script has it whose flags were not given."""
+    none = dict.fromkeys(("img_size", "in_chans", "drop_rate", "drop_path_rate", "global_pool", "norm_layer"))
+    model, usual = vit_fast.create_model("test_vit", None, **none), vit_fast.create_model("test_vit")
+    assert repr(model) == repr(usual)
+    model = vit_fast.create_model("vit_small_patch14_dinov2", 0, init_values=None)
+    assert type(model.blocks[0].ls1) is torch.nn.Identity
 
 
 def test_overrides():

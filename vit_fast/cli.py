@@ -26,7 +26,7 @@ import torch
 
 import vit_fast
 from vit_fast import inference, training
-from vit_fast.ops.backend import why_not_triton
+from vit_fast.ops.backend import chosen_backend, why_not_triton
 from vit_fast.weights import TARGETS
 
 app = typer.Typer(
@@ -55,6 +55,9 @@ def _plain_errors(command):
             raise typer.Exit(130) from None
         except typer.Exit:  # a RuntimeError itself
             raise
+        except BrokenPipeError:  # whoever reads has enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+            raise typer.Exit(1) from None
         except USER_ERRORS as error:
             _say_error(str(error) or type(error).__name__)
             raise typer.Exit(1) from None
@@ -420,8 +423,11 @@ def _facts(place: torch.device) -> Table:
             facts.add_row(name, metadata.version(name))
         except metadata.PackageNotFoundError:
             facts.add_row(name, "not installed")
-    reason = why_not_triton(place)
-    facts.add_row("backend", f"PyTorch ({reason})" if reason else "Triton")
+    chosen, reason = chosen_backend(), why_not_triton(place)
+    if chosen == "auto":
+        facts.add_row("backend", f"PyTorch ({reason})" if reason else "Triton")
+    else:
+        facts.add_row("backend", {"torch": "PyTorch", "triton": "Triton"}[chosen] + " (VIT_FAST_BACKEND)")
     return facts
 
 

@@ -180,6 +180,11 @@ def _folder(folder: Path, preprocessing: dict, hflip: float) -> Data:
         every = [(path, label) for label, name in enumerate(classes) for path in given[name]]
         parts = split([path.relative_to(folder).as_posix() for path, _ in every], [label for _, label in every])
         train, held_out = ([every[index] for index in part] for part in parts)
+        if not held_out:
+            raise ValueError(
+                f"{folder}: no class has two pictures, of which one would be held out; add some, or name folders train "
+                "and val"
+            )
     channels, rows, columns = preprocessing["input_size"]
 
     def files(part, size, crop_pct) -> Files:

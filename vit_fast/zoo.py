@@ -9,11 +9,15 @@ import difflib
 import fnmatch
 import functools
 import importlib.resources
+import inspect
 import json
 
 from torch import nn
 
 from vit_fast.model import VisionTransformer, VisionTransformerDistilled
+
+_PARAMETERS = inspect.signature(VisionTransformer).parameters
+_MAY_BE_NONE = {name for name, parameter in _PARAMETERS.items() if parameter.default is None}
 
 
 @functools.cache
@@ -37,7 +41,7 @@ def list_models(pattern: str = "") -> list[str]:
 
 
 def create_model(
-    name: str, num_classes: int | None = None, *, pretrained: bool = False, **overrides
+    name: str, num_classes: int | None = None, *, pretrained: bool | None = False, **overrides
 ) -> VisionTransformer:
     """A model by its name in timm, with fresh weights.
 
@@ -45,12 +49,15 @@ def create_model(
         name: one of `list_models()`.
         num_classes: width of the logits; None leaves the number of the architecture's default weights, 0 no head.
         pretrained: only False: nothing is downloaded. Load a state dict of timm's with `load_state_dict`.
-        overrides: arguments of VisionTransformer that replace those of the name.
+        overrides: arguments of VisionTransformer that replace those of the name; None leaves those that cannot be None.
 
     Raises:
         ValueError: for an unknown name, naming the nearest; for a name whose parts are missing, naming the parts; for
             pretrained=True.
+        TypeError: for a num_classes that is true or false: timm's second argument is `pretrained`.
     """
+    if isinstance(num_classes, bool):
+        raise TypeError(f"num_classes: got {num_classes}, takes a number; pretrained is given by its name")
     entry = entries().get(name)
     if entry is None:
         near = difflib.get_close_matches(name.split(".")[0], list_models(), n=3, cutoff=0.5)
@@ -62,7 +69,7 @@ def create_model(
         raise ValueError(
             "pretrained: got True, takes False: nothing is downloaded; load_state_dict takes timm's weights"
         )
-    args = entry["args"] | overrides
+    args = entry["args"] | {key: value for key, value in overrides.items() if value is not None or key in _MAY_BE_NONE}
     eps = args.pop("norm_eps", None)
     if eps is not None:
         args.setdefault("norm_layer", functools.partial(nn.LayerNorm, eps=eps))

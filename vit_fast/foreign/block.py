@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 else:
     Module = object  # the library's class, which comes behind it, is one
 
+SYMBOL = "torch.fx traces it by symbols, which no op takes"
+
 
 class Fused(Module):
     """Mixed in before the class of a library whose forward the subclass replaces."""
@@ -100,6 +102,10 @@ class FusedBlock(Fused):
 
     def asides(self) -> tuple[str, str]:
         return self.attention_aside(), self.mlp_aside()
+
+    def asides_of(self, x: Tensor) -> tuple[str, str]:
+        """`asides` of a call; both halves are where torch.fx traces."""
+        return self.asides() if isinstance(x, Tensor) else (SYMBOL, SYMBOL)
 
     def op(self) -> str:
         """The op of the block, or of the half that is not aside; "" where both are."""

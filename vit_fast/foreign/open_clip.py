@@ -29,7 +29,7 @@ class ResidualAttentionBlock(FusedBlock, transformer.ResidualAttentionBlock):
         attn_mask: Tensor | None = None,
     ) -> Tensor:
         plain = k_x is None and v_x is None and attn_mask is None
-        asides = self.asides() if plain else ("a mask or other keys are given",)
+        asides = self.asides_of(q_x) if plain else ("a mask or other keys are given",)
         if all(asides):
             return super().forward(q_x, k_x, v_x, attn_mask)
         return self.fused(q_x, asides)

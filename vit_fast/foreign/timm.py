@@ -22,7 +22,7 @@ _PATH = (nn.Identity, *readable(timm.layers.DropPath))
 class Block(FusedBlock, vision_transformer.Block):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         masked = attn_mask is not None or is_causal
-        asides = ("a mask is given",) if masked else self.asides()
+        asides = ("a mask is given",) if masked else self.asides_of(x)
         if all(asides):
             return super().forward(x, attn_mask, is_causal)
         return self.fused(x, asides)

@@ -47,7 +47,7 @@ class TransformerEncoderLayer(FusedBlock, nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         plain = src_mask is None and src_key_padding_mask is None and not is_causal
-        plain = plain and src.dim() == 3 and not src.is_nested
+        plain = plain and isinstance(src, Tensor) and src.dim() == 3 and not src.is_nested
         asides = self.asides() if plain else ("a mask is given, or no batch",)
         if all(asides):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
@@ -101,7 +101,7 @@ class Conv2d(Fused, nn.Conv2d):
         return "" if plain and cuts else "it cuts no patches: its stride is not its kernel, or it pads"
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() != 4 or self.never():
+        if not isinstance(input, Tensor) or input.dim() != 4 or self.never():  # of torch.fx it may be a symbol
             return super().forward(input)
         rows, columns = input.shape[2] // self.stride[0], input.shape[3] // self.stride[1]
         images = input[:, :, : rows * self.stride[0], : columns * self.stride[1]]  # what fills no patch is left out

@@ -13,7 +13,7 @@ _GELU = (nn.GELU,)
 
 class EncoderBlock(FusedBlock, vision_transformer.EncoderBlock):
     def forward(self, input: Tensor) -> Tensor:
-        asides = self.asides()
+        asides = self.asides_of(input)
         return super().forward(input) if all(asides) else self.fused(input, asides)
 
     def attention_aside(self) -> str:

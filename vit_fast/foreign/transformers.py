@@ -152,7 +152,7 @@ class _Layer(FusedBlock):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         plain = attention_mask is None and not _asks_more(kwargs)
-        asides = self.asides() if plain else ("a mask is given",)
+        asides = self.asides_of(hidden_states) if plain else ("a mask is given",)
         if all(asides):
             return super().forward(hidden_states, attention_mask, **kwargs)
         return self.fused(hidden_states, asides, **kwargs)
