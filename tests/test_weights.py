@@ -525,6 +525,21 @@ def test_a_write_that_fails_leaves_the_old_file(state, tmp_path, monkeypatch):
         weights.write(tmp_path / "out.pth", state)
 
 
+def test_names_of_a_compiled_model(state):
+    """And of one whose blocks are compiled by themselves, under DDP."""
+    whole = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
+    assert equal(weights.convert(whole, "timm"), state)
+    model = vit_fast.create_model("vit_tiny_patch16_224", 5, **TINY)
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = torch.compile(block)
+    wrapped = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    assert any("._orig_mod." in name for name in wrapped)
+    converted = weights.convert(wrapped, "timm")
+    again = vit_fast.create_model("vit_tiny_patch16_224", 5, **TINY)
+    again.load_state_dict(converted)
+    assert torch.equal(again.blocks[1].mlp.fc1.weight, wrapped["module.blocks.1._orig_mod.mlp.fc1.weight"])
+
+
 def test_two_names_of_one_tensor(state):
     wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
     assert equal(weights.convert(wrapped, "timm"), state)
@@ -568,7 +583,7 @@ def _saved(tmp_path, **config):
         ({"num_attention_heads": True}, "num_attention_heads: got True"),
         ({"num_attention_heads": "4"}, "num_attention_heads: got '4'"),
         ({"hidden_act": "relu"}, "hidden_act: got 'relu'"),
-        ({"image_size": None}, "a config lacks a field|img_size"),
+        ({"image_size": None}, "img_size: the config has no value for it"),
         ({"model_type": "clip", "vision_config": None}, "a config lacks a field, or one is of another kind"),
         ({"architecture": 5}, "architecture: got 5"),
         ({"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 10**9}}, "depth: the config says 1000000000"),

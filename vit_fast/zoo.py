@@ -17,7 +17,7 @@ from torch import nn
 from vit_fast.model import VisionTransformer, VisionTransformerDistilled
 
 _PARAMETERS = inspect.signature(VisionTransformer).parameters
-_MAY_BE_NONE = {name for name, parameter in _PARAMETERS.items() if parameter.default is None}
+MAY_BE_NONE = {name for name, parameter in _PARAMETERS.items() if parameter.default is None}
 
 
 @functools.cache
@@ -69,7 +69,7 @@ def create_model(
         raise ValueError(
             "pretrained: got True, takes False: nothing is downloaded; load_state_dict takes timm's weights"
         )
-    args = entry["args"] | {key: value for key, value in overrides.items() if value is not None or key in _MAY_BE_NONE}
+    args = entry["args"] | {key: value for key, value in overrides.items() if value is not None or key in MAY_BE_NONE}
     eps = args.pop("norm_eps", None)
     if eps is not None:
         args.setdefault("norm_layer", functools.partial(nn.LayerNorm, eps=eps))

@@ -15,7 +15,7 @@ from vit_fast.inference import CROP_MODES
 from vit_fast.layers import LayerScale, QuickGELU, SwiGLUPacked
 from vit_fast.model import NORM_AFTER, VisionTransformer, VisionTransformerDistilled
 from vit_fast.weights.layout import Coverage, is_gated
-from vit_fast.zoo import create_model
+from vit_fast.zoo import MAY_BE_NONE, create_model
 
 log = logging.getLogger("vit_fast")
 
@@ -45,7 +45,14 @@ class Settings(NamedTuple):
     projection: bool = False  # whether the head gives no classes, but a point in a space of pictures and text
 
     def build(self, **more) -> VisionTransformer:
-        """The model with fresh weights; `more` are further arguments."""
+        """The model with fresh weights; `more` are further arguments.
+
+        Raises:
+            ValueError: for an argument without a value that must have one, and as `create_model`.
+        """
+        empty = [name for name, value in self.args.items() if value is None and name not in MAY_BE_NONE]
+        if empty:
+            raise ValueError(f"{empty[0]}: the config has no value for it")
         model = create_model(self.architecture or ANY, **{**self.args, **more})
         pictures = {name: tuple(value) if isinstance(value, list) else value for name, value in self.pictures.items()}
         pictures.pop("input_size", None)
