@@ -523,7 +523,11 @@ class Block(nn.Module):
         return ops.mlp(x, *parameters, activation_of(mlp.act), norm.eps)
 
     def attention_map(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
-        """The probabilities with which this layer's heads read x [B, T, D]: fp32 [B, H, T or len(queries), T]."""
+        """The probabilities with which this layer's heads read x [B, T, D]: fp32 [B, H, T or len(queries), T].
+
+        Raises:
+            ValueError: where the block's attention is somebody's own.
+        """
         if _why_other("attn", self.attn, (Attention,)):
             raise ValueError(f"attention_map: the block's attn is a {type(self.attn).__name__}, takes vit_fast's")
         if self.attention_aside():
