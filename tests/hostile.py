@@ -696,6 +696,8 @@ def _judge_once(kind: str, path: Path, watch: Watch) -> tuple[str, str]:
         return "wrong", f"asked for more than {MEMORY[kind] >> 20} MiB: {said}"
     if (more := _files(folder) - before) or watch.seen:
         return "wrong", f"did more than read: {watch.seen}, {sorted(more)}"
+    if outcome == "wrong":
+        return outcome, said
     if seconds > SECONDS:
         return "slow", f"took {seconds:.1f} s: {said}"
     if waited > WAIT_S:

@@ -241,6 +241,19 @@ def test_who_reads_no_further_gets_no_error():
     assert process.returncode == 1
 
 
+def test_another_broken_pipe_is_an_error(monkeypatch):
+    def broken(device):
+        raise BrokenPipeError("a worker is gone")
+
+    from vit_fast import verify
+
+    monkeypatch.setattr(verify, "report", broken)
+    monkeypatch.setattr(cli, "_reader_is_gone", lambda: False)  # stdout is none here
+    code, _, errors = run("env", "--device", "cpu")
+    assert code == 1
+    assert errors.startswith("error: a worker is gone")
+
+
 def test_env_tells_a_wrong_kernel(monkeypatch):
     from vit_fast import verify
 

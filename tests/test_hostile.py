@@ -56,6 +56,11 @@ def _spin() -> None:
         pass
 
 
+def _spin_and_fail() -> None:
+    _spin()
+    raise KeyError("key")
+
+
 DEEDS = {
     "unpickles": (lambda: pickle.loads(pickle.dumps(hostile.Bomb())), "did more than read"),
     "starts a program": (lambda: os.system("true"), "did more than read"),
@@ -66,6 +71,7 @@ DEEDS = {
     "takes torch's memory": (lambda: torch.empty(1 << 30), "asked for more than"),
     "writes from C": (lambda: safetensors.torch.save_file({"a": torch.ones(1)}, "elsewhere.safetensors"), "did more"),
     "takes time": (_spin, "took"),
+    "takes time and raises another error": (_spin_and_fail, "KeyError: 'key'"),
     "waits": (lambda: time.sleep(0.6), "waited"),
     "raises another error": (lambda: {}["key"], "KeyError: 'key'"),
 }
@@ -329,7 +335,7 @@ def test_an_architecture_that_is_larger_than_its_weights_is_not_built(good, tmp_
     with pytest.raises(ValueError, match="of another architecture"):
         checkpoint.load(tmp_path)
     built = []
-    monkeypatch.setattr(checkpoint, "create_model", lambda *args, **kwargs: built.append(kwargs["device"]) or 1 / 0)
+    monkeypatch.setattr(checkpoint, "build", lambda name, classes, kwargs: built.append(kwargs["device"]) or 1 / 0)
     with pytest.raises(ValueError, match="describes no model"):
         checkpoint.load(tmp_path)
     assert built == ["meta"]

@@ -748,6 +748,9 @@ def test_compiled_training_on_pictures_of_several_sizes(dynamic, how):
     model = small(dynamic_img_size=True)
     model.pos_interpolation = how
     compiled = torch.compile(model, dynamic=dynamic, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):  # in which positions keep their dtype
+        resampled = torch.compile(lambda: model._positions(6, 5), backend="aot_eager")
+        torch.testing.assert_close(resampled(), model._positions(6, 5))
     for size in ((8, 12), (16, 8), (12, 20)):
         images = pictures(2, torch.float32, size)
         expected = torch.autograd.grad(model(images).square().sum(), model.pos_embed)[0]

@@ -255,15 +255,29 @@ def test_a_model_that_was_changed_is_saved_as_it_is(change, tmp_path):
     assert relative_error(theirs(x), model(x)) < CLOSE
 
 
-def test_what_no_config_tells_of_is_not_saved_in_silence(tmp_path, caplog):
+def _scaled(model):
+    model.blocks[1].attn.fused_attn = False
+    model.blocks[1].attn.scale *= 3
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda model: setattr(model.norm, "eps", 1e-3), r"norms have several eps, \[1e-06, 0.001\]"),
+        (lambda model: setattr(model.blocks[0].mlp, "act", nn.ReLU()), "'ReLU' object has no attribute 'approximate'"),
+        (lambda model: setattr(model.blocks[1].mlp, "act", nn.ReLU()), "'ReLU' object has no attribute 'approximate'"),
+        (lambda model: setattr(model.blocks[1].mlp, "act", nn.GELU("tanh")), "blocks.1 is not set as blocks.0 is"),
+        (_scaled, "attn.scale is not that of the head width"),
+        (lambda model: setattr(model, "head", nn.Linear(64, 7, bias=False)), "head.bias is not what its settings say"),
+        (lambda model: setattr(model, "norm", nn.RMSNorm(64)), "norm.weight is not what its settings say"),
+    ],
+)
+def test_what_no_config_tells_of_is_not_saved(tmp_path, change, says):
     model = vit_fast.create_model("vit_tiny_patch16_224", 3, **TINY)
-    model.norm.eps = 1e-3
-    model.save_pretrained(tmp_path / "a")
-    assert "config.json has one eps for all, 1e-06; the model has [1e-06, 0.001]" in caplog.text
-    model.blocks[0].mlp.act = nn.ReLU()
-    with pytest.raises(ValueError, match=r"a part is somebody's own.*'ReLU' object has no attribute 'approximate'"):
-        model.save_pretrained(tmp_path / "b")
-    assert not (tmp_path / "b").exists() or not list((tmp_path / "b").iterdir())
+    change(model)
+    with pytest.raises(ValueError, match=f"a part is somebody's own, for which config.json has no word .{says}"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # Which of them which layout has no names for: anything else converts, and a refusal there is a fault.
@@ -525,7 +539,7 @@ def test_a_write_that_fails_leaves_the_old_file(state, tmp_path, monkeypatch):
         weights.write(tmp_path / "out.pth", state)
 
 
-def test_names_of_a_compiled_model(state):
+def test_names_of_a_compiled_model(state, tmp_path):
     """And of one whose blocks are compiled by themselves, under DDP."""
     whole = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
     assert equal(weights.convert(whole, "timm"), state)
@@ -537,6 +551,9 @@ def test_names_of_a_compiled_model(state):
     converted = weights.convert(wrapped, "timm")
     again = vit_fast.create_model("vit_tiny_patch16_224", 5, **TINY)
     again.load_state_dict(converted)
+    model.save_pretrained(tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).state_dict()
+    assert equal(dict(loaded.items()), again.state_dict())
     assert torch.equal(again.blocks[1].mlp.fc1.weight, wrapped["module.blocks.1._orig_mod.mlp.fc1.weight"])
 
 

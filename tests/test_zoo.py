@@ -78,13 +78,13 @@ def test_an_unknown_name_offers_the_nearest():
         vit_fast.create_model("test_vit", features_only=True)
 
 
-def test_none_leaves_what_cannot_be_none():
+def test_none_replaces_nothing():
     """As a script has it whose flags were not given."""
     none = dict.fromkeys(("img_size", "in_chans", "drop_rate", "drop_path_rate", "global_pool", "norm_layer"))
     model, usual = vit_fast.create_model("test_vit", None, **none), vit_fast.create_model("test_vit")
     assert repr(model) == repr(usual)
-    model = vit_fast.create_model("vit_small_patch14_dinov2", 0, init_values=None)
-    assert type(model.blocks[0].ls1) is torch.nn.Identity
+    name, none = "vit_base_patch16_clip_quickgelu_224", dict.fromkeys(("act_layer", "norm_layer", "fc_norm"))
+    assert repr(vit_fast.create_model(name, **none)) == repr(vit_fast.create_model(name))
 
 
 def test_overrides():

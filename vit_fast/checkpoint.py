@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vit_fast.inference import check_pictures
 from vit_fast.model import VisionTransformer
-from vit_fast.zoo import create_model
+from vit_fast.zoo import build
 
 try:
     import fcntl
@@ -60,7 +60,7 @@ class Config:
 
     def build(self, **overrides) -> VisionTransformer:
         """The model with fresh weights."""
-        model = create_model(self.architecture, len(self.classes), **self.kwargs | overrides)
+        model = build(self.architecture, len(self.classes), self.kwargs | overrides)
         model.pretrained_cfg = {**model.pretrained_cfg, **self.preprocessing}
         return model
 
@@ -216,7 +216,9 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def _weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    """Under the names that they have without torch.compile, which puts what it wraps under one of its own."""
+    state = model.state_dict()
+    return {name.replace("_orig_mod.", ""): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def write_weights(path: Path, weights: nn.Module | dict[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import select
 import shlex
 import sys
 import time
@@ -55,14 +56,25 @@ def _plain_errors(command):
             raise typer.Exit(130) from None
         except typer.Exit:  # a RuntimeError itself
             raise
-        except BrokenPipeError:  # whoever reads has enough, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        except BrokenPipeError as error:
+            if not _reader_is_gone():
+                _say_error(str(error))
             raise typer.Exit(1) from None
         except USER_ERRORS as error:
             _say_error(str(error) or type(error).__name__)
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads stdout any more, as behind `| head`; what is still to be flushed then goes nowhere."""
+    stdout = select.poll()
+    stdout.register(sys.stdout.fileno(), 0)
+    if not stdout.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _say_error(message: str) -> None:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vit_fast.ops.backend import exporting
+from vit_fast.ops.backend import exporting, without_autocast
 
 
 def sincos_position(rows: int, columns: int, width: int, temperature: float = 10_000.0) -> Tensor:
@@ -43,7 +43,8 @@ def resample_positions(
             # Of each side, [old, new]: units as both columns of a picture, which stay alike in every way.
             units = [torch.eye(old, device=image.device)[None, :, :, None].expand(-1, -1, -1, 2) for old in old_grid]
             rows, columns = (_resized(unit, (new, 2), how)[0, :, :, 0] for unit, new in zip(units, grid))
-        image = rows.T @ image @ columns
+        with without_autocast(image):
+            image = rows.T @ image @ columns
     else:
         image = _resized(image, grid, how)
     patches = image.permute(0, 2, 3, 1).reshape(1, -1, table.shape[-1]).to(table.dtype)

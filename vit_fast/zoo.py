@@ -49,7 +49,8 @@ def create_model(
         name: one of `list_models()`.
         num_classes: width of the logits; None leaves the number of the architecture's default weights, 0 no head.
         pretrained: only False: nothing is downloaded. Load a state dict of timm's with `load_state_dict`.
-        overrides: arguments of VisionTransformer that replace those of the name; None leaves those that cannot be None.
+        overrides: arguments of VisionTransformer that replace those of the name; one that is None replaces nothing, as
+            with timm.
 
     Raises:
         ValueError: for an unknown name, naming the nearest; for a name whose parts are missing, naming the parts; for
@@ -58,6 +59,15 @@ def create_model(
     """
     if isinstance(num_classes, bool):
         raise TypeError(f"num_classes: got {num_classes}, takes a number; pretrained is given by its name")
+    if pretrained:
+        raise ValueError(
+            "pretrained: got True, takes False: nothing is downloaded; load_state_dict takes timm's weights"
+        )
+    return build(name, num_classes, {key: value for key, value in overrides.items() if value is not None})
+
+
+def build(name: str, num_classes: int | None, overrides: dict) -> VisionTransformer:
+    """`create_model` where None is a value, as in a config that says so."""
     entry = entries().get(name)
     if entry is None:
         near = difflib.get_close_matches(name.split(".")[0], list_models(), n=3, cutoff=0.5)
@@ -65,11 +75,7 @@ def create_model(
         raise ValueError(f"name: got {name!r}, no architecture of that name{hint}")
     if "missing" in entry:
         raise ValueError(f"name: got {name!r}, which needs parts that vit_fast lacks: {', '.join(entry['missing'])}")
-    if pretrained:
-        raise ValueError(
-            "pretrained: got True, takes False: nothing is downloaded; load_state_dict takes timm's weights"
-        )
-    args = entry["args"] | {key: value for key, value in overrides.items() if value is not None or key in MAY_BE_NONE}
+    args = entry["args"] | overrides
     eps = args.pop("norm_eps", None)
     if eps is not None:
         args.setdefault("norm_layer", functools.partial(nn.LayerNorm, eps=eps))

@@ -4,7 +4,6 @@ Read from the config of timm or of transformers, or from the shapes of the weigh
 timm's.
 """
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,9 +14,7 @@ from vit_fast.inference import CROP_MODES
 from vit_fast.layers import LayerScale, QuickGELU, SwiGLUPacked
 from vit_fast.model import NORM_AFTER, VisionTransformer, VisionTransformerDistilled
 from vit_fast.weights.layout import Coverage, is_gated
-from vit_fast.zoo import MAY_BE_NONE, create_model
-
-log = logging.getLogger("vit_fast")
+from vit_fast.zoo import MAY_BE_NONE, build
 
 # transformers' names of activations, and ours.
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
@@ -53,7 +50,8 @@ class Settings(NamedTuple):
         empty = [name for name, value in self.args.items() if value is None and name not in MAY_BE_NONE]
         if empty:
             raise ValueError(f"{empty[0]}: the config has no value for it")
-        model = create_model(self.architecture or ANY, **{**self.args, **more})
+        args = {**self.args, **more}
+        model = build(self.architecture or ANY, args.pop("num_classes", None), args)
         pictures = {name: tuple(value) if isinstance(value, list) else value for name, value in self.pictures.items()}
         pictures.pop("input_size", None)
         model.pretrained_cfg = {**model.pretrained_cfg, **pictures}
@@ -270,27 +268,42 @@ def from_open_clip(config: dict, names: Mapping[str, Tensor]) -> Settings:
     return Settings(args, taken, projection=True)
 
 
+_SHELL = {"device": "meta", "weight_init": "skip"}
+_NO_WORD = (
+    "model: a part is somebody's own, for which config.json has no word ({}); safetensors.torch.save_model keeps the "
+    "weights alone"
+)
+
+
 def to_timm(model: VisionTransformer, classes: tuple[str, ...] = ()) -> dict:
     """A config.json as timm reads it: what the model's architecture leaves to be said, and its settings.
 
     Raises:
-        ValueError: where a part of the model is somebody's own, for which a config has no word.
+        ValueError: where a part of the model is somebody's own, or a block unlike the others: a config has no word for
+            it.
     """
     name = model.pretrained_cfg.get("architecture", "")
     try:
-        said = arguments_of(model)
+        said, first = arguments_of(model), next(iter(model.blocks), None)
+        for index, block in enumerate(model.blocks):
+            if _of_block(block) != _of_block(first):
+                raise AttributeError(f"blocks.{index} is not set as blocks.0 is")
+        eps = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
+        if len(eps) > 1:
+            raise AttributeError(f"norms have several eps, {sorted(eps)}")
     except AttributeError as error:
-        raise ValueError(
-            f"model: a part is somebody's own, for which config.json has no word ({error}); "
-            "safetensors.torch.save_model keeps the weights alone"
-        ) from error
-    usual = arguments_of(create_model(name or ANY, device="meta", weight_init="skip"))
+        raise ValueError(_NO_WORD.format(error)) from error
+    usual = arguments_of(build(name or ANY, None, _SHELL))
     args = {key: value for key, value in said.items() if usual.get(key) != value}
     if said["final_norm"] and said["fc_norm"] != (model.global_pool in NORM_AFTER):  # its default goes by the pool
         args["fc_norm"] = said["fc_norm"]
-    eps = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
-    if len(eps) > 1:
-        log.warning(f"norms: config.json has one eps for all, {said.get('norm_eps')}; the model has {sorted(eps)}")
+    shell = build(name or ANY, model.num_classes, {**args, "global_pool": model.global_pool, **_SHELL})
+    shapes = [
+        {name.replace("_orig_mod.", ""): tensor.shape for name, tensor in one.state_dict().items()}
+        for one in (model, shell)
+    ]
+    if differing := sorted(key for key in shapes[0].keys() | shapes[1] if shapes[0].get(key) != shapes[1].get(key)):
+        raise ValueError(_NO_WORD.format(f"{differing[0]} is not what its settings say"))
     pictures = {key: v for key, v in model.pretrained_cfg.items() if key not in ("architecture", "projection")}
     config = {
         "architecture": name or ANY,
@@ -331,12 +344,18 @@ def arguments_of(model: VisionTransformer) -> dict:
     }
     if not len(model.blocks):
         return args
-    block: Any = model.blocks[0]
+    return args | _of_block(model.blocks[0])
+
+
+def _of_block(block: Any) -> dict:
+    """The arguments that build a block."""
     attn, mlp = block.attn, block.mlp
+    if not attn.fused_attn and attn.scale != attn.head_dim**-0.5:
+        raise AttributeError("attn.scale is not that of the head width")
     gated = isinstance(mlp, SwiGLUPacked)
-    return args | {
+    return {
         "num_heads": attn.num_heads,
-        "mlp_ratio": _ratio({"blocks.0.mlp.fc1.weight": mlp.fc1.weight}, model.embed_dim),
+        "mlp_ratio": _ratio({"blocks.0.mlp.fc1.weight": mlp.fc1.weight}, block.norm1.weight.numel()),
         "qkv_bias": attn.qkv.bias is not None,
         "proj_bias": attn.proj.bias is not None,
         "qk_norm": isinstance(attn.q_norm, nn.LayerNorm),
