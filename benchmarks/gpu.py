@@ -475,15 +475,15 @@ def main() -> None:
         if step == "tests" and not contenders.is_installed("pytest"):
             endings[step] = "not run: pytest is not installed"
             continue
-        if step != "entries":  # nothing is timed while the cores compile
+        if pool and step != "entries":  # nothing is timed while the cores compile
             failed = [task for task, outcome in waiting if prepared(outcome)]
             for task in failed:  # for want of memory beside the others, it may be
                 if why := prepared(pool.apply_async(prepare, (task,))):
                     said("preparing", *task, "failed:", why[:200])
-            waiting = []
             # An idle worker would keep its context and its allocator's memory on the device while all else is measured.
             pool.terminate()
             pool.join()
+            pool = None
             # What Inductor chose by timing it on a device that others used is chosen again.
             for choice in pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).rglob("*.best_config"):
                 choice.unlink()
@@ -501,7 +501,8 @@ def main() -> None:
         files = {one: json.loads(path.read_text()) for one, path in paths.items() if path.is_file()}
         text = page(files, goals(), endings, tests[-3000:])
         (given.out / "page.txt").write_text(text)
-    pool.terminate()  # where entries was the only step
+    if pool:  # entries was the only step
+        pool.terminate()
     print(text)
 
 
