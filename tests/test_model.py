@@ -724,21 +724,6 @@ def test_compiled_with_dynamic_shapes(dynamic):
             torch.testing.assert_close(compiled(images), model(images))
 
 
-def test_a_method_replaced_after_compilation():
-    """The compiled model asks anew whether the methods between the last block and the head are its own."""
-    torch.compiler.reset()
-    model = small().eval()
-    compiled, images = torch.compile(model, backend="eager"), pictures(dtype=torch.float32)
-    with torch.no_grad():
-        before = compiled(images)
-        torch.testing.assert_close(before, model(images))
-        features = model.forward_features
-        model.forward_features = lambda *given: 2 * features(*given)
-        torch.testing.assert_close(compiled(images), model(images))
-        assert not torch.equal(compiled(images), before)
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize(
     ("dynamic", "how"), [(None, "antialiased"), *((True, how) for how in positions.INTERPOLATIONS)]
 )

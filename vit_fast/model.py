@@ -481,8 +481,9 @@ class VisionTransformer(nn.Module):
 
     def _is_own(self, *methods: str) -> bool:
         """Whether these methods are those of this file: nobody replaced one, in the model, in its class or in ours."""
-        own = next(_OWN[base] for base in type(self).__mro__ if base in _OWN)
-        return all(getattr(getattr(self, name), "__func__", None) is own[name] for name in methods)
+        kind = type(self)
+        own = next(_OWN[base] for base in kind.__mro__ if base in _OWN)
+        return all(getattr(kind, name) is own[name] and name not in self.__dict__ for name in methods)
 
     def first_tokens_read(self) -> int | None:
         """How many of the first tokens the head reads of what comes from the last block; None for all of them, or where
