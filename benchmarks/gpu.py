@@ -42,7 +42,6 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 from vit_fast.kernels import tile_table
 
-import vit_fast
 from benchmarks import contenders, predictions, timing, whole_models
 from benchmarks.launches import kernel_name
 from benchmarks.profile import step_of
@@ -51,7 +50,6 @@ from benchmarks.report import best
 from benchmarks.timing import DEVICE, quantiles
 from vit_fast import verify
 from vit_fast.checkpoint import replacing
-from vit_fast.verify import in_a_line
 
 REHEARSAL = DEVICE == "cpu"
 STEPS = ("entries", "ops", "models", "tiles", "rest", "kernels", "tests", "few", "largest", "curves")
@@ -201,9 +199,8 @@ def measure_kernels(write: Write, batch: int) -> None:
     """Microseconds of each launch of two blocks, in their order; the pool reads all tokens, so both are whole."""
     lines = []
     for name, training in itertools.product(MODELS, (False, True)):
-        with torch.device(DEVICE):
-            model = vit_fast.create_model(whole_models.NAMES[name], num_classes=1000, depth=2, global_pool="avg")
-        run = step_of(model.to(torch.bfloat16).train(training), batch, training)
+        case = whole_models.ModelCase(name, 224, batch, "bf16", "training" if training else "inference")
+        run = step_of(whole_models.built(case, "vit_fast", depth=2, global_pool="avg"), batch, training)
         for _ in range(2):
             run()
         passes = []
@@ -339,7 +336,7 @@ def prepare(task: Task) -> str:
         contender.run()
         return ""
     except Exception as error:  # in words: not each can be sent to another process
-        return in_a_line(error)
+        return verify.in_a_line(error)
     finally:
         model = contender = None
         timing.empty_memory()  # several such processes share the device

@@ -57,7 +57,9 @@ def _plain_errors(command):
         except typer.Exit:  # a RuntimeError itself
             raise
         except BrokenPipeError as error:
-            if not _reader_is_gone():
+            if _reader_is_gone():
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+            else:
                 _say_error(str(error))
             raise typer.Exit(1) from None
         except USER_ERRORS as error:
@@ -68,13 +70,10 @@ def _plain_errors(command):
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads stdout any more, as behind `| head`; what is still to be flushed then goes nowhere."""
+    """Whether nobody reads stdout any more, as behind `| head`."""
     stdout = select.poll()
     stdout.register(sys.stdout.fileno(), 0)
-    if not stdout.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
+    return bool(stdout.poll(0))
 
 
 def _say_error(message: str) -> None:

@@ -431,8 +431,8 @@ class Block(nn.Module):
         may be aside."""
         attn, mlp = self.attn, self.mlp
         inner = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
-        heads, width = attn.qkv.weight.shape
-        return heads == 3 * width and type(mlp) is Mlp and all(type(norm) is nn.Identity for norm in inner)
+        rows, width = attn.qkv.weight.shape
+        return rows == 3 * width and type(mlp) is Mlp and all(type(norm) is nn.Identity for norm in inner)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         attention_reason = "a mask is given" if attn_mask is not None or is_causal else self.attention_aside()

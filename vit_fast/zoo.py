@@ -9,15 +9,11 @@ import difflib
 import fnmatch
 import functools
 import importlib.resources
-import inspect
 import json
 
 from torch import nn
 
 from vit_fast.model import VisionTransformer, VisionTransformerDistilled
-
-_PARAMETERS = inspect.signature(VisionTransformer).parameters
-MAY_BE_NONE = {name for name, parameter in _PARAMETERS.items() if parameter.default is None}
 
 
 @functools.cache

@@ -4,6 +4,7 @@ Read from the config of timm or of transformers, or from the shapes of the weigh
 timm's.
 """
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from vit_fast.inference import CROP_MODES
 from vit_fast.layers import LayerScale, QuickGELU, SwiGLUPacked
 from vit_fast.model import NORM_AFTER, VisionTransformer, VisionTransformerDistilled
 from vit_fast.weights.layout import Coverage, is_gated
-from vit_fast.zoo import MAY_BE_NONE, build
+from vit_fast.zoo import build
 
 # transformers' names of activations, and ours.
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
@@ -47,7 +48,9 @@ class Settings(NamedTuple):
         Raises:
             ValueError: for an argument without a value that must have one, and as `create_model`.
         """
-        empty = [name for name, value in self.args.items() if value is None and name not in MAY_BE_NONE]
+        parameters = inspect.signature(VisionTransformer).parameters
+        may_be_none = {name for name, parameter in parameters.items() if parameter.default is None}
+        empty = [name for name, value in self.args.items() if value is None and name not in may_be_none]
         if empty:
             raise ValueError(f"{empty[0]}: the config has no value for it")
         args = {**self.args, **more}
@@ -284,15 +287,18 @@ def to_timm(model: VisionTransformer, classes: tuple[str, ...] = ()) -> dict:
     """
     name = model.pretrained_cfg.get("architecture", "")
     try:
-        said, first = arguments_of(model), next(iter(model.blocks), None)
-        for index, block in enumerate(model.blocks):
-            if _of_block(block) != _of_block(first):
-                raise AttributeError(f"blocks.{index} is not set as blocks.0 is")
-        eps = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
-        if len(eps) > 1:
-            raise AttributeError(f"norms have several eps, {sorted(eps)}")
+        said, blocks = arguments_of(model), [_of_block(block) for block in model.blocks]
     except AttributeError as error:
         raise ValueError(_NO_WORD.format(error)) from error
+    block: Any
+    for index, block in enumerate(model.blocks):
+        if blocks[index] != blocks[0]:
+            raise ValueError(_NO_WORD.format(f"blocks.{index} is not set as blocks.0 is"))
+        if not block.attn.fused_attn and block.attn.scale != block.attn.head_dim**-0.5:
+            raise ValueError(_NO_WORD.format("attn.scale is not that of the head width"))
+    eps = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
+    if len(eps) > 1:
+        raise ValueError(_NO_WORD.format(f"norms have several eps, {sorted(eps)}"))
     usual = arguments_of(build(name or ANY, None, _SHELL))
     args = {key: value for key, value in said.items() if usual.get(key) != value}
     if said["final_norm"] and said["fc_norm"] != (model.global_pool in NORM_AFTER):  # its default goes by the pool
@@ -350,8 +356,6 @@ def arguments_of(model: VisionTransformer) -> dict:
 def _of_block(block: Any) -> dict:
     """The arguments that build a block."""
     attn, mlp = block.attn, block.mlp
-    if not attn.fused_attn and attn.scale != attn.head_dim**-0.5:
-        raise AttributeError("attn.scale is not that of the head width")
     gated = isinstance(mlp, SwiGLUPacked)
     return {
         "num_heads": attn.num_heads,
