@@ -20,7 +20,7 @@ streaming  beyond. forward: one pass over key tiles; m is the largest score so f
            grows. backward: seven products, P twice, because each gradient is the sum of one program over the other axis
 limit      4·B·H·Tq·Tk·d operations and B·H·Tq·Tk exponentials forward; 10 times that product and as many exponentials
            backward, 14 and twice as many where it streams
-           4·B·T·H·d elements moved forward; 8 backward, 11 where it streams, and what is read again comes from L2
+           4·B·T·H·d elements moved forward; 8 backward, 12 where it streams, and what is read again comes from L2
 
 d is cut in a main piece, a power of two, and a tail: 80 = 64 + 16 and not 128. A tile [rows, d] is a tuple of its
 pieces, (main,) or (main, tail). HEAD is (d, main, tail, what divides every stride).
@@ -41,6 +41,7 @@ if GLUON:
     from . import hopper_attention
 
 LN2 = tl.constexpr(math.log(2))
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 HEADS_TO_FILL = 4  # a multiprocessor
 
 
@@ -256,7 +257,7 @@ def _forward_streaming_kernel(
     q_tile = load_head(head_view(q, b, h, HEAD), rows, Tq, HEAD)  # [BLOCK_M, d]
     k_view, v_view = head_view(k, b, h, HEAD), head_view(v, b, h, HEAD)
     LSE_DTYPE: tl.constexpr = tl.float64 if q_tile[0].dtype == tl.float32 else tl.float32
-    highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    highest = tl.full([BLOCK_M], LOWEST, tl.float32)  # not −∞, from which scores that are −∞ have no difference
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = zero_head(BLOCK_M, HEAD)
     for start in range(0, Tk, BLOCK_N):
@@ -291,7 +292,7 @@ def _grad_kernel(
     o_tiles = load_pieces(head_view(o, b, h, HEAD), Tq, PIECES, HEAD)
     lse, delta, dq_sums = (), (), ()
     for i in tl.static_range(len(PIECES)):
-        # A query outside has a score, lse, do and delta of 0, so that its p is 1 and what it adds is 0.
+        # A query outside has a score, lse, do and delta of 0, so that its p is 1 and it adds 0 (to finite keys).
         rows = rows_of(i, PIECES)
         lse += (tl.load(lse_ptr + head * Tq + rows, mask=rows < Tq, other=0.0),)
         delta += (row_sums(o_tiles[i], do_tiles[i]),)
@@ -367,7 +368,7 @@ def _key_grad_kernel(
         rows = start + tl.arange(0, BLOCK_M)
         q_tile = load_head(q_view, rows, Tq, HEAD)  # [BLOCK_M, d]
         do_tile = load_head(do_view, rows, Tq, HEAD)
-        # A query outside has a score, lse, do and delta of 0, so that its p is 1 and what it adds is 0.
+        # A query outside has a score, lse, do and delta of 0, so that its p is 1 and it adds 0 (to finite keys).
         lse = tl.load(lse_ptr + head * Tq + rows, mask=rows < Tq, other=0.0)
         delta = tl.load(delta_ptr + head * Tq + rows, mask=rows < Tq, other=0.0)
         # Scores are made with the keys as rows: no accumulator is ever transposed to be an operand.

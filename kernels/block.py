@@ -28,7 +28,7 @@ def forward(
     x, norm1, qkv, proj, end1, norm2, fc1, fc2, end2, heads, activation, eps1, eps2, tokens_per_image, precision,
     training,
 ):  # fmt: skip
-    """y [M, D] and, where training, (qkv, o, lse, m, h, mean₁, rstd₁, mean₂, rstd₂).
+    """y [M, D], and (qkv, o, lse, m, h, mean₁, rstd₁, mean₂, rstd₂), or None unless training.
 
     norm, qkv, proj, fc are (weight, bias), end is (LayerScale, drop).
     """
@@ -37,10 +37,12 @@ def forward(
     o, lse = attention.forward(q, k, v, q.shape[-1] ** -0.5, precision, training)
     o = o.flatten(0, 1)
     middle = linear_residual.forward(o, *proj, x, *end1, tokens_per_image, precision)
-    y, *kept = mlp.forward(
+    kept = (packed, o, lse, middle) if training else ()
+    del packed, q, k, v, o  # the second half takes their memory where nobody keeps them
+    y, hidden, mean2, rstd2 = mlp.forward(
         middle, *norm2, *fc1, *fc2, *end2, activation, eps2, tokens_per_image, precision, training
     )  # fmt: skip
-    return y, (packed, o, lse, middle, kept[0], mean1, rstd1, kept[1], kept[2])
+    return y, (*kept, hidden, mean1, rstd1, mean2, rstd2) if training else None
 
 
 @replayed

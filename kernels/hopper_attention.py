@@ -48,11 +48,12 @@ def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     T, H, d = q.shape[1:]
     if not (ROWS.value < T <= LONGEST and d in (64, 80) and q.element_size() == 2 and q.shape == k.shape == v.shape):
         return False
-    apart = [x.storage_offset() - q.storage_offset() for x in (k, v)]
-    packed = apart == [H * d, 2 * H * d] and q.stride() == k.stride() == v.stride() and q.stride()[2:] == (d, 1)
+    behind = [x.storage_offset() - q.storage_offset() for x in (k, v)]
+    packed = behind == [H * d, 2 * H * d] and q.stride() == k.stride() == v.stride() and q.stride()[2:] == (d, 1)
     one = q.untyped_storage()._cdata == k.untyped_storage()._cdata == v.untyped_storage()._cdata
     aligned = q.data_ptr() % 16 == 0 and q.stride(0) % 8 == 0 and q.stride(1) % 8 == 0
-    return packed and one and aligned
+    apart = min(q.stride()[:2]) >= 3 * H * d  # neither expanded nor overlapping
+    return packed and one and aligned and apart
 
 
 # ---- loads ---------------------------------------------------------------------------------------------------------

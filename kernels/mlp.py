@@ -109,6 +109,7 @@ def forward(
         z_ptr=z, weight_ptr=fc1_weight, bias_ptr=fc1_bias, hidden_ptr=hidden, activated_ptr=activated, K=D,
         stride_weight=fc1_weight.stride(0), ACTIVATION=activation, PRECISION=precision,
     )  # fmt: skip
+    del z
     y = linear_residual.forward(activated, fc2_weight, fc2_bias, x, layer_scale, drop, tokens_per_image, precision)
     return y, hidden, mean, rstd
 
@@ -128,6 +129,7 @@ def first_stage(
         stride_dy=scaled.stride(0), stride_weight=fc2_weight.stride(0), ACTIVATION=activation, PRECISION=precision,
     )  # fmt: skip
     fc2 = weight_grad(dropped, activated, fc2_weight, fc2_bias, layer_scale, precision)
+    del activated, dropped, scaled
     dx, shares, fc1 = ln_linear.first_stage(
         dhidden, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, precision, dy, branch
     )  # fmt: skip

@@ -64,7 +64,7 @@ def _cut_kernel(
 def load_rows(table_ptr, rows, n_rows, cols, n_cols):
     """Rows of a table [n_rows, n_cols] in fp32, zeros for an index outside."""
     mask = ((rows >= 0) & (rows < n_rows))[:, None] & (cols < n_cols)[None, :]
-    return tl.load(table_ptr + rows[:, None] * n_cols + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(table_ptr + rows[:, None].to(tl.int64) * n_cols + cols[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["M", "T"])
@@ -134,14 +134,14 @@ def forward(images, weight, bias, position, prefix, dtype, precision):
     weight = weight.view(D, -1)
     if K > weight.shape[1]:
         weight = torch.nn.functional.pad(weight, (0, K - weight.shape[1]))
-    tokens = torch.empty((M, D), dtype=dtype, device=images.device)
+    tokens = torch.empty((M // T, T, D), dtype=dtype, device=images.device)
     launch_tiles(
-        _forward_kernel, "patch_embed_forward", M, D, weight.dtype, (patches, weight, tokens),
+        _forward_kernel, "patch_embed_forward", M, D, weight.dtype, (patches, weight, tokens.view(M, D)),
         patch_ptr=patches, weight_ptr=weight, bias_ptr=bias, position_ptr=position, prefix_ptr=prefix,
         token_ptr=tokens, K=K, T=T, R=0 if prefix is None else prefix.shape[0], PRECISION=precision,
         FIRST_POSITION=0 if position is None else T - position.shape[0],
     )  # fmt: skip
-    return tokens.view(-1, T, D)
+    return tokens
 
 
 def backward(dtokens, images, weight, bias, position, prefix, precision):

@@ -4,7 +4,8 @@ At each launch Triton asks what every argument is, to find the compiled kernel, 
 asks for a tile, strides and memory. For tensors of the same shapes, strides, dtypes and alignment, and the same
 settings, all the answers are the same. So the first call notes what each launch was given, and a later one hands the
 same numbers to the same launchers, with the addresses of its own tensors in place of the first one's. Results are
-memory of their own; what lay between is cut from one block, given back at the end.
+memory of their own; what lay between is cut from one block, given back at the end, in which a tensor takes the place of
+one that no later launch reads.
 """
 
 import contextlib
@@ -54,6 +55,14 @@ class Plan(NamedTuple):
     made: list[tuple]  # shape and dtype of each result
     results: object  # indices into `made`, in tuples as the function returns them, None where there is none
     scratch: int  # bytes of the block
+
+
+class Span(NamedTuple):
+    """A tensor between launches: its bytes, and the first and the last launch that has it."""
+
+    size: int
+    first: int
+    last: int
 
 
 class NoPlan(Exception):
@@ -129,6 +138,25 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+def cut_block(spans: list[Span]) -> tuple[list[int], int]:
+    """Where in one block each span begins, none on one that a launch has too, and the size of the block.
+
+    The spans are in the order of their first launch.
+    """
+    begins: list[int] = []
+    end = 0
+    for number, span in enumerate(spans):
+        place = 0
+        for begin, other in sorted(zip(begins, spans[:number])):
+            if other.last >= span.first:
+                if place + span.size <= begin:
+                    break
+                place = max(place, begin + other.size)
+        begins.append(place)
+        end = max(end, place + span.size)
+    return begins, end
+
+
 def plan_of(flat: list, results, launches: list[tuple]) -> Plan:
     """What has to be known to make a call again, of its arguments, what it returned, and its launches.
 
@@ -138,7 +166,7 @@ def plan_of(flat: list, results, launches: list[tuple]) -> Plan:
     """
     extents = {index: _extent(arg) for index, arg in enumerate(flat) if isinstance(arg, torch.Tensor)}
     given = {_storage(flat[index]) for index in extents}
-    made, blocks, used, scratch = {}, {}, [], 0
+    made, between, used = {}, {}, []
 
     def result(value):
         if value is None:
@@ -152,9 +180,8 @@ def plan_of(flat: list, results, launches: list[tuple]) -> Plan:
         made[storage] = len(made), value.shape, value.dtype
         return made[storage][0]
 
-    def place(tensor: torch.Tensor) -> tuple[bool, int, int]:
-        """Whether it is an input's memory, whose (a result's, the block counts as one more), and how far behind."""
-        nonlocal scratch
+    def place(tensor: torch.Tensor, launch: int) -> tuple[str, int, int]:
+        """Whose memory it is, an input's, a result's or one between launches, which, and how far behind its begin."""
         storage = _storage(tensor)
         if storage in given:
             # By where it lies and not by its storage, which other inputs may share, elsewhere the next time.
@@ -163,36 +190,41 @@ def plan_of(flat: list, results, launches: list[tuple]) -> Plan:
                 raise NoPlan("two inputs overlap")
             if owners[0] not in used:
                 used.append(owners[0])
-            return True, owners[0], tensor.data_ptr() - extents[owners[0]].start
+            return "input", owners[0], tensor.data_ptr() - extents[owners[0]].start
         inside = tensor.data_ptr() - storage
         if storage in made:
-            return False, made[storage][0], inside
-        if storage not in blocks:
-            blocks[storage] = scratch
-            scratch += -(-tensor.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
-        return False, len(made), blocks[storage] + inside
+            return "result", made[storage][0], inside
+        size = -(-tensor.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
+        between[storage] = Span(size, between[storage].first if storage in between else launch, launch)
+        return "between", storage, inside
 
     structure = result(results)
     placed = []
-    for compiled, kernel, grid, arguments in launches:
+    for launch, (compiled, kernel, grid, arguments) in enumerate(launches):
         if set(kernel.arg_names) - arguments.keys():
             raise NoPlan("an argument has no name")
         values = [arguments[name] for name in kernel.arg_names]
         if any(isinstance(one, (tuple, list)) for value in values if isinstance(value, tuple) for one in value):
             raise NoPlan("a tuple in a tuple")
-        single = {n: place(value) for n, value in enumerate(values) if isinstance(value, torch.Tensor)}
+        single = {n: place(value, launch) for n, value in enumerate(values) if isinstance(value, torch.Tensor)}
         nested = {
-            n: [place(one) if isinstance(one, torch.Tensor) else one for one in value]
+            n: [place(one, launch) if isinstance(one, torch.Tensor) else one for one in value]
             for n, value in enumerate(values)
             if isinstance(value, tuple) and any(isinstance(one, torch.Tensor) for one in value)
         }
         placed.append((compiled, grid, values, single, nested))
+    begins, scratch = cut_block(list(between.values()))
     if scratch > LARGEST:
         raise NoPlan("the host does not matter")
+    begin_of = dict(zip(between, begins))
 
-    def address(where: tuple[bool, int, int]) -> tuple[int, int]:
-        of_input, index, offset = where
-        return used.index(index) if of_input else len(used) + index, offset
+    def address(where: tuple[str, int, int]) -> tuple[int, int]:
+        whose, which, offset = where
+        if whose == "input":
+            return used.index(which), offset
+        if whose == "result":
+            return len(used) + which, offset
+        return len(used) + len(made), begin_of[which] + offset
 
     def part(one) -> tuple:
         """Of a tuple among the arguments, where only `place` puts a tuple."""

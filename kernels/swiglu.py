@@ -131,6 +131,7 @@ def forward(
         z_ptr=z, gate_weight_ptr=gate_weight, value_weight_ptr=value_weight, bias_ptr=fc1_bias, gate_ptr=gate,
         value_ptr=value, h_ptr=h, K=D, stride_weight=fc1_weight.stride(0), PRECISION=precision,
     )  # fmt: skip
+    del z, matrices
     y = linear_residual.forward(h, fc2_weight, fc2_bias, x, layer_scale, drop, tokens_per_image, precision)
     return y, hidden, mean, rstd
 
@@ -150,6 +151,7 @@ def backward(
         h_ptr=h, K=D, stride_dy=scaled.stride(0), stride_weight=fc2_weight.stride(0), PRECISION=precision,
     )  # fmt: skip
     fc2 = weight_grad(dropped, h, fc2_weight, fc2_bias, layer_scale, precision)
+    del h, dropped, scaled
     dx, shares, fc1 = ln_linear.first_stage(
         dhidden, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, precision, dy
     )  # fmt: skip

@@ -1,6 +1,8 @@
 """What one block launches, by name: at batch 1 a ViT waits for launches, not for arithmetic."""
 
 import collections
+import gc
+import weakref
 
 import pytest
 import torch
@@ -39,6 +41,7 @@ BACKWARD = [
 BRANCH = "linear._branch_kernel"
 MOST = 22  # forward and backward, as many as attention takes
 CASTS = 4 * ["aten._to_copy.default"]  # PyTorch's own: of the four weights under autocast, and of their gradients
+ALLOCATE = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::resize_")
 DRAW = ["aten.bernoulli_.float", "aten.div_.Tensor"]  # PyTorch's own: the drop path's, once for each half, where active
 
 
@@ -76,12 +79,12 @@ class Launches(TorchDispatchMode):
     @staticmethod
     def _launches(func, args, result) -> bool:
         """Not: what gives no tensor, what only allocates, and what only looks at an argument in another way."""
+        if func._schema.name in ALLOCATE:
+            return False
         if func._schema.is_mutable:
             return True
         made = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
         given = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
-        if func._schema.name in ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"):
-            return False
         known = {t.untyped_storage().data_ptr() for t in given}
         return any(t.untyped_storage().data_ptr() not in known for t in made)
 
@@ -130,6 +133,33 @@ def test_inference(monkeypatch):
         with torch.no_grad():
             names[depth] = launches(monkeypatch, lambda model=model: model(images))
     _assert_each_block_launches(FORWARD, names, beside=4)
+
+
+@pytest.mark.interpret
+def test_memory_between_the_launches_of_inference(monkeypatch):
+    """At most the residual stream, the hidden layer and what is read or written beside them: 6·D a token."""
+    model, live, peak = _model(1).eval(), {}, []
+
+    def noted(make):
+        def call(*args, **kwargs):
+            gc.collect()  # the interpreter leaves the arguments of a launch in a circle
+            made = make(*args, **kwargs)
+            storage = made.untyped_storage()
+            live[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, live.pop, storage._cdata)
+            peak.append(sum(live.values()))
+            return made
+
+        return call
+
+    x = torch.randn(2, 17, 32)
+    with torch.no_grad(), vit_fast.use_backend("triton"), monkeypatch.context() as patch:
+        for name in ("empty", "empty_like"):
+            patch.setattr(torch, name, noted(getattr(torch, name)))
+        y = model.blocks[0](x)
+    gc.collect()
+    assert max(peak) == 6 * x.nbytes
+    assert sum(live.values()) == y.nbytes
 
 
 @pytest.mark.interpret

@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import itertools
 import os
+import random
 import types
 
 import pytest
@@ -255,18 +257,56 @@ def test_a_block_hands_the_same_numbers_to_its_launchers(mode, monkeypatch):
     inputs, moved = {t.data_ptr() for t in operands}, {}
     for index, (numbers, again) in enumerate(zip(first, second, strict=True)):
         if index == 7:  # backward is a call of its own, which may take the memory that forward's gave back
-            assert len(moved) == len(set(moved.values())), "no two of them share a place"
+            assert_apart(moved)
             moved = {}
         for value, other in zip(flat(numbers), flat(again), strict=True):
             if isinstance(value, torch.Tensor):
                 assert isinstance(other, int)
                 if value.data_ptr() in inputs:
                     assert other == value.data_ptr()
-                else:
-                    assert moved.setdefault(value.data_ptr(), other) == other
+                    continue
+                storage = value.untyped_storage()
+                begin = other - (value.data_ptr() - storage.data_ptr())
+                place = moved.setdefault(storage.data_ptr(), (begin, begin + storage.nbytes(), [index, index]))
+                assert begin == place[0]
+                place[2][1] = index
             else:
                 assert value == other
-    assert len(moved) == len(set(moved.values())), "no two of them share a place"
+    assert_apart(moved)
+
+
+def assert_apart(moved: dict) -> None:
+    """No two tensors share memory while a launch of both is still to come."""
+    for one, other in itertools.combinations(moved.values(), 2):
+        (begin, end, (first, last)), (begin2, end2, (first2, last2)) = one, other
+        assert end <= begin2 or end2 <= begin or last < first2 or last2 < first
+
+
+def test_between_launches_memory_is_taken_again():
+    spans = [replay.Span(30, 0, 1), replay.Span(20, 1, 2), replay.Span(10, 2, 3), replay.Span(25, 2, 3)]
+    begins, size = replay.cut_block(spans)
+    assert begins == [0, 30, 0, 50], "the third in the place of the first, the fourth nowhere in it"
+    assert size == 75
+
+
+def test_no_two_tensors_between_launches_share_a_place():
+    draw = random.Random(5)
+    for _ in range(200):
+        spans = sorted(
+            (
+                replay.Span(draw.randrange(1, 9), first, first + draw.randrange(4))
+                for first in draw.choices(range(8), k=9)
+            ),
+            key=lambda span: span.first,
+        )
+        begins, size = replay.cut_block(spans)
+        assert_apart(
+            {
+                number: (begin, begin + span.size, (span.first, span.last))
+                for number, (begin, span) in enumerate(zip(begins, spans))
+            }
+        )
+        assert size == max(begin + span.size for begin, span in zip(begins, spans))
 
 
 def flat(numbers) -> list:

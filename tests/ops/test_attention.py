@@ -12,7 +12,7 @@ from tests.guard import guarded
 from tests.ops.harness import BACKENDS, MODES, Case, hold_to_the_rule, named
 from vit_fast import reference
 from vit_fast.ops import attention, attention_maps, attention_qkv, use_backend
-from vit_fast.ops.attention import HEAD_WIDTHS
+from vit_fast.ops.attention import HEAD_WIDTHS, LEAST_SCALE
 
 module = sys.modules["vit_fast.ops.attention"]  # in whose place vit_fast.ops has the function
 
@@ -322,6 +322,33 @@ def test_images_do_not_mix(backend, form):
 
 
 @on_backends_in_both_forms
+@pytest.mark.parametrize("mode", DTYPES)
+def test_scores_of_minus_infinity(mode, backend, form):
+    """Keys that no query looks at, as many as the first tiles have; where there is no other key, no number."""
+    q, k, v = (t.to(MODES[mode]) for t in shaped(1, 7, 1, 16, keys=65)().values())
+    q, k[:, :50] = q.abs() + 0.1, -torch.inf
+    with use_backend(backend):
+        o = attention(q, k, v)
+        others = attention(q, k[:, 50:], v[:, 50:])
+        torch.testing.assert_close(o, others, rtol=0, atol=4 * torch.finfo(o.dtype).eps)  # P is rounded another time
+        if backend == "triton":  # SDPA gives zeros on a CPU
+            assert attention(q, k[:, :50], v[:, :50]).isnan().all()
+
+
+@pytest.mark.interpret
+@in_both_forms
+@pytest.mark.parametrize("mode", DTYPES)
+def test_the_least_scale(mode, form):
+    """Every score is nearly 0: the mean of the values, and a number for each gradient."""
+    q, k, v = (t.to(MODES[mode]).requires_grad_() for t in shaped(1, 7, 1, 16, keys=33)().values())
+    with use_backend("triton"):
+        o = attention(q, k, v, LEAST_SCALE)
+        torch.testing.assert_close(o.float(), v.float().mean(1).expand(1, 7, 16), rtol=1e-2, atol=1e-2)
+        for gradient in torch.autograd.grad(o, (q, k, v), torch.ones_like(o)):
+            assert gradient.isfinite().all()
+
+
+@on_backends_in_both_forms
 def test_same_bits_again(backend, form):
     """Two backward passes on the same numbers agree to the bit."""
     qkv = shaped_qkv(2, 33, 2, 16)()["qkv"].float().requires_grad_()
@@ -380,6 +407,7 @@ def test_kernels_refuse():
     refused = [
         ("head width: got 24, the kernels take 16, 32", lambda: attention_qkv(torch.randn(1, 3, 3, 2, 24))),
         ("scale: got -1.0", lambda: attention_qkv(torch.randn(1, 3, 3, 2, 16), scale=-1.0)),
+        ("scale: got 1e-31", lambda: attention_qkv(torch.randn(1, 3, 3, 2, 16), scale=1e-31)),
         ("scale: got nan", lambda: attention_maps(*torch.randn(2, 1, 3, 2, 16), scale=math.nan)),
         ("a gradient through", lambda: attention_maps(*torch.randn(2, 1, 3, 2, 16, requires_grad=True))),
     ]
@@ -564,6 +592,12 @@ REJECTED = {
     "a mask for queries": (lambda: attention_maps(Q, Q, torch.ones(5).bool()), ValueError, "queries: got torch.bool"),
     "a query outside": (lambda: attention_maps(Q, Q, torch.tensor([0, 5])), ValueError, "takes indices below 5"),
     "lse of other queries": (lambda: attention_maps(Q, Q, lse=torch.ones(2, 3, 4)), ValueError, r"lse: got"),
+    "lse in half": (lambda: attention_maps(Q, Q, lse=torch.ones(2, 3, 5).half()), TypeError, r"lse: got torch.float16"),
+    "lse elsewhere": (
+        lambda: attention_maps(Q, Q, lse=torch.ones(2, 3, 5, device="meta")),
+        ValueError,
+        "lse: on meta, the input is on cpu",
+    ),
 }
 
 

@@ -29,6 +29,23 @@ def test_views_are_read_as_they_are(op, backend):
 
 
 @every_op
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_result_may_be_written_to(op, backend):
+    """As that of any function that does not save it: dropout in place, a hook that scales it."""
+    args, case = _floats(op), CASES[op]
+
+    def gradients(change) -> tuple:
+        given = {name: t.clone().requires_grad_(name not in case.constant) for name, t in args.items()}
+        y = change(getattr(ops, op)(**given, **case.options))
+        return torch.autograd.grad(y.square().sum(), [t for t in given.values() if t.requires_grad])
+
+    with ops.use_backend(backend):
+        expected = gradients(lambda y: y * 0.5)
+        for found, one in zip(gradients(lambda y: y.mul_(0.5)), expected, strict=True):
+            assert torch.equal(found, one)
+
+
+@every_op
 @pytest.mark.interpret
 def test_a_gradient_does_not_depend_on_who_else_wants_one(op):
     args, case = _floats(op), CASES[op]

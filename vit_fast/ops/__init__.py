@@ -3,8 +3,9 @@
 A kernel gives the same bits in every run, and an image the same bits alone and in a batch, as long as both take the
 same entries of the tile table. Where they may differ: in a batch of another class of rows (up to 512, up to 2,048, or
 more: `rows_class`; they are batch times tokens, of which a last block may compute only those that the head reads), from
-the batch on that `evidence.json` gives to PyTorch, after the tiles were tuned anew, and in PyTorch's backend, which
-promises nothing of the kind.
+the batch on whose heads fill a Hopper, where another kernel takes attention (four a multiprocessor, 44 images of a
+ViT-B), from the batch on that `evidence.json` gives to PyTorch, after the tiles were tuned anew, and in PyTorch's
+backend, which promises nothing of the kind.
 """
 
 from vit_fast.ops import flops

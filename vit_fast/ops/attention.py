@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vit_fast.ops.backend import (
+    check_device,
     check_operands,
     check_rank,
     check_shape,
@@ -38,6 +39,7 @@ SDPA = {
     "sdpa math": _Form(SDPBackend.MATH, torch.backends.cuda.math_sdp_enabled),
 }
 UNFUSED_SCORES = 32 * 12 * 197**2  # the most that were measured: 32 images of a ViT-B, 30 MB of probabilities a layer
+LEAST_SCALE = 1e-30  # by which what the kernels divide stays in the range of fp32
 HEAD_WIDTHS = (16, 32, 48, 64, 72, 80, 88, 96, 104, 128)  # those that the kernels take
 
 
@@ -66,8 +68,8 @@ def refusal(width: int, scale: float) -> str:
     """Why no kernel takes a head width or a scale, or ""."""
     if width not in HEAD_WIDTHS:
         return f"head width: got {width}, the kernels take {', '.join(map(str, HEAD_WIDTHS))}"
-    if not 0 < scale < float("inf"):
-        return f"scale: got {scale}, the kernels take a positive number"
+    if not LEAST_SCALE <= scale < float("inf"):
+        return f"scale: got {scale}, the kernels take a number of {LEAST_SCALE} or more"
     return ""
 
 
@@ -271,7 +273,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         k, v: [B, Tk, H, d], of lengths of their own, Tk ≥ 1.
         scale: what multiplies the scores, 1/√d for None.
 
-    The kernels take d = 16, 32, 48, 64, 72, 80, 88, 96, 104 and 128, and a positive scale; any other runs in PyTorch.
+    The kernels take d = 16, 32, 48, 64, 72, 80, 88, 96, 104 and 128, and a scale of 1e-30 or more; any other
+    runs in PyTorch.
     Their gradients are deterministic and have no second derivative.
 
     Returns:
@@ -356,6 +359,9 @@ def attention_maps(
     check_operands(q, k=k)
     if lse is not None:
         check_shape("lse", lse, (q.shape[0], q.shape[2], q.shape[1]))
+        check_device(q, lse=lse)
+        if lse.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"lse: got {lse.dtype}, takes float32 or float64")
     if queries is not None:
         _check_queries(queries, q.shape[1])
         q, lse = q[:, queries], None if lse is None else lse[:, :, queries]

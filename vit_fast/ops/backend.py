@@ -292,6 +292,18 @@ def packed(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def ready(parameter: Tensor | None) -> Tensor | None:
+    """A parameter as the kernels take it: of a matrix the rows are contiguous, of anything else all."""
+    if parameter is None or (parameter.dim() == 2 and parameter.stride(1) == 1):
+        return parameter
+    return parameter.contiguous()
+
+
+def shaped(result: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An op's new result in another shape: itself and no view of it, which autograd would let nobody write to."""
+    return result.resize_(shape)
+
+
 def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
     """A gradient as an op's output: a schema has no optional output, so what is absent is an empty tensor."""
     return like.new_empty(0) if gradient is None else gradient

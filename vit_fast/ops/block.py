@@ -22,7 +22,8 @@ from vit_fast.ops.backend import (
     on_device_of,
     or_empty,
     or_none,
-    packed,
+    ready,
+    shaped,
     use_triton,
 )
 from vit_fast.ops.linear_residual import linear_residual, refuse_drop
@@ -45,8 +46,8 @@ KEPT = 9  # what training keeps: qkv, o, lse, the residual stream between the ha
 
 def _grouped(parameters: Sequence) -> list[tuple]:
     """The 16 parameters in the order of the schema as the kernels take them: in pairs, each of one layer."""
-    ready = [as_rows(t) if t is not None and t.dim() == 2 else packed(t) for t in parameters]
-    return list(zip(ready[::2], ready[1::2]))
+    taken = [ready(parameter) for parameter in parameters]
+    return list(zip(taken[::2], taken[1::2]))
 
 
 def _forward(training: bool, x: Tensor, parameters: tuple, settings: tuple):
@@ -61,7 +62,7 @@ def _forward(training: bool, x: Tensor, parameters: tuple, settings: tuple):
             float32_precision(parameters[2].dtype),
             training,
         )
-    return y.view(x.shape), kept
+    return shaped(y, x.shape), kept
 
 
 @torch.library.custom_op(

@@ -19,7 +19,8 @@ from vit_fast.ops.backend import (
     on_device_of,
     or_empty,
     or_none,
-    packed,
+    ready,
+    shaped,
     use_triton,
 )
 
@@ -49,15 +50,15 @@ def _linear_residual(
     with on_device_of(x):
         y = kernel.forward(
             as_rows(x),
-            as_rows(weight),
-            packed(bias),
+            ready(weight),
+            ready(bias),
             as_rows(residual),
-            packed(layer_scale),
-            packed(drop),
+            ready(layer_scale),
+            ready(drop),
             x.shape[1:-1].numel(),
             float32_precision(weight.dtype),
         )
-    return y.view(residual.shape)
+    return shaped(y, residual.shape)
 
 
 @_linear_residual.register_fake
@@ -75,10 +76,7 @@ def _backward(
         dx, dweight, dbias, dscale = kernel.backward(
             as_rows(dy),
             as_rows(x),
-            as_rows(weight),
-            packed(bias),
-            packed(layer_scale),
-            packed(drop),
+            *map(ready, (weight, bias, layer_scale, drop)),
             x.shape[1:-1].numel(),
             float32_precision(weight.dtype),
         )

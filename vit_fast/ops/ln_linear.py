@@ -17,7 +17,8 @@ from vit_fast.ops.backend import (
     on_device_of,
     or_empty,
     or_none,
-    packed,
+    ready,
+    shaped,
     use_triton,
 )
 
@@ -38,14 +39,11 @@ def _ln_linear(
     with on_device_of(x):
         y, mean, rstd = kernel.forward(
             as_rows(x),
-            packed(norm_weight),
-            packed(norm_bias),
-            as_rows(weight),
-            packed(bias),
+            *map(ready, (norm_weight, norm_bias, weight, bias)),
             eps,
             float32_precision(weight.dtype),
         )
-    return y.view(*x.shape[:-1], -1), mean, rstd
+    return shaped(y, (*x.shape[:-1], weight.shape[0])), mean, rstd
 
 
 @_ln_linear.register_fake
@@ -74,10 +72,7 @@ def _backward(
             as_rows(x),
             mean,
             rstd,
-            packed(norm_weight),
-            packed(norm_bias),
-            as_rows(weight),
-            bias,
+            *map(ready, (norm_weight, norm_bias, weight, bias)),
             float32_precision(weight.dtype),
         )
     return dx.view(x.shape), dnorm_weight, dnorm_bias, dweight, or_empty(dbias, dy)

@@ -19,7 +19,8 @@ from vit_fast.ops.backend import (
     on_device_of,
     or_empty,
     or_none,
-    packed,
+    ready,
+    shaped,
     use_triton,
 )
 from vit_fast.ops.linear_residual import refuse_drop, residual_branch
@@ -35,7 +36,15 @@ ACTIVATIONS = {
 def check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, activation) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, takes one of {', '.join(map(repr, ACTIVATIONS))}")
-    hidden, width = check_linear(x, fc1_weight, fc1_bias, "fc1_")
+    hidden, _ = check_linear(x, fc1_weight, fc1_bias, "fc1_")
+    check_half(x, hidden, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop)
+
+
+def check_half(
+    x, hidden: int, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop
+) -> None:
+    """What holds of an MLP with a gate too; fc2 reads `hidden` numbers."""
+    width = x.shape[-1]
     for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("fc2_bias", fc2_bias)):
         check_shape(name, vector, (width,))
     check_shape("fc2_weight", fc2_weight, (width, hidden))
@@ -58,25 +67,18 @@ def _forward(training: bool, x: Tensor, *operands) -> tuple:
     """The kernels on the operands of the op: y, then what training keeps (elsewhere the hidden layer is None)."""
     from vit_fast.kernels import mlp as kernel
 
-    norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, activation, eps = operands
+    *parameters, activation, eps = operands
     with on_device_of(x):
         y, *kept = kernel.forward(
             as_rows(x),
-            packed(norm_weight),
-            packed(norm_bias),
-            as_rows(fc1_weight),
-            packed(fc1_bias),
-            as_rows(fc2_weight),
-            packed(fc2_bias),
-            packed(layer_scale),
-            packed(drop),
+            *map(ready, parameters),
             activation,
             eps,
             x.shape[1:-1].numel(),
-            float32_precision(fc1_weight.dtype),
+            float32_precision(parameters[2].dtype),
             training,
         )
-    return y.view(x.shape), *kept
+    return shaped(y, x.shape), *kept
 
 
 @torch.library.custom_op("vit_fast::mlp", mutates_args=())
@@ -146,6 +148,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from vit_fast.kernels import mlp as kernel
 
+    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop)
     with on_device_of(x):
         dx, *gradients = kernel.backward(
             as_rows(dy),
@@ -153,14 +156,7 @@ def _backward(
             hidden,
             mean,
             rstd,
-            packed(norm_weight),
-            packed(norm_bias),
-            as_rows(fc1_weight),
-            packed(fc1_bias),
-            as_rows(fc2_weight),
-            packed(fc2_bias),
-            packed(layer_scale),
-            packed(drop),
+            *map(ready, parameters),
             activation,
             x.shape[1:-1].numel(),
             float32_precision(fc1_weight.dtype),

@@ -7,10 +7,7 @@ from torch import Tensor
 from vit_fast.ops.backend import (
     as_rows,
     cast,
-    check_device,
     check_linear,
-    check_operands,
-    check_shape,
     compute_dtype,
     float32_precision,
     like,
@@ -18,56 +15,36 @@ from vit_fast.ops.backend import (
     on_device_of,
     or_empty,
     or_none,
-    packed,
+    ready,
+    shaped,
     use_triton,
 )
 from vit_fast.ops.linear_residual import refuse_drop, residual_branch
+from vit_fast.ops.mlp import check_half
 
 
 def check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop) -> None:
-    features, width = check_linear(x, fc1_weight, fc1_bias, "fc1_")
+    features, _ = check_linear(x, fc1_weight, fc1_bias, "fc1_")
     if features % 2:
         raise ValueError(f"fc1_weight: got {features} rows, takes an even number, the gates and then their values")
-    for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("fc2_bias", fc2_bias)):
-        check_shape(name, vector, (width,))
-    check_shape("fc2_weight", fc2_weight, (width, features // 2))
-    check_shape("layer_scale", layer_scale, (width,))
-    check_shape("drop", drop, (x.shape[0],))
-    check_operands(
-        x,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        fc1_weight=fc1_weight,
-        fc1_bias=fc1_bias,
-        fc2_weight=fc2_weight,
-        fc2_bias=fc2_bias,
-        layer_scale=layer_scale,
-    )
-    check_device(x, drop=drop)
+    check_half(x, features // 2, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop)
 
 
 def _forward(training: bool, x: Tensor, *operands) -> tuple:
     """The kernels on the operands of the op: y, then what training keeps (elsewhere the hidden layer is None)."""
     from vit_fast.kernels import swiglu as kernel
 
-    norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, eps = operands
+    *parameters, eps = operands
     with on_device_of(x):
         y, *kept = kernel.forward(
             as_rows(x),
-            packed(norm_weight),
-            packed(norm_bias),
-            as_rows(fc1_weight),
-            packed(fc1_bias),
-            as_rows(fc2_weight),
-            packed(fc2_bias),
-            packed(layer_scale),
-            packed(drop),
+            *map(ready, parameters),
             eps,
             x.shape[1:-1].numel(),
-            float32_precision(fc1_weight.dtype),
+            float32_precision(parameters[2].dtype),
             training,
         )
-    return y.view(x.shape), *kept
+    return shaped(y, x.shape), *kept
 
 
 @torch.library.custom_op("vit_fast::swiglu", mutates_args=())
@@ -134,6 +111,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from vit_fast.kernels import swiglu as kernel
 
+    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop)
     with on_device_of(x):
         dx, *gradients = kernel.backward(
             as_rows(dy),
@@ -141,14 +119,7 @@ def _backward(
             hidden,
             mean,
             rstd,
-            packed(norm_weight),
-            packed(norm_bias),
-            as_rows(fc1_weight),
-            packed(fc1_bias),
-            as_rows(fc2_weight),
-            packed(fc2_bias),
-            packed(layer_scale),
-            packed(drop),
+            *map(ready, parameters),
             x.shape[1:-1].numel(),
             float32_precision(fc1_weight.dtype),
         )
