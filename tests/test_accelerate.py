@@ -1,9 +1,11 @@
 """accelerate: somebody else's models on the fused ops: the cells of docs/matrix.md, the report, what must not fit."""
 
 import copy
+import functools
 import gc
 import json
 import logging
+import pickle
 import subprocess
 import sys
 import types
@@ -144,6 +146,10 @@ def _vit(**more) -> nn.Module:
     return matrix.drawn(hf.ViTModel(hf.ViTConfig(**matrix.SIZES, **more))).eval()
 
 
+def _ours() -> nn.Module:
+    return matrix.drawn(vit_fast.create_model("vit_tiny_patch16_224", **matrix.TINY)).eval()
+
+
 def _lines(report) -> dict:
     return {line.name: line for line in report}
 
@@ -258,6 +264,41 @@ def test_verification_leaves_no_trace():
 
 
 # ---- what does not fit
+
+
+def test_the_report_can_be_kept_in_a_model():
+    model = _timm()
+    model.report = vit_fast.accelerate(model)
+    for copied in (copy.deepcopy(model).report, pickle.loads(pickle.dumps(model)).report):
+        assert copied == model.report
+        assert str(copied) == str(model.report)
+
+
+def test_under_a_default_device():
+    model = _timm()
+    with torch.device("meta"):
+        assert _lines(vit_fast.accelerate(model))["blocks.0"].error is not None
+
+
+def test_an_example_without_images_shows_nothing():
+    report = vit_fast.accelerate(_timm(), example=torch.zeros(0, 3, 32, 32))
+    assert all(line.error > 0 for line in report)
+    assert "on random tokens" in report.verification
+
+
+def test_weights_that_are_not_finite():
+    model = _timm()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.fill_(torch.nan)
+    line = _lines(vit_fast.accelerate(model))["blocks.0"]
+    assert not line.replaced
+    assert "not finite in fp64 either" in line.reason
+
+
+def test_only_convolutions_that_cut_patches_are_told_of():
+    model = _timm()
+    model.neck = nn.Conv2d(48, 48, 3, padding=1)
+    assert [line.name for line in vit_fast.accelerate(model)] == ["patch_embed.proj", "blocks.0", "blocks.1"]
 
 
 def test_nothing_that_fits(caplog):
@@ -517,7 +558,22 @@ def _as_patched(parent: nn.Module, name: str) -> str:
     return "has a forward of its own"
 
 
-WRAPPERS = (_as_lora, _as_quantised, _as_hooked, _as_parametrised, _as_patched)
+def _as_buffer(parent: nn.Module, name: str) -> str:
+    linear = getattr(parent, name)
+    weight = linear.weight.detach()
+    del linear.weight
+    linear.register_buffer("weight", weight)
+    return "has a weight or a bias that is no parameter"
+
+
+def _without_a_bias(parent: nn.Module, name: str) -> str:
+    linear = getattr(parent, name)
+    del linear.bias
+    linear.bias = None
+    return "has a weight or a bias that is no parameter"
+
+
+WRAPPERS = (_as_lora, _as_quantised, _as_hooked, _as_parametrised, _as_patched, _as_buffer, _without_a_bias)
 HALVES = {
     "timm attention": (_timm, lambda m: (m.blocks[0].attn, "qkv"), "blocks.0", "mlp"),
     "timm mlp": (_timm, lambda m: (m.blocks[0].mlp, "fc2"), "blocks.0", "attention"),
@@ -547,6 +603,68 @@ def test_a_wrapped_half_keeps_its_code(wrap, half, when):
     with torch.no_grad():
         ours, theirs = matrix.flat(model(x)), matrix.flat(original(x))
     assert relative_error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("kept", ["buffer", "attribute"])
+def test_a_layer_scale_that_is_no_parameter(kept):
+    """Frozen as a buffer, or kept elsewhere, as FSDP's first version does with what it ignores."""
+    model = matrix.drawn(timm.create_model("vit_tiny_patch16_224", init_values=0.3, **matrix.TINY)).eval()
+    for block in model.blocks:
+        for scale in (block.ls1, block.ls2):
+            gamma = scale.gamma.detach()
+            del scale.gamma
+            scale.register_buffer("gamma", gamma) if kept == "buffer" else setattr(scale, "gamma", gamma)
+    original, x = copy.deepcopy(model), torch.randn(2, 3, 32, 32)
+    assert _lines(vit_fast.accelerate(model))["blocks.0"].op == "block"
+    assert relative_error(model(x), original(x)) < 1e-5
+
+
+BUILDS = {"vit_fast": _ours, "timm": _timm, "transformers": _vit}
+
+
+@pytest.mark.parametrize("library", BUILDS)
+def test_a_forward_set_after_the_first_compiled_call(library):
+    """torch.compile is to see it; other libraries hook modules so."""
+    model, x = BUILDS[library](), torch.randn(2, 3, 32, 32)
+    if library != "vit_fast":
+        vit_fast.accelerate(model, verify=False)
+    block = model.layers[0] if library == "transformers" else model.blocks[0]
+    attention = block.attention if library == "transformers" else block.attn
+    product = attention.q_proj if library == "transformers" else attention.qkv
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        before = matrix.flat(compiled(x))
+        for module in (product, attention, block.mlp.fc1, block.mlp):
+            module.forward = functools.partial(_negated, module.forward)
+            found, expected = matrix.flat(compiled(x)), matrix.flat(model(x))
+            assert relative_error(expected, before) > 1e-3
+            assert relative_error(found, expected) < 1e-5
+            del module.forward
+
+
+def _negated(forward, *args, **kwargs):
+    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.neg, forward(*args, **kwargs))
+
+
+@pytest.mark.parametrize("library", BUILDS)
+def test_norms_in_float32_inside_a_model_in_bfloat16(library):
+    model = BUILDS[library]()
+    if library == "vit_fast":
+        original = _timm()
+        original.load_state_dict(model.state_dict())
+    else:
+        original = copy.deepcopy(model)
+        vit_fast.accelerate(model)
+    for one in (model, original):
+        one.bfloat16()
+        for module in one.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.float()
+    x = torch.randn(2, 3, 32, 32).bfloat16()
+    with torch.no_grad():
+        assert relative_error(matrix.flat(model(x)), matrix.flat(original(x))) < 0.02
+    block = model.layers[0] if library == "transformers" else model.blocks[0]
+    assert "holds torch.bfloat16, what stands before it torch.float32" in block.attention_aside()
 
 
 def test_both_halves_wrapped_stay():

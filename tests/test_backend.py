@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -96,28 +97,48 @@ def python(code: str, **environment) -> subprocess.CompletedProcess:
 
 
 def test_nested_blocks_restore_what_was_before():
-    before = backend._backend
+    before = backend.chosen_backend()
     with use_backend("torch"):
         with use_backend("auto"):
-            assert backend._backend == "auto"
-        assert backend._backend == "torch"
-    assert backend._backend == before
+            assert backend.chosen_backend() == "auto"
+        assert backend.chosen_backend() == "torch"
+    assert backend.chosen_backend() == before
+
+
+def test_blocks_of_two_threads_that_overlap():
+    """Whoever leaves last, what was chosen before both is chosen again."""
+    before = backend.chosen_backend()
+    first_is_in, second_is_in = threading.Event(), threading.Event()
+
+    def first():
+        with use_backend("torch"):
+            first_is_in.set()
+            second_is_in.wait(10)
+
+    one = threading.Thread(target=first)
+    one.start()
+    first_is_in.wait(10)
+    with use_backend("torch"):
+        second_is_in.set()
+        one.join()
+        assert backend.chosen_backend() == "torch"
+    assert backend.chosen_backend() == before
 
 
 def test_an_error_inside_restores_too():
-    before = backend._backend
+    before = backend.chosen_backend()
     with pytest.raises(KeyError), use_backend("torch"):
         raise KeyError
-    assert backend._backend == before
+    assert backend.chosen_backend() == before
 
 
 @pytest.mark.parametrize("name", ["cuda", "Triton", "", None])
 def test_another_name_is_refused(name):
-    before = backend._backend
+    before = backend.chosen_backend()
     refusal = r"use_backend\(name\): got .*takes one of 'auto', 'triton', 'torch'"
     with pytest.raises(ValueError, match=refusal), use_backend(name):
         pass
-    assert backend._backend == before
+    assert backend.chosen_backend() == before
 
 
 def test_the_variable_chooses_and_use_backend_overrides_it():

@@ -46,6 +46,24 @@ def test_onnx(options, tmp_path):
     assert relative_error(torch.from_numpy(evaluated(path, images.numpy())), logits) < 1e-5
 
 
+@pytest.mark.parametrize("options", [*MODELS.values(), "timm"], ids=[*MODELS, "timm, accelerated"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_onnx_by_tracing(options, tmp_path):
+    """The older exporter, which takes for constants what Python reads of a shape."""
+    pytest.importorskip("onnx", reason="needs onnx, of the extra export")
+    if options == "timm":
+        timm = pytest.importorskip("timm")
+        model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        vit_fast.accelerate(model.eval())
+    else:
+        model = small(**options)
+    path, images = tmp_path / "model.onnx", pictures(5)
+    axes = {"images": {0: "batch"}}
+    torch.onnx.export(model, (pictures(2),), path, dynamo=False, input_names=["images"], dynamic_axes=axes)
+    with torch.no_grad():
+        assert relative_error(torch.from_numpy(evaluated(path, images.numpy())), model(images)) < 1e-5
+
+
 def evaluated(path, images):
     """What ONNX Runtime makes of it, or where that is not installed onnx's own evaluator, which is slower."""
     try:

@@ -187,6 +187,23 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
         training.train(config)
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_picture_that_cannot_be_read_loses_no_step(tmp_path, split):
+    data = tmp_path / "data"
+    for part in ("train", "val"):
+        colour_folder(data / part)
+    config = dataclasses.replace(tiny_config(tmp_path / "run", batch_size=2, workers=0), data=str(data))
+    good = training.train(dataclasses.replace(config, output=str(tmp_path / "good")))
+    broken = data / split / "green" / "7.png"
+    content = broken.read_bytes()
+    broken.write_bytes(content[:20])
+    with pytest.raises(ValueError, match=r"7\.png: .*steps before it are saved: put a readable picture"):
+        training.train(config)
+    broken.write_bytes(content)
+    went_on = training.train(config, tmp_path / "run")
+    assert equal_states(went_on.model.state_dict(), good.model.state_dict())
+
+
 def test_what_a_run_refuses(tmp_path, uninterrupted):
     whole = uninterrupted[0]
     config = tiny_config(whole.output, epochs=2)

@@ -16,7 +16,7 @@ from torch import nn
 
 from vit_fast.foreign import check, fused_class
 from vit_fast.foreign.block import Fused, FusedBlock
-from vit_fast.layers import is_genuine
+from vit_fast.layers import Block, is_genuine
 from vit_fast.ops.backend import DTYPES
 
 log = logging.getLogger("vit_fast")
@@ -42,6 +42,9 @@ class Report(tuple[Line, ...]):
         report = super().__new__(cls, lines)
         report.verification = verification
         return report
+
+    def __reduce__(self):
+        return Report, (tuple(self), self.verification)
 
     def to_json(self) -> str:
         """{"verification": …, "modules": [a line each]}."""
@@ -119,7 +122,7 @@ def accelerate(model: nn.Module, *, verify: bool = True, example=None) -> Report
                 lines[name] = _stays(name, parent, f"it is a {type(module).__name__}, a class of its own")
         elif type(module) is fused:
             lines[name] = Line(name, _kind(module), True, *_op_and_reason(module))
-        else:
+        elif fused.concerns(module):
             candidates[name] = module, fused
     for name, (module, fused) in candidates.items():
         lines[name] = _assess(name, module, fused, _inside(model, name))
@@ -132,7 +135,9 @@ def accelerate(model: nn.Module, *, verify: bool = True, example=None) -> Report
             module.__class__ = fused
     report = Report((lines[name] for name, _ in model.named_modules() if name in lines), verification)
     if not any(line.replaced for line in report):
-        reasons = "; ".join(sorted({line.reason for line in report})) or "no module of a library that it knows"
+        ours = any(isinstance(module, Block) for module in model.modules())
+        unknown = "it runs on the ops already" if ours else "no module of a library that it knows"
+        reasons = "; ".join(sorted({line.reason for line in report})) or unknown
         log.warning(f"accelerate: nothing of the {type(model).__name__} was replaced: {reasons}")
     return report
 

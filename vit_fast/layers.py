@@ -25,7 +25,7 @@ from torch.nn.modules import module as nn_module
 from vit_fast import ops
 from vit_fast.arguments import pair
 from vit_fast.initialise import trunc_normal_tf_
-from vit_fast.ops.backend import compute_dtype, say_aside
+from vit_fast.ops.backend import autocasting, compute_dtype, say_aside, traced_to_onnx
 from vit_fast.positions import resample_patch_weight
 
 LAYER_NORM = functools.partial(nn.LayerNorm, eps=1e-6)
@@ -63,11 +63,15 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training a sample's branch is dropped with probability `drop_prob`, or scaled by 1/keep."""
+    """Stochastic depth: in training a sample's branch is dropped with probability `drop_prob`, or scaled by 1/keep.
+
+    Not scaled where somebody sets `scale_by_keep` to False, as with timm's.
+    """
 
     def __init__(self, drop_prob: float):
         super().__init__()
         self.drop_prob = drop_prob
+        self.scale_by_keep = True
 
     def draw(self, like: Tensor, dtype: torch.dtype) -> Tensor | None:
         """[B] factors, 0 or 1/keep, from the default generator with timm's own arithmetic; None where nothing drops."""
@@ -75,7 +79,7 @@ class DropPath(nn.Module):
             return None
         keep = 1 - self.drop_prob
         factors = like.new_empty(like.shape[:1], dtype=dtype).bernoulli_(keep)
-        return factors.div_(keep) if keep > 0 else factors
+        return factors.div_(keep) if keep > 0 and self.scale_by_keep else factors
 
     def forward(self, x: Tensor) -> Tensor:
         factors = self.draw(x, x.dtype)
@@ -666,7 +670,8 @@ def _why_other(name: str, module: nn.Module, kinds: tuple[type, ...]) -> str:
     """Why `module` does not compute what a module of these kinds does, or ""."""
     kind = type(module)
     if kind not in kinds:
-        return f"{name} is a {kind.__name__}"
+        alike = kind.__name__ in [one.__name__ for one in kinds]
+        return f"{name} is a {kind.__module__.split('.')[0] + ' ' if alike else ''}{kind.__name__}"
     if kind.forward is not _FORWARD[kind] or "forward" in module.__dict__:
         return f"{name} has a forward of its own"
     return ""
@@ -677,19 +682,28 @@ def why_aside(*submodules: tuple[str, nn.Module, tuple[type, ...]]) -> str:
     # Runs in every forward pass of every half of a block: one loop, and no call that can be saved.
     if nn_module._has_any_global_hook():
         return "a global module hook is set"
+    if traced_to_onnx():
+        return "torch.onnx traces it, with dynamo=False"
+    dtype = None
     for name, module, kinds in submodules:
         kind = type(module)
+        module.forward  # noqa: B018  torch.compile guards on what is read, and not on what is not in a __dict__
         if kind not in kinds or kind.forward is not _FORWARD[kind] or "forward" in module.__dict__:
             return _why_other(name, module, kinds)
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"{name} has a hook"
-        if not module._parameters and issubclass(kind, HOLDERS):
-            return f"{name} has no parameters of its own"  # FSDP's first version keeps them elsewhere
+        if len(module._parameters) < 2 and issubclass(kind, HOLDERS):
+            return f"{name} has a weight or a bias that is no parameter"  # FSDP's first version keeps both elsewhere
         for parameter in module._parameters.values():
             if type(parameter) not in _PLAIN_TENSORS:
                 return f"{name} holds a {type(parameter).__name__}"
-            if parameter is None and issubclass(kind, nn.LayerNorm):
-                return f"{name} has no weight or no bias"
+            if parameter is None:
+                if issubclass(kind, nn.LayerNorm):
+                    return f"{name} has no weight or no bias"
+            elif parameter.dtype != dtype:
+                if dtype is not None and not autocasting(parameter):
+                    return f"{name} holds {parameter.dtype}, what stands before it {dtype}"
+                dtype = parameter.dtype
         if kind is nn.Dropout and module.p and module.training:
             return f"{name} is active"
     return ""

@@ -483,6 +483,8 @@ class VisionTransformer(nn.Module):
         """Whether these methods are those of this file: nobody replaced one, in the model, in its class or in ours."""
         kind = type(self)
         own = next(_OWN[base] for base in kind.__mro__ if base in _OWN)
+        for name in methods:
+            getattr(self, name)  # as in `layers.why_aside`
         return all(getattr(kind, name) is own[name] and name not in self.__dict__ for name in methods)
 
     def first_tokens_read(self) -> int | None:
@@ -794,6 +796,11 @@ class VisionTransformer(nn.Module):
         )
         with self._looking():
             return self(pixels.to(**self._dd())).float().softmax(dim=-1)
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """`pretrained_cfg`, by the older of timm's two names."""
+        return self.pretrained_cfg
 
     # --- checkpoints
 

@@ -386,6 +386,10 @@ class _Run:
             generator=torch.Generator(),  # workers' seeds: not from the generator that the run depends on
         )
         for batch in loader:
+            if isinstance(batch, ValueError) and self.step:
+                self.save(Path(self.config.output))
+                hint = f"the {self.step} steps before it are saved: put a readable picture in its place and resume"
+                raise ValueError(f"{batch}; {hint}") from batch
             if isinstance(batch, Exception):
                 raise batch
             yield batch

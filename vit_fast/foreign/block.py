@@ -36,6 +36,11 @@ class Fused(Module):
         """What of vit_fast.ops runs, in evaluation mode."""
         raise NotImplementedError
 
+    @classmethod
+    def concerns(cls, module: nn.Module) -> bool:
+        """Whether a module of the library's class is of the sort at all, and worth a line of the report."""
+        return True
+
     def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
         """Why this module, inside these others, is none that the op computes, however it is called, or ""."""
         return ""

@@ -75,7 +75,7 @@ def _says_its_size(module) -> bool:
 def _random(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
     parameter = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(parameter.device, parameter.dtype)
+    return torch.randn(shape, generator=generator, device="cpu").to(parameter.device, parameter.dtype)
 
 
 def random_input(module: nn.Module) -> tuple[tuple, dict]:
@@ -98,7 +98,8 @@ def run(runs: list[Run], modules: dict[str, nn.Module]) -> tuple[dict[str, tuple
             if not args:  # transformers names even the first
                 name_of_first, *others = kwargs
                 args, kwargs = (kwargs[name_of_first],), {other: kwargs[other] for other in others}
-            inputs.setdefault(name, pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs)))
+            if not isinstance(args[0], Tensor) or args[0].numel():  # of an example without images nothing is seen
+                inputs.setdefault(name, pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs)))
 
         return hook
 
@@ -160,6 +161,8 @@ def compare(module: nn.Module, fused: type[Fused], args: tuple, kwargs: dict, tr
         return Result(None, f"its comparison raised {in_a_line(error)}")
     largest = 0.0
     for name, result, peer, truth in zip(("output", "gradients"), ours, theirs, true):
+        if not truth.isfinite().all():
+            return Result(None, f"its {name} is not finite in fp64 either: there is nothing to compare")
         if not truth.any():
             if result.any():
                 return Result(None, f"its {name} is not zero, as it should be")
@@ -187,7 +190,7 @@ def _results(module: nn.Module, args: tuple, kwargs: dict, training: bool) -> li
         if not training:
             return [output.detach()]
         generator = torch.Generator().manual_seed(0)
-        upstream = torch.randn(output.shape, generator=generator).to(output)
+        upstream = torch.randn(output.shape, generator=generator, device="cpu").to(output)
         gradients = torch.autograd.grad(output, [x, *wanted], upstream, allow_unused=True)
     every = [torch.zeros_like(of) if g is None else g for of, g in zip((x, *wanted), gradients)]
     return [output.detach(), torch.cat([gradient.flatten() for gradient in every])]

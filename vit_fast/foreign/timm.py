@@ -60,7 +60,7 @@ class Block(FusedBlock, vision_transformer.Block):
             (qkv["bias"],),
             attn.num_heads,
             parts["proj"],
-            own["ls1"]._parameters.get("gamma"),
+            getattr(own["ls1"], "gamma", None),  # wherever it is kept
             own["drop_path1"],
             parts["q_norm"],
             parts["k_norm"],
@@ -98,7 +98,7 @@ class Block(FusedBlock, vision_transformer.Block):
             (fc1["bias"],),
             "swiglu" if type(mlp) in _GATED else named_activation(_ACTIVATION, act),
             parts["fc2"],
-            own["ls2"]._parameters.get("gamma"),
+            getattr(own["ls2"], "gamma", None),
             own["drop_path2"],
             act,
             parts["norm"],

@@ -1,5 +1,7 @@
 """torch.nn: the pre-norm TransformerEncoderLayer, the convolution that cuts patches, and MultiheadAttention's parts."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -7,6 +9,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from vit_fast import ops
 from vit_fast.foreign.block import AttentionHalf, Fused, FusedBlock, MlpHalf, named_activation
 from vit_fast.layers import DROPOUT, LINEAR, NORM, readable, why_aside
+from vit_fast.ops.backend import traced_to_onnx
 
 _ATTENTION = readable(nn.MultiheadAttention)
 _PROJECTION = (*LINEAR, *readable(NonDynamicallyQuantizableLinear))
@@ -93,15 +96,20 @@ class Conv2d(Fused, nn.Conv2d):
     def op(self) -> str:
         return "patch_embed"
 
+    @classmethod
+    def concerns(cls, module: nn.Module) -> bool:
+        conv: Any = module
+        plain = conv.padding in ((0, 0), "valid") and (conv.dilation, conv.groups) == ((1, 1), 1)
+        return plain and conv.kernel_size == conv.stride and min(conv.kernel_size) > 1
+
     def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
         if type(self._parameters.get("weight")) not in (nn.Parameter, Tensor):
             return f"weight is a {type(self._parameters.get('weight')).__name__}"
-        plain = self.padding in ((0, 0), "valid") and (self.dilation, self.groups) == ((1, 1), 1)
-        cuts = self.kernel_size == self.stride and min(self.kernel_size) > 1
-        return "" if plain and cuts else "it cuts no patches: its stride is not its kernel, or it pads"
+        return ""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not isinstance(input, Tensor) or input.dim() != 4 or self.never():  # of torch.fx it may be a symbol
+        plain = isinstance(input, Tensor) and input.dim() == 4 and not traced_to_onnx()  # torch.fx has symbols
+        if not plain or not self.concerns(self) or self.never():
             return super().forward(input)
         rows, columns = input.shape[2] // self.stride[0], input.shape[3] // self.stride[1]
         images = input[:, :, : rows * self.stride[0], : columns * self.stride[1]]  # what fills no patch is left out

@@ -91,6 +91,7 @@ def __getattr__(name: str) -> type:
 
 def _why_called(name: str, attention: nn.Module, kinds: tuple[type, ...]) -> str:
     """Why the attention module must be called itself, or ""."""
+    attention.forward  # noqa: B018  as in `layers.why_aside`
     if type(attention) not in kinds or "forward" in attention.__dict__:
         return f"{name} is a {type(attention).__name__} or has a forward of its own"
     if attention._forward_pre_hooks or attention._backward_hooks or attention._backward_pre_hooks:

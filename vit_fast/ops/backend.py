@@ -25,8 +25,9 @@ def _known(name: str, source: str) -> str:
     return name
 
 
-# A module global and not a ContextVar: torch.compile guards on a global, and breaks the graph at a ContextVar.
-_backend = _known(os.environ.get("VIT_FAST_BACKEND", "auto"), "VIT_FAST_BACKEND")
+# What was chosen, the last in force. A module global and not a ContextVar: torch.compile guards on a global, and breaks
+# the graph at a ContextVar, as at a lock.
+_chosen = [_known(os.environ.get("VIT_FAST_BACKEND", "auto"), "VIT_FAST_BACKEND")]
 
 
 @contextlib.contextmanager
@@ -39,22 +40,22 @@ def use_backend(name: str):
             error otherwise, but PyTorch for tensors without elements, in torch.export and for the gradient of an image;
             "torch", PyTorch always.
 
-    The choice is one for the process, not one a thread, so that torch.compile can guard on it.
+    The choice is one for the process, not one a thread, so that torch.compile can guard on it: of blocks that several
+    threads are in, the one that began last counts, and when all have left, what was chosen before.
 
     Raises:
         ValueError: for another name.
     """
-    global _backend
-    before, _backend = _backend, _known(name, "use_backend(name)")
+    _chosen.append(_known(name, "use_backend(name)"))
     try:
         yield
-    finally:
-        _backend = before
+    finally:  # not the last of all: that may be another thread's
+        del _chosen[len(_chosen) - 1 - _chosen[::-1].index(name)]
 
 
 def chosen_backend() -> str:
     """What `use_backend` or VIT_FAST_BACKEND chose: "auto", "triton" or "torch"."""
-    return _backend
+    return _chosen[-1]
 
 
 def interpreting() -> bool:
@@ -108,6 +109,11 @@ def exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def traced_to_onnx() -> bool:
+    """Whether torch.onnx.export traces with dynamo=False: it makes constants of the shapes that Python reads."""
+    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+
+
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation runs: an op of ours has no rule for either."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
@@ -143,7 +149,8 @@ def use_triton(op: str, x: Tensor, *others: Tensor, refusal: str = "") -> bool:
         RuntimeError: under use_backend("triton") where no kernel can run.
         TypeError, ValueError: under use_backend("triton") for a dtype, or another thing, that no kernel takes.
     """
-    if _backend == "torch" or exporting() or (_backend == "auto" and not _auto(x.device)):
+    chosen = _chosen[-1]
+    if chosen == "torch" or exporting() or (chosen == "auto" and not _auto(x.device)):
         return False
     error: type[Exception] = ValueError
     for tensor in (x, *others):
@@ -153,7 +160,7 @@ def use_triton(op: str, x: Tensor, *others: Tensor, refusal: str = "") -> bool:
             refusal, error = f"the kernels take float32, float16 and bfloat16, got {tensor.dtype}", TypeError
     if transformed():
         refusal, error = "the kernels have no rule for torch.func and forward-mode differentiation", RuntimeError
-    if _backend == "auto":
+    if chosen == "auto":
         if refusal:
             say_aside(op, refusal)
         return not refusal
@@ -170,7 +177,7 @@ def measured_faster(op: str, operands: tuple[Tensor | None, ...], shape: tuple, 
     Only `auto` asks. `operands` are those that may want a gradient, the input first; shape and rows as `Finding` has
     them.
     """
-    if _backend != "auto":
+    if _chosen[-1] != "auto":
         return None
     x = operands[0]
     assert x is not None  # the input is never left out
@@ -181,19 +188,20 @@ def measured_faster(op: str, operands: tuple[Tensor | None, ...], shape: tuple, 
     return None
 
 
-def _autocasting(x: Tensor) -> bool:
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`."""
     # PyTorch refuses the question for a meta tensor.
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """A block in which products on tensors like `x` keep their dtype."""
-    return torch.autocast(x.device.type, enabled=False) if _autocasting(x) else contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else contextlib.nullcontext()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a product on `x`: autocast's where it is on, and that of `x` elsewhere."""
-    if _autocasting(x) and x.dtype != torch.float64:
+    if autocasting(x) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -207,7 +215,7 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if weight.dtype == dtype:
         return weight
-    if weight.is_cuda and weight.dim() == 2 and _autocasting(weight) and not torch.compiler.is_compiling():
+    if weight.is_cuda and weight.dim() == 2 and autocasting(weight) and not torch.compiler.is_compiling():
         return torch.einsum("nk->nk", weight)
     return weight.to(dtype)
 
@@ -275,7 +283,7 @@ def check_operands(x: Tensor, **operands: Tensor | None) -> None:
             continue
         if operand.device != device:
             raise _elsewhere(name, operand, x)
-        if operand.dtype != dtype and not (operand.dtype in DTYPES and dtype in DTYPES and _autocasting(x)):
+        if operand.dtype != dtype and not (operand.dtype in DTYPES and dtype in DTYPES and autocasting(x)):
             raise TypeError(f"{name}: {operand.dtype}, the input is {dtype}; cast one of them or use torch.autocast")
 
 
