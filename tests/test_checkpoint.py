@@ -180,6 +180,17 @@ def test_weights_of_lower_precision_are_taken():
     assert equal_states(model.state_dict(), {name: tensor.float() for name, tensor in weights.items()})
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_weights_of_no_dtype_of_weights(saved, dtype):
+    """copy_ would take them, without the scale that they were divided by."""
+    folder, model = saved
+    weights = model.state_dict()
+    weights["head.weight"] = weights["head.weight"].to(dtype)
+    checkpoint.write_weights(folder / checkpoint.WEIGHTS, weights)
+    with pytest.raises(ValueError, match=rf"head\.weight is of {dtype}, takes float16, bfloat16, float32, float64"):
+        checkpoint.load(folder)
+
+
 def test_an_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output: cannot write to .*file.run: Not a directory"):

@@ -118,6 +118,16 @@ def test_the_vision_tower_of_a_whole_clip(tmp_path):
     assert any("text_model" in name for name in weights.to_ours(theirs.state_dict())[1].dropped)
 
 
+def test_an_index_of_positions_is_dropped(tmp_path):
+    theirs = drawn(TRANSFORMERS["CLIP"]())
+    theirs.save_pretrained(tmp_path)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    state["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    x = images()
+    assert relative_error(vit_fast.load(tmp_path)(x), theirs(x).image_embeds) < CLOSE
+
+
 def test_settings_come_with_the_weights(tmp_path):
     config = hf.Dinov2Config(**SIZES, layer_norm_eps=3e-5, num_labels=2, id2label={0: "cat", 1: "dog"})
     drawn(hf.Dinov2ForImageClassification(config)).save_pretrained(tmp_path)

@@ -47,6 +47,7 @@ LEAST_OF_BLOCK = 8  # tensors: two norms of two, four products
 MOST_SIDE, MOST_PATCHES = 1024, 4096
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 SHOWN = 5  # names listed in an error
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights
 
 
 @dataclass(frozen=True)
@@ -422,7 +423,8 @@ def load_weights(
         partial: shell patterns of names that may be missing or left over.
 
     Raises:
-        ValueError: where names are missing, left over or of another shape, listing them, and as `read_tensors`.
+        ValueError: where names are missing, left over, of another shape or of no dtype of weights, naming them, and as
+            `read_tensors`.
     """
     if isinstance(source, dict):
         weights = source
@@ -438,6 +440,10 @@ def _check_fit(
     def known(key: str) -> bool:
         return any(fnmatch.fnmatchcase(key, pattern) for pattern in partial)
 
+    for key in wanted:
+        if key in weights and weights[key].dtype not in DTYPES:
+            takes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(f"{name}: {key} is of {weights[key].dtype}, takes {takes}; convert quantised weights back")
     problems = {
         "missing": [key for key in wanted if key not in weights and not known(key)],
         "left over": [key for key in weights if key not in wanted and not known(key)],
