@@ -83,6 +83,19 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     assert np.array_equal(np.asarray(open_image(tmp_path / "a.png", in_chans=1)), levels)
 
 
+@pytest.mark.parametrize(("mode", "order"), [("I;16", "<u2"), ("I;16L", "<u2"), ("I;16B", ">u2"), ("I;16N", "=u2")])
+def test_sixteen_bits_of_either_order(tmp_path, mode, order):
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    image = Image.frombytes(mode, (16, 16), (levels * 257).astype(order).tobytes())
+    expected = Image.fromarray(levels.astype(np.uint8))
+    assert torch.equal(preprocess(image, **SETTINGS), preprocess(expected, **SETTINGS))
+    if mode != "I;16N":  # which no file has
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image.save(tmp_path / "a.tif", exif=exif)
+        assert np.array_equal(np.asarray(open_image(tmp_path / "a.tif", in_chans=1)), np.rot90(levels, -1))
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "gif", "ppm", "tif"])
 def test_formats(tmp_path, suffix):
     opened = open_image(picture(tmp_path / f"a.{suffix}"))

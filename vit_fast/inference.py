@@ -81,7 +81,8 @@ def _upright(image, name: str, in_chans: int, max_pixels: int = MAX_PIXELS):
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip instead of scale
-            image = image.point(lambda level: level / 256).convert("L")
+            wide = image if image.mode == "I;16" else image.convert("I")  # of I;16B and its like no point is changed
+            image = wide.point(lambda level: level / 256).convert("L")
         return image.convert("L" if in_chans == 1 else "RGB")
     except MemoryError as error:  # and not the file's fault
         raise MemoryError(f"{name}: no memory for the picture, {image.width} x {image.height} pixels") from error
