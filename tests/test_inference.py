@@ -1,5 +1,7 @@
 """Pictures in: what is read, what is refused, and that it becomes what timm makes of it."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -131,6 +133,15 @@ def test_a_bad_file_is_refused_by_name(tmp_path, make, says):
     with pytest.raises(ValueError, match=says) as caught:
         preprocess([path], **SETTINGS)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes and devices that have a name are Unix's")
+def test_a_pipe_is_refused_as_one(tmp_path):
+    """And before it is opened, which waits for someone who writes."""
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", tmp_path, "/dev/zero"):
+        with pytest.raises(ValueError, match=f"{path}: a folder, a pipe or a device, takes a file"):
+            open_image(path)
 
 
 def test_the_limit_of_pixels_is_a_limit(tmp_path):

@@ -31,6 +31,8 @@ class NoLonger(io.BufferedReader):
     """
 
     def __init__(self, path: str | Path):
+        if os.path.exists(path) and not os.path.isfile(path):  # of which nobody knows how much there is
+            raise ValueError(f"{path}: a folder, a pipe or a device, takes a file; save what a pipe gives as one first")
         super().__init__(io.FileIO(path))
 
     def read(self, size: int | None = -1) -> bytes:
@@ -45,7 +47,7 @@ def open_image(path: str | Path, in_chans: int = 3, max_pixels: int = MAX_PIXELS
 
     Raises:
         ValueError: for a file that is no picture in one of `FORMATS`, is cut off, or has more than `max_pixels` pixels
-            (a decompression bomb). The message names the file.
+            (a decompression bomb), and for a pipe. The message names the file.
         OSError: for a file that is not there or may not be read. MemoryError: where there is none for its pixels.
     """
     Image, _ = _pillow()
