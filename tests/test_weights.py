@@ -118,6 +118,15 @@ def test_the_vision_tower_of_a_whole_clip(tmp_path):
     assert any("text_model" in name for name in weights.to_ours(theirs.state_dict())[1].dropped)
 
 
+def test_a_siglip_without_its_pool(tmp_path):
+    theirs, x = drawn(hf.SiglipVisionModel(hf.SiglipVisionConfig(**SIZES, vision_use_head=False))), images()
+    theirs.save_pretrained(tmp_path)
+    ours = vit_fast.load(tmp_path)
+    assert relative_error(ours(x), theirs(x).last_hidden_state) < CLOSE
+    ours.save_pretrained(tmp_path)
+    assert torch.equal(vit_fast.load(tmp_path)(x), ours(x))
+
+
 def test_an_index_of_positions_is_dropped(tmp_path):
     theirs = drawn(TRANSFORMERS["CLIP"]())
     theirs.save_pretrained(tmp_path)

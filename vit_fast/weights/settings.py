@@ -110,6 +110,8 @@ def from_transformers(config: dict, processor: dict, names: Mapping[str, Tensor]
         how = "antialiased" if "reg_token" in names else "plain"
     if kind == "deit":
         args |= _of_deit(names)
+    if kind == "siglip_vision_model" and not config["vision_use_head"]:
+        args["global_pool"] = ""
     _agree("num_hidden_layers", config["num_hidden_layers"], _depth(names))
     _agree("hidden_size", config["hidden_size"], len(names["patch_embed.proj.weight"]))
     labels = config.get("id2label") or {}
@@ -148,7 +150,7 @@ _TRANSFORMERS: dict[str, tuple[dict, dict]] = {
         {"pre_norm": True},
     ),
     "siglip_vision_model": (
-        {**_VIT, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+        {**_VIT, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "vision_use_head": True},
         {"class_token": False, "global_pool": "map"},
     ),
 }
