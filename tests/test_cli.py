@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shlex
@@ -147,6 +148,29 @@ def test_a_picture_without_memory_for_it_harms_no_other(trained, tmp_path, monke
     assert code == 1
     assert [one["top"][0]["class"] for one in json.loads(output)] == ["red"]
     assert re.fullmatch(r"error: \S+1\.png: no memory for the picture", errors)
+
+
+@pytest.mark.parametrize("how", [[], ["--json"]], ids=["table", "json"])
+def test_an_answer_that_is_not_finite_harms_no_other(trained, monkeypatch, how):
+    folder, _ = trained
+    answer = torch.tensor([[math.nan, math.nan], [0.25, 0.75]])
+    monkeypatch.setattr(vit_fast.VisionTransformer, "predict", lambda model, images: answer)
+    pictures = [folder / "pictures" / "red" / name for name in ("1.png", "0.png")]
+    code, output, errors = run("classify", folder / "run", *pictures, *how)
+    assert code == 1
+    assert "0.png" in output
+    assert "1.png" not in output
+    assert re.fullmatch(r"error: \S+1\.png: the model's answer is not finite: its weights hold NaN, or .*", errors)
+
+
+def test_a_map_of_an_answer_that_is_not_finite(trained, tmp_path):
+    folder, _ = trained
+    model, config = checkpoint.load(folder / "run")
+    torch.nn.init.constant_(model.norm.bias, math.nan)
+    checkpoint.save(tmp_path, model, config, {}, {})
+    code, _, errors = run("attend", tmp_path, folder / "pictures" / "red" / "1.png", "-o", tmp_path / "a.png")
+    assert (code, (tmp_path / "a.png").exists()) == (1, False)
+    assert "1.png: the model's answer is not finite" in errors
 
 
 def test_attend(trained, zoo_weights, tmp_path):

@@ -41,6 +41,7 @@ USER_ERRORS = (ValueError, TypeError, OSError, ImportError, ArithmeticError, Run
 TOP = 5
 BATCH = 32
 MOST_WORKERS = 16  # that check tiles: each holds memory of the GPU for itself
+NOT_FINITE = "{}: the model's answer is not finite: its weights hold NaN, or numbers that overflow"
 NUMBERS = ("error", "before", "after", "gain")  # columns of tables that stand right
 
 
@@ -278,7 +279,8 @@ def classify(
 ) -> None:
     """Name what is on pictures: the most probable classes of each.
 
-    A picture that cannot be read is named on stderr, the others are classified, and the exit code is 1.
+    A picture that cannot be read, or of which the model says nothing finite, is named on stderr, the others are
+    classified, and the exit code is 1.
     """
     paths = inference.find_images(images)
     network, classes = _open_model(model, weights, device)
@@ -292,6 +294,10 @@ def classify(
                 failed = True
                 _say_error(str(error))
         for (path, _), row in zip(opened, network.predict([image for _, image in opened]).cpu()):
+            if not row.isfinite().all():
+                failed = True
+                _say_error(NOT_FINITE.format(path))
+                continue
             top = row.topk(min(topk, len(classes)))
             both = zip(top.indices.tolist(), top.values.tolist())
             ranked = [{"class": classes[index], "probability": probability} for index, probability in both]
@@ -338,6 +344,8 @@ def attend(
     says_classes = network.num_classes and not network.pretrained_cfg.get("projection")
     titles = []
     for path, one in zip(paths, looked):
+        if not one.probabilities.isfinite().all():
+            raise ValueError(NOT_FINITE.format(path))
         probability, index = one.probabilities.max(dim=0)
         name = classes[index] if says_classes else path.name
         name = name if len(name) <= 14 else name[:13] + "…"
