@@ -101,6 +101,24 @@ def test_a_picture_named_twice_is_answered_twice(trained):
     assert first == second
 
 
+def test_no_name_commands_the_terminal(trained, tmp_path):
+    """A file of a model says what its classes are called, and an archive what its pictures are."""
+    folder, _ = trained
+    shutil.copytree(folder / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["classes"] = ["\x1b[2Jred", "\x9b2Jgreen\x07"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    image = tmp_path / "\x1b]0;title\x07.png"
+    shutil.copy(folder / "pictures" / "red" / "0.png", image)
+    code, output, _ = run("classify", tmp_path / "run", image)
+    assert code == 0
+    assert all(text in output for text in ("?[2Jred", "?2Jgreen?", "?]0;title?.png"))
+    image.write_text("")
+    _, output, errors = run("classify", tmp_path / "run", image)
+    assert "?]0;title?.png: no picture" in errors
+    assert (output + errors).isprintable()
+
+
 def test_attend_takes_any_name_of_a_class(trained, tmp_path):
     """A dollar sign would be mathematics to matplotlib."""
     folder, _ = trained

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import select
 import shlex
 import sys
@@ -15,9 +16,8 @@ from typing import Annotated, Any
 
 try:
     import typer
-    from rich import box
+    from rich import box, markup
     from rich.console import Console
-    from rich.markup import escape
     from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.table import Table
 except ImportError as error:
@@ -75,6 +75,11 @@ def _reader_is_gone() -> bool:
     stdout = select.poll()
     stdout.register(sys.stdout.fileno(), 0)
     return bool(stdout.poll(0))
+
+
+def escape(text: str) -> str:
+    """Text of a file, or a name, as it may be printed: no markup, and no command to the terminal."""
+    return markup.escape(re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text))
 
 
 def _say_error(message: str) -> None:
