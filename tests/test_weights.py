@@ -517,6 +517,18 @@ def test_files_that_are_cut_off_and_pickles(state, tmp_path):
             vit_fast.load(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-1-of-2.bin", "open_clip_pytorch_model.bin"])
+def test_a_folder_of_a_pickle_alone_says_how_to_convert_it(state, tmp_path, name):
+    torch.save({}, tmp_path / "optimizer.bin")
+    with pytest.raises(ValueError, match=r"no checkpoint: it holds no model\.safetensors"):
+        vit_fast.load(tmp_path)
+    torch.save(state, tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}: refused, a pickle .* convert it once: safetensors"):
+        vit_fast.load(tmp_path)
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    assert equal(weights.read(tmp_path), state)
+
+
 def test_shards(state, tmp_path):
     names = sorted(state)
     parts = {"model-1.safetensors": names[:10], "model-2.safetensors": names[10:]}

@@ -29,7 +29,8 @@ def read(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         if (path / INDEX).is_file():
             return _read_sharded(path)
-        found = next((path / name for name in NAMES if (path / name).is_file()), None)
+        pickled = sorted(path.glob("*pytorch_model*.bin"))  # which `read_tensors` refuses, saying how to convert it
+        found = next((file for file in (*(path / name for name in NAMES), *pickled) if file.is_file()), None)
         if found is None:
             raise ValueError(f"{path}: no checkpoint: it holds no {checkpoint.WEIGHTS}")
         path = found
