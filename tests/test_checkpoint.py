@@ -160,6 +160,37 @@ def test_a_pickle_is_refused_unopened(tmp_path, monkeypatch, name, how):
     assert not os.path.exists("unpickled")
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of git-lfs; `git lfs pull`"),
+        ('{"error": "Entry not found"}', "JSON, which holds no weights"),
+        ("<!DOCTYPE html><html></html>", "a page of the web or XML"),
+    ],
+)
+def test_a_text_in_place_of_a_safetensors_file(tmp_path, text, says):
+    path = tmp_path / "a.safetensors"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.safetensors: no safetensors file, but {says}"):
+        checkpoint.read_tensors(path)
+
+
+@pytest.mark.parametrize("sign", [b"{", b"<"])
+def test_a_file_that_is_cut_off_is_no_text(tmp_path, sign):
+    """The low byte of its header's length may be any sign."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(sign + bytes(7) + b'{"w":{"dtype":"F32","shape":[1')
+    with pytest.raises(ValueError, match="cut off"):
+        checkpoint.read_tensors(path)
+
+
+def test_a_config_with_a_byte_order_mark(saved):
+    folder, model = saved
+    path = folder / checkpoint.CONFIG
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert equal_states(checkpoint.load(folder)[0].state_dict(), model.state_dict())
+
+
 def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path):
     path = tmp_path / "a.safetensors"
     for length in range(500, 640):  # some header is 0x0280 bytes long, and a pickle begins with \x80\x02 as well

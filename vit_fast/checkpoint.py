@@ -46,6 +46,12 @@ LEAST_OF_BLOCK = 8  # tensors: two norms of two, four products
 # Of a picture of a model without positions, of which no tensor has a size that depends on it.
 MOST_SIDE, MOST_PATCHES = 1024, 4096
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+# What is given in place of a safetensors file, by its first bytes.
+TEXTS = {
+    b"version https://git-lfs": "a pointer of git-lfs; `git lfs pull` fetches the file itself",
+    b"{": "JSON, which holds no weights",
+    b"<": "a page of the web or XML; download the file itself",
+}
 SHOWN = 5  # names listed in an error
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights
 
@@ -337,7 +343,7 @@ def read_json(path: Path) -> dict:
     try:
         if path.stat().st_size > MOST_JSON:
             raise ValueError(f"larger than {MOST_JSON >> 20} MB")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(found, dict):
             raise ValueError(f"got a {type(found).__name__}, takes an object")
         return found
@@ -402,13 +408,21 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             header = file.metadata() or {}
         return load_file(path), header
     except Exception as error:  # besides its own errors PyTorch's, of shapes and types that only the header has
-        raise ValueError(f"{path}: cut off, or no safetensors file ({error})") from error
+        start = _start(path)
+        text = next((text for sign, text in TEXTS.items() if start.startswith(sign) and b"\0" not in start), None)
+        raise ValueError(
+            f"{path}: no safetensors file, but {text}" if text else f"{path}: cut off, or no safetensors file ({error})"
+        ) from error
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(32)
 
 
 def _is_pickle(path: Path) -> bool:
-    with path.open("rb") as file:
-        start = file.read(9)
-    if start[8:] == b"{":  # safetensors: eight bytes of length, which may look like anything, then JSON
+    start = _start(path)
+    if start[8:9] == b"{":  # safetensors: eight bytes of length, which may look like anything, then JSON
         return False
     return start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
 
