@@ -234,6 +234,8 @@ TIMM = {
     "attention pool": ("vit_base_patch16_siglip_224", {}),
     "norm behind the pool": ("vit_base_patch16_224", {"global_pool": "avg"}),
     "norms inside": ("beit3_base_patch16_224", {}),
+    "norm of patches": ("vit_tiny_patch16_224", {"embed_norm_layer": "layernorm"}),
+    "norm of patches, CLIP": ("vit_base_patch16_clip_quickgelu_224", {"embed_norm_layer": "layernorm"}),
     "qk norm, no bias": ("vit_tiny_patch16_224", {"qk_norm": True, "qkv_bias": False, "num_heads": 2}),
 }
 
@@ -282,7 +284,8 @@ def _scaled(model):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda model: setattr(model.norm, "eps", 1e-3), r"norms have several eps, \[1e-06, 0.001\]"),
+        (lambda model: setattr(model.norm, "eps", 1e-3), "norm.eps is not what its settings say"),
+        (lambda model: setattr(model.patch_embed, "norm", nn.LayerNorm(64)), "patch_embed.norm.eps is not what its"),
         (lambda model: setattr(model.blocks[0].mlp, "act", nn.ReLU()), "'ReLU' object has no attribute 'approximate'"),
         (lambda model: setattr(model.blocks[1].mlp, "act", nn.ReLU()), "'ReLU' object has no attribute 'approximate'"),
         (lambda model: setattr(model.blocks[1].mlp, "act", nn.GELU("tanh")), "blocks.1 is not set as blocks.0 is"),
@@ -299,6 +302,13 @@ def test_what_no_config_tells_of_is_not_saved(tmp_path, change, says):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_without_a_block_is_not_saved(tmp_path):
+    model = vit_fast.create_model("vit_tiny_patch16_224", 3, **{**TINY, "depth": 0})
+    with pytest.raises(ValueError, match="depth: got 0, a checkpoint takes a model of one block or more"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # Which of them which layout has no names for: anything else converts, and a refusal there is a fault.
 NO_PLACE = {
     *((name, "open_clip") for name in TIMM),  # all have a bias in the patch projection or in the head
@@ -306,6 +316,8 @@ NO_PLACE = {
     *((name, "dinov2") for name in ("two heads", "CLIP", "attention pool", "norm behind the pool", "norms inside")),
     *((name, to) for name in ("CLIP", "attention pool", "norm behind the pool") for to in ("hf", "torchvision", "jax")),
     *((name, to) for name in ("norms inside", "qk norm, no bias") for to in ("hf", "torchvision", "jax")),
+    *((name, to) for name in TIMM if name.startswith("norm of patches") for to in ("hf", "torchvision", "jax")),
+    ("norm of patches, CLIP", "dinov2"),
 }
 
 

@@ -285,8 +285,10 @@ def to_timm(model: VisionTransformer, classes: tuple[str, ...] = ()) -> dict:
 
     Raises:
         ValueError: where a part of the model is somebody's own, or a block unlike the others: a config has no word for
-            it.
+            it. For a model without a block, whose names are of no layout.
     """
+    if not len(model.blocks):
+        raise ValueError("depth: got 0, a checkpoint takes a model of one block or more")
     name = model.pretrained_cfg.get("architecture", "")
     try:
         said, blocks = arguments_of(model), [_of_block(block) for block in model.blocks]
@@ -298,19 +300,13 @@ def to_timm(model: VisionTransformer, classes: tuple[str, ...] = ()) -> dict:
             raise ValueError(_NO_WORD.format(f"blocks.{index} is not set as blocks.0 is"))
         if not block.attn.fused_attn and block.attn.scale != block.attn.head_dim**-0.5:
             raise ValueError(_NO_WORD.format("attn.scale is not that of the head width"))
-    eps = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
-    if len(eps) > 1:
-        raise ValueError(_NO_WORD.format(f"norms have several eps, {sorted(eps)}"))
     usual = arguments_of(build(name or ANY, None, _SHELL))
     args = {key: value for key, value in said.items() if usual.get(key) != value}
     if said["final_norm"] and said["fc_norm"] != (model.global_pool in NORM_AFTER):  # its default goes by the pool
         args["fc_norm"] = said["fc_norm"]
     shell = build(name or ANY, model.num_classes, {**args, "global_pool": model.global_pool, **_SHELL})
-    shapes = [
-        {name.replace("_orig_mod.", ""): tensor.shape for name, tensor in one.state_dict().items()}
-        for one in (model, shell)
-    ]
-    if differing := sorted(key for key in shapes[0].keys() | shapes[1] if shapes[0].get(key) != shapes[1].get(key)):
+    ours, theirs = _facts(model), _facts(shell)
+    if differing := sorted(key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key)):
         raise ValueError(_NO_WORD.format(f"{differing[0]} is not what its settings say"))
     pictures = {key: v for key, v in model.pretrained_cfg.items() if key not in ("architecture", "projection")}
     config = {
@@ -324,6 +320,14 @@ def to_timm(model: VisionTransformer, classes: tuple[str, ...] = ()) -> dict:
         "projection": model.pretrained_cfg.get("projection", False),
     }
     return {**config, "label_names": list(classes)} if classes else config
+
+
+def _facts(model: nn.Module) -> dict[str, Any]:
+    """The shape of each weight and the eps of each norm, under the names that they have without torch.compile."""
+    modules = model.named_modules(remove_duplicate=False)
+    facts: dict[str, Any] = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    facts |= {f"{name}.eps": module.eps for name, module in modules if isinstance(module, nn.LayerNorm)}
+    return {name.replace("_orig_mod.", ""): fact for name, fact in facts.items()}
 
 
 def arguments_of(model: VisionTransformer) -> dict:
@@ -341,6 +345,7 @@ def arguments_of(model: VisionTransformer) -> dict:
         "reg_tokens": model.num_reg_tokens,
         "no_embed_class": model.no_embed_class,
         "pos_embed": "none" if model.pos_embed is None else "sincos2d" if model.fixed_pos_embed else "learn",
+        "embed_norm_layer": "layernorm" if isinstance(embed.norm, nn.LayerNorm) else None,
         "pre_norm": isinstance(model.norm_pre, nn.LayerNorm),
         "final_norm": bool(norms),
         "fc_norm": isinstance(model.fc_norm, nn.LayerNorm),
@@ -350,8 +355,6 @@ def arguments_of(model: VisionTransformer) -> dict:
         "distilled": isinstance(model, VisionTransformerDistilled),
         "representation_size": None if isinstance(model.pre_logits, nn.Identity) else model.head_hidden_size,
     }
-    if not len(model.blocks):
-        return args
     return args | _of_block(model.blocks[0])
 
 
