@@ -148,6 +148,8 @@ def replacing(path: Path, previous: Path | None = None):
         if os.name != "nt":  # a folder cannot be opened there
             _flush(path.parent)
     except OSError as error:
+        if str(error.filename) == str(room):
+            error.filename = str(path.parent)  # that is not there, or may not be written to
         if error.errno is not None and error.filename is None:
             error.filename = str(path)  # a full disk does not say which file did not fit
         raise
