@@ -386,6 +386,7 @@ def _line(line):
         (_line(f"classify {ZOO_MODEL} pictures --checkpoint run/model.safetensors"), "says what it is of"),
         (_line("attend run pictures -o a.txt"), "a.txt: got the suffix '.txt', takes one of ."),
         (_line("attend run pictures -o gone/a.png"), "output: cannot write gone/a.png: No such file"),
+        (_line("attend run pictures -o run/../pictures/red/0.png"), "--output: got run/../pictures/red/0.png"),
         (_line("env --device gpu"), "gpu"),
     ],
 )
@@ -404,6 +405,17 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_1(trained, tmp_path, monk
     assert not result.stdout
     new = [path for path in sorted(tmp_path.rglob("*")) if path not in before]
     assert new in ([], [tmp_path / "new"])  # at most an empty folder for the output
+
+
+def test_version():
+    assert run("--version") == (0, f"vit-fast {importlib.metadata.version('vit-fast')}", "")
+
+
+def test_convert_names_the_folder_that_is_not_there(trained, tmp_path):
+    folder, _ = trained
+    for name in ("a.safetensors", "a.npz"):
+        code, _, errors = run("convert", folder / "run", tmp_path / "gone" / name, "--to", "timm")
+        assert (code, errors) == (1, f"error: [Errno 2] No such file or directory: '{tmp_path / 'gone'}'")
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path):

@@ -91,6 +91,21 @@ def _console() -> Console:
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"vit-fast {vit_fast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(training.Config)}
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … (default: cuda where there is one)", show_default=False)]
 
@@ -343,6 +358,8 @@ def attend(
     from vit_fast import maps
 
     paths = inference.find_images(images)
+    if Path(output).exists() and any(path.samefile(output) for path in paths):
+        raise ValueError(f"--output: got {output}, one of the pictures that are read; takes another file")
     maps.check_picture_path(output)
     network, classes = _open_model(model, weights, device)
     looked = [maps.look(network, path) for path in paths]
