@@ -50,7 +50,7 @@ def load(
     Returns:
         A VisionTransformer with the checkpoint's eps, activation and pool. `pretrained_cfg` has mean, std,
         interpolation and crop of its pictures, `pos_interpolation` how its library resamples positions, `label_names`
-        its classes where they are known.
+        its classes where they are known. It is in fp32 whatever the file's dtype; `.bfloat16()` makes it another.
 
     Raises:
         ValueError: for names of no layout or of two, names missing or left over, weights that do not fit the
