@@ -54,6 +54,16 @@ def test_specialised_output_and_gradients(case, mode, specialised):
     assert specialised
 
 
+@pytest.mark.parametrize("tokens", [197, 577])
+def test_scores_of_minus_infinity(tokens):
+    """Keys that no query looks at, as many as the first tiles have."""
+    q, k, v = torch.randn(3, 2, tokens, 3, 64, device="cuda", dtype=torch.bfloat16)
+    q, k[:, : tokens // 2] = q.abs() + 0.1, -torch.inf
+    with use_backend("triton"):
+        o, others = attention(q, k, v), attention(q, k[:, tokens // 2 :], v[:, tokens // 2 :])
+    torch.testing.assert_close(o, others, rtol=0, atol=4 * torch.finfo(o.dtype).eps)  # P is rounded another time
+
+
 @pytest.mark.parametrize(("tokens", "width"), [(197, 64), (257, 80), (130, 64)])
 def test_specialised_bits(tokens, width, specialised):
     """Every element is written, the same each time, with a log-sum-exp or without, whatever else is in the batch."""
