@@ -9,8 +9,8 @@ backward   of the second half, then of the first, each with the gradient past it
            autocast
 saved      x, qkv, o, m, h, lse and the mean and rstd of both LayerNorms: per token and layer 10·D elements (F = 4·D),
            16 bytes, and one number a head
-held       between launches of inference 6·D elements a token at most: the residual stream, the hidden layer, and what is
-           normalised before it or written behind it
+held       between launches of inference 6·D elements a token at most: the residual stream, the hidden layer, and what
+           is normalised before it or written behind it
 """
 
 import torch
