@@ -179,7 +179,7 @@ class Catch(TorchDispatchMode):
             swap(mock.patch.object(torch.cuda, "get_device_properties", return_value=chip))
             swap(mock.patch.object(backend, "_why_not_forced", return_value=""))
             if self.autocast:
-                swap(mock.patch.object(backend, "_autocasting", return_value=True))
+                swap(mock.patch.object(backend, "autocasting", return_value=True))
                 swap(mock.patch.object(torch, "get_autocast_dtype", return_value=self.autocast))
             swap(vit_fast.use_backend("triton"))
             stack.callback(_forget_tiles)
