@@ -420,17 +420,25 @@ def command_of(step: str, given: argparse.Namespace) -> list[str]:
     return command + ["--no-compile"] * given.no_compile
 
 
-def main() -> None:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path)
-    parser.add_argument("steps", nargs="*", choices=[*STEPS, []], default=list(STEPS))
+    parser.add_argument("steps", nargs="*", metavar="step", help=f"of {', '.join(STEPS)} (default: all)")
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--set", choices=("main", "full"), default="main")
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--alone", action="store_true", help="run one step here, in this process")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile's forms of peers")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
+    if unknown := set(given.steps) - set(STEPS):  # argparse would refuse the default, a list, by `choices`
+        parser.error(f"steps: got {', '.join(sorted(unknown))}, takes {', '.join(STEPS)}")
+    given.steps = given.steps or list(STEPS)
+    return given
+
+
+def main() -> None:
+    given = arguments()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.alone:
         run_step(given.steps[0], given.out, given)

@@ -265,7 +265,8 @@ def _forward_streaming_kernel(
         s = dot_rows(q_tile, load_head(k_view, keys, Tk, HEAD), PRECISION)  # [BLOCK_M, BLOCK_N]
         s = tl.where(keys[None, :] < Tk, s, -float("inf"))
         higher = tl.maximum(highest, tl.max(s, 1))
-        p = probabilities(s, (higher.to(LSE_DTYPE) * scale_log2)[:, None], scale_log2)
+        reference = tl.maximum(higher.to(LSE_DTYPE) * scale_log2, LOWEST)
+        p = probabilities(s, reference[:, None], scale_log2)
         shrink = tl.exp2((highest - higher) * scale_log2)
         total = total * shrink + tl.sum(p, 1)
         sums = scale_head(sums, shrink[:, None])

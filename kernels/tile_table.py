@@ -29,6 +29,7 @@ NOT_CHOSEN = ("origin", "spills", "reason")  # what an entry says of itself
 NOT_LAUNCHED = ("blocks_per_sm", *NOT_CHOSEN)  # what an entry says besides the launch's arguments
 SHAPE_CLASSES = re.compile(r"any|few|some|many|\d+( long)?")
 MAY_BE_ZERO = ("TMA", "LONGEST")  # a switch, and the longest sequence that a kernel takes where it takes none
+LARGEST_SIDE = 1024  # of a tile; nobody has so many warps either
 MEASURED = {"device", "date", "triton", "torch"}  # what the origin of a measured entry tells, each a text
 # A product of so few rows has too few tiles to fill the multiprocessors: of 128 x 128 up to FEW_ROWS, 2 images of a
 # ViT-B at 224, of 128 x 256 up to SOME_ROWS, 10 images.
@@ -94,15 +95,24 @@ def measured_on(device: torch.device) -> dict:
 def fault(entry: dict, like: dict) -> str:
     """What is wrong with an entry in a place where `like` would be right, or "".
 
-    The same numbers must be there, each a whole one, above zero but for MAY_BE_ZERO, and an origin.
+    The same numbers must be there, each a whole one, above zero but for MAY_BE_ZERO, sides of tiles and warps a power
+    of two, and an origin.
     """
     if not isinstance(entry, dict):
         return f"got {entry!r}, takes an entry"
     takes = launched(like)
     got = numbers(entry)
-    right = all(type(value) is int and value >= (name not in MAY_BE_ZERO) for name, value in got.items())
+    right = all(
+        type(value) is int
+        and value >= (name not in MAY_BE_ZERO)
+        and (not name.startswith(("BLOCK_", "num_warps")) or (value & (value - 1) == 0 and value <= LARGEST_SIDE))
+        for name, value in got.items()
+    )
     if launched(entry).keys() != takes.keys() or not right:
-        return f"got {got}, takes {', '.join(takes)} (and blocks_per_sm), each a whole number above zero"
+        return (
+            f"got {got}, takes {', '.join(takes)} (and blocks_per_sm), each a whole number above zero, BLOCK_ and "
+            f"num_warps a power of two up to {LARGEST_SIDE}"
+        )
     origin = entry.get("origin")
     measured = isinstance(origin, dict) and origin.keys() == MEASURED and all(type(v) is str for v in origin.values())
     if origin != "predicted" and not measured:
@@ -132,6 +142,21 @@ def merge(base: dict, own: dict, source: str) -> dict:
     return merged
 
 
+def entries_in(file: pathlib.Path) -> dict:
+    """The entries of a file of the user's, kernel → dtype → shape class → entry, none of them looked at.
+
+    Raises:
+        ValueError: for a file that cannot be read, and one that is no table.
+    """
+    try:
+        found = json.loads(file.read_text())
+        if not all(isinstance(classes, dict) for dtypes in found.values() for classes in dtypes.values()):
+            raise ValueError("a dtype without entries")
+        return found
+    except (AttributeError, ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{file}: got no tile table ({error}); mend or remove it") from error
+
+
 @functools.cache
 def table(name: str) -> dict:
     """The table in force for an architecture: the package's, the user's entries in their places.
@@ -144,14 +169,11 @@ def table(name: str) -> dict:
         log.warning("vit_fast has no tile table of %s and takes that of %s; `vit-fast tune` makes one", name, found)
     base = json.loads((FOLDER / f"{found}.json").read_text())
     own = user_file(name)
-    if not own.is_file():
+    if not os.path.isfile(own):
         if os.environ.get("VIT_FAST_TILES"):
             raise ValueError(f"VIT_FAST_TILES: got {own}, takes a file that is there")
         return base
-    try:
-        return merge(base, json.loads(own.read_text()), str(own))
-    except (AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{own}: got no tile table ({error}); mend or remove it") from error
+    return merge(base, entries_in(own), str(own))
 
 
 def text(table: dict) -> str:

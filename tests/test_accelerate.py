@@ -275,7 +275,7 @@ def test_the_report_can_be_kept_in_a_model():
 
 
 def test_under_a_default_device():
-    model = _timm()
+    model = _timm().train()
     with torch.device("meta"):
         assert _lines(vit_fast.accelerate(model))["blocks.0"].error is not None
 
@@ -292,7 +292,37 @@ def test_weights_that_are_not_finite():
         model.blocks[0].mlp.fc1.weight.fill_(torch.nan)
     line = _lines(vit_fast.accelerate(model))["blocks.0"]
     assert not line.replaced
-    assert "not finite in fp64 either" in line.reason
+    assert "not finite in its own code either" in line.reason
+
+
+def test_numbers_that_overflow():
+    model = _timm().half()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc2.weight.fill_(6e4)
+    assert not _lines(vit_fast.accelerate(model))["blocks.0"].replaced
+
+
+def test_autocast_keeps_a_half_of_two_dtypes_on_the_ops():
+    model = _timm()
+    vit_fast.accelerate(model)
+    model.blocks[0].attn.qkv.bfloat16()
+    assert model.blocks[0].attention_aside() == "attn.qkv holds torch.bfloat16, what stands before it torch.float32"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.blocks[0].attention_aside() == ""
+
+
+def test_a_model_of_ours_runs_on_the_ops_already(caplog):
+    with caplog.at_level(logging.WARNING, "vit_fast"):
+        vit_fast.accelerate(_ours())
+    assert "was replaced: it runs on the ops already" in caplog.text
+
+
+def test_a_class_of_the_same_name_is_told_by_its_library():
+    model = _timm()
+    linear = model.blocks[0].attn.qkv
+    linear.__class__ = type("Linear", (nn.Linear,), {"__module__": "wrappers.lora"})
+    vit_fast.accelerate(model, verify=False)
+    assert model.blocks[0].attention_aside() == "attn.qkv is a wrappers Linear"
 
 
 def test_only_convolutions_that_cut_patches_are_told_of():
@@ -640,6 +670,11 @@ def test_a_forward_set_after_the_first_compiled_call(library):
             assert relative_error(expected, before) > 1e-3
             assert relative_error(found, expected) < 1e-5
             del module.forward
+        if library == "vit_fast":
+            for name in ("_pos_embed", "_encode"):
+                setattr(model, name, functools.partial(_negated, getattr(model, name)))
+                assert relative_error(matrix.flat(compiled(x)), matrix.flat(model(x))) < 1e-5
+                delattr(model, name)
 
 
 def _negated(forward, *args, **kwargs):

@@ -1,5 +1,6 @@
 """Which code runs a call: use_backend, VIT_FAST_BACKEND, what is refused, and what is said."""
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -111,7 +112,7 @@ def test_blocks_of_two_threads_that_overlap():
     first_is_in, second_is_in = threading.Event(), threading.Event()
 
     def first():
-        with use_backend("torch"):
+        with use_backend("triton"):
             first_is_in.set()
             second_is_in.wait(10)
 
@@ -122,6 +123,53 @@ def test_blocks_of_two_threads_that_overlap():
         second_is_in.set()
         one.join()
         assert backend.chosen_backend() == "torch"
+    assert backend.chosen_backend() == before
+
+
+def test_blocks_of_many_threads_leave_what_was():
+    before, interval = backend.chosen_backend(), sys.getswitchinterval()
+
+    def enter_and_leave(name):
+        for _ in range(300):
+            with use_backend(name):
+                pass
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=enter_and_leave, args=(name,)) for name in ("torch", "triton") * 2]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert backend.chosen_backend() == before
+
+
+def test_a_block_that_is_open_compiles_nothing_anew():
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    op, arguments = operands()["ln_linear"]
+    run = torch.compile(op, backend=count, fullgraph=True)
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(use_backend("torch"))
+            run(*arguments)
+    assert len(compiled) == 1
+
+
+def test_a_block_inside_what_is_compiled():
+    @torch.compile(backend="eager", fullgraph=True)
+    def run(x):
+        with use_backend("torch"):
+            return x + (backend.chosen_backend() == "torch")
+
+    before = backend.chosen_backend()
+    assert run(torch.zeros(1)) == 1
     assert backend.chosen_backend() == before
 
 

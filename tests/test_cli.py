@@ -434,3 +434,12 @@ def test_the_package_alone_imports_nothing_of_the_command_line():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_kernels_that_do_not_run_are_an_error(tmp_path):
+    pytest.importorskip("triton")
+    (tmp_path / "own.json").write_text("{")
+    done = in_a_shell("env --device cpu", tmp_path, VIT_FAST_TILES=str(tmp_path / "own.json"), TRITON_INTERPRET="0")
+    assert done.returncode == 1
+    assert "error: the kernels did not run in Triton's interpreter: ValueError" in done.stderr
+    assert "own.json: got no tile table" in done.stderr

@@ -55,6 +55,15 @@ def test_the_steps_run_to_the_end(tmp_path):
     assert {(one["batch"], one["direction"]) for one in lines} == {(2, "forward"), (2, "both"), (1, "forward")}
 
 
+def test_without_a_step_every_step_is_meant(capsys):
+    """As `make gpu` calls it."""
+    assert gpu.arguments(["out", "--minutes", "9"]).steps == list(gpu.STEPS)
+    assert gpu.arguments(["out", "models", "few"]).steps == ["models", "few"]
+    with pytest.raises(SystemExit):
+        gpu.arguments(["out", "nonsense"])
+    assert "steps: got nonsense, takes entries" in capsys.readouterr().err
+
+
 def line(ours: float, theirs: float, **more) -> dict:
     us = {"vit_fast": [ours] * 3, "eager": [theirs] * 3, "cublas": [1.0] * 3}
     return {

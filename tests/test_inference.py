@@ -140,7 +140,7 @@ def test_a_pipe_is_refused_as_one(tmp_path):
     """And before it is opened, which waits for someone who writes."""
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path / "pipe.png", tmp_path, "/dev/zero"):
-        with pytest.raises(ValueError, match=f"{path}: a folder, a pipe or a device, takes a file"):
+        with pytest.raises(ValueError, match=f"{path}: got .*, takes a file"):
             open_image(path)
 
 

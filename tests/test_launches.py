@@ -135,10 +135,10 @@ def test_inference(monkeypatch):
     _assert_each_block_launches(FORWARD, names, beside=4)
 
 
-@pytest.mark.interpret
-def test_memory_between_the_launches_of_inference(monkeypatch):
-    """At most the residual stream, the hidden layer and what is read or written beside them: 6·D a token."""
-    model, live, peak = _model(1).eval(), {}, []
+@pytest.fixture
+def memory(monkeypatch):
+    """A function that calls another one, and gives the most and the last bytes of what kernels had made by then."""
+    live, seen = {}, []
 
     def noted(make):
         def call(*args, **kwargs):
@@ -147,19 +147,48 @@ def test_memory_between_the_launches_of_inference(monkeypatch):
             storage = made.untyped_storage()
             live[storage._cdata] = storage.nbytes()
             weakref.finalize(storage, live.pop, storage._cdata)
-            peak.append(sum(live.values()))
+            seen.append(sum(live.values()))
             return made
 
         return call
 
-    x = torch.randn(2, 17, 32)
-    with torch.no_grad(), vit_fast.use_backend("triton"), monkeypatch.context() as patch:
-        for name in ("empty", "empty_like"):
-            patch.setattr(torch, name, noted(getattr(torch, name)))
-        y = model.blocks[0](x)
-    gc.collect()
-    assert max(peak) == 6 * x.nbytes
-    assert sum(live.values()) == y.nbytes
+    def run(function):
+        seen.clear()
+        with vit_fast.use_backend("triton"), monkeypatch.context() as patch:
+            for name in ("empty", "empty_like"):
+                patch.setattr(torch, name, noted(getattr(torch, name)))
+            result = function()
+        gc.collect()
+        return result, max(seen), sum(live.values())
+
+    return run
+
+
+MLPS = {"GELU": {}, "SwiGLU": {"mlp_layer": vit_fast.layers.SwiGLUPacked, "act_layer": "silu", "mlp_ratio": 8}}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("options", MLPS.values(), ids=MLPS)
+def test_memory_between_the_launches_of_inference(options, memory):
+    """At most the residual stream, the hidden layer and what is read or written beside them: 6·D a token."""
+    block, x = _model(1, **options).eval().blocks[0], torch.randn(2, 17, 32)
+    with torch.no_grad():
+        y, most, last = memory(lambda: block(x))
+    assert most == 6 * x.nbytes
+    assert last == y.nbytes
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("mlp", "forward", "backward"), [("GELU", 14.5, 19.5), ("SwiGLU", 18.5, 27.0)])
+def test_memory_between_the_launches_of_training(mlp, forward, backward, memory):
+    """In D's a token. Backward begins with what forward keeps, 10 or 14 with the result; its height is the gradients of
+    the hidden layer, two or three times as wide, and of what they are made of; an eighth is the weights' of so few
+    tokens."""
+    block, x = _model(1, **MLPS[mlp]).train().blocks[0], torch.randn(2, 170, 32, requires_grad=True)
+    y, most, _ = memory(lambda: block(x))
+    assert most <= forward * x.nbytes
+    _, most, _ = memory(lambda: torch.autograd.grad(y, [x, *block.parameters()], torch.ones_like(y)))
+    assert most <= backward * x.nbytes
 
 
 @pytest.mark.interpret

@@ -150,6 +150,10 @@ def test_reset_classifier():
         ours.reset_classifier(3, "map")
     with pytest.raises(ValueError, match="no class token"):
         small(class_token=False, global_pool="avg").reset_classifier(3, "token")
+    for wrong in (-1, "x", [1]):
+        with pytest.raises(ValueError, match="num_classes: got"):
+            ours.reset_classifier(wrong, "token")
+    assert (ours.num_classes, ours.global_pool) == (0, "avg"), "what is refused changes nothing"
 
 
 @pytest.mark.parametrize("change", [{"img_size": (16, 8)}, {"patch_size": 2}, {"img_size": (18, 9), "patch_size": 3}])
@@ -165,6 +169,19 @@ def test_set_input_size(change, tokens):
     ours.load_state_dict(theirs.state_dict())
     images = pictures(size=change.get("img_size", (8, 12)))
     assert close(ours(images), theirs(images))
+
+
+@pytest.mark.parametrize(
+    "change", [{"patch_size": 64}, {"img_size": 2}, {"img_size": "x", "patch_size": 2}, {"patch_size": True}], ids=str
+)
+def test_a_size_that_is_refused_changes_nothing(change):
+    model = small()
+    images, before = pictures().float(), {name: t.clone() for name, t in model.state_dict().items()}
+    logits = model(images)
+    with pytest.raises(ValueError, match="_size: got"):
+        model.set_input_size(**change)
+    assert torch.equal(model(images), logits)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_names_for_optimisers():
@@ -397,6 +414,22 @@ def _after(model: nn.Module, images: torch.Tensor, seed: int) -> torch.Tensor:
     torch.manual_seed(seed)
     model(images)
     return torch.rand(())
+
+
+def test_a_drop_path_that_does_not_scale():
+    theirs, ours = twins(drop_path_rate=0.5)
+    images, results = pictures(batch=8), []
+    for model in (theirs.train(), ours.train()):
+        for block in model.blocks[1:]:
+            block.drop_path1.scale_by_keep = block.drop_path2.scale_by_keep = False
+        torch.manual_seed(7)
+        results.append(run(model, images))
+    assert_same(*results)
+
+
+def test_the_older_name_of_its_settings():
+    model = small()
+    assert model.default_cfg is model.pretrained_cfg
 
 
 @pytest.mark.parametrize("weight_init", ["", "jax", "jax_nlhb", "moco", "reset"])
@@ -849,6 +882,11 @@ def test_explain_gives_the_reason():
         assert "raises RuntimeError: use_backend('triton') got a tensor on cpu" in line.reason
     with pytest.raises(ValueError, match="takes a VisionTransformer"):
         vit_fast.explain(nn.Linear(2, 2))
+    pooled = small(class_token=False, global_pool="map")
+    pooled.patch_embed, pooled.attn_pool.mlp = nn.Identity(), nn.Identity()
+    reasons = {line.name: line.reason for line in vit_fast.explain(pooled)}
+    assert reasons["patch_embed"] == "patch_embed is a Identity"
+    assert reasons["attn_pool.mlp"] == "mlp is a Identity"
     assert vit_fast.explain(nn.Sequential(model))[0].name == "0.patch_embed"
     assert "head width 8: the kernels take 16" in vit_fast.explain(small(num_heads=4))[2].reason
 

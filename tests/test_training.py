@@ -187,8 +187,9 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
         training.train(config)
 
 
+@pytest.mark.parametrize("damage", ["cut off", "gone"])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_picture_that_cannot_be_read_loses_no_step(tmp_path, split):
+def test_a_picture_that_cannot_be_read_loses_no_step(tmp_path, split, damage):
     data = tmp_path / "data"
     for part in ("train", "val"):
         colour_folder(data / part)
@@ -196,9 +197,12 @@ def test_a_picture_that_cannot_be_read_loses_no_step(tmp_path, split):
     good = training.train(dataclasses.replace(config, output=str(tmp_path / "good")))
     broken = data / split / "green" / "7.png"
     content = broken.read_bytes()
-    broken.write_bytes(content[:20])
-    with pytest.raises(ValueError, match=r"7\.png: .*steps before it are saved: put a readable picture"):
-        training.train(config)
+
+    def break_it(step):
+        broken.write_bytes(content[:20]) if damage == "cut off" else broken.unlink(missing_ok=True)
+
+    with pytest.raises(ValueError, match=r"7\.png.*steps before it are saved: put a readable picture"):
+        training.train(config, on_step=break_it)
     broken.write_bytes(content)
     went_on = training.train(config, tmp_path / "run")
     assert equal_states(went_on.model.state_dict(), good.model.state_dict())

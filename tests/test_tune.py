@@ -436,6 +436,23 @@ def test_a_place_that_cannot_be_written_shows_before_anything_is_measured(monkey
         tuner(monkeypatch)
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("damage", ["gone", "{", "null"])
+def test_a_file_that_is_damaged_meanwhile(monkeypatch, tiles, damage):
+    """A winner goes into a new file where the old one is gone; what is no table is named and left alone."""
+    one = tuner(monkeypatch)
+    if damage == "gone":
+        tiles.unlink()
+        one.tune(key_of(one))
+        assert set(json.loads(tiles.read_text())) == {KERNEL}
+        return
+    text = damage if damage == "{" else json.dumps({KERNEL: None})
+    tiles.write_text(text)
+    with pytest.raises(ValueError, match=r"own\.json: got no tile table"):
+        one.tune(key_of(one))
+    assert tiles.read_text() == text
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 

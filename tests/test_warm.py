@@ -66,6 +66,27 @@ def test_training_makes_the_backward_pass_too():
 
 
 @pytest.mark.interpret
+def test_two_heads_in_distillation():
+    model = vit_fast.create_model(
+        "deit_tiny_distilled_patch16_224", img_size=32, embed_dim=32, num_heads=2, depth=1, num_classes=3
+    )
+    model.set_distilled_training()
+    asked = []
+    model.head_dist.register_full_backward_hook(lambda *_: asked.append(1))
+    with vit_fast.use_backend("triton"):
+        vit_fast.warm(model.train(), [2])
+    assert asked
+
+
+def test_a_patch_embedding_of_somebodys_own_is_told_the_size():
+    model = small()
+    model.patch_embed = torch.nn.Sequential(model.patch_embed)
+    with pytest.raises(ValueError, match=r"sizes: got 2, takes \(batch, rows, columns\): patch_embed does not say"):
+        vit_fast.warm(model, [2])
+    assert vit_fast.warm(model, [(2, 32, 32)]) == []
+
+
+@pytest.mark.interpret
 def test_it_reaches_the_kernels_of_a_training_step(monkeypatch):
     """The same launches, by kernel, as a real step has."""
     from triton.runtime.interpreter import GridExecutor

@@ -8,7 +8,7 @@ from torch import nn
 
 def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+    if len(pair) != 2 or not all(isinstance(side, int) and side is not True and side > 0 for side in pair):
         raise ValueError(f"{name}: got {value!r}, takes a positive number or two")
     return pair
 

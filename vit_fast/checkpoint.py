@@ -458,8 +458,8 @@ def _check_fit(
 
     for key in wanted:
         if key in weights and weights[key].dtype not in DTYPES:
-            takes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise ValueError(f"{name}: {key} is of {weights[key].dtype}, takes {takes}; convert quantised weights back")
+            got, *takes = (str(dtype).removeprefix("torch.") for dtype in (weights[key].dtype, *DTYPES))
+            raise ValueError(f"{name}: {key} is of {got}, takes {', '.join(takes)}; convert quantised weights back")
     problems = {
         "missing": [key for key in wanted if key not in weights and not known(key)],
         "left over": [key for key in weights if key not in wanted and not known(key)],

@@ -53,7 +53,7 @@ def explain(model: nn.Module) -> Explanation:
     lines, tokens, last, count = [], None, None, None
     for name, module in model.named_modules():
         if isinstance(module, VisionTransformer):
-            grid = None if module.dynamic_img_size else module.patch_embed.num_patches
+            grid = None if module.dynamic_img_size else getattr(module.patch_embed, "num_patches", None)
             tokens = grid and grid + module.num_prefix_tokens
             count = module.first_tokens_read()
             last = None if count is None or module.last_block_aside() else module.blocks[-1]
@@ -109,7 +109,8 @@ def _parts(module: nn.Module, tokens: int | None, count: int | None = None) -> I
     elif isinstance(module, AttentionPoolLatent):
         width = module.head_dim
         yield _Part("", "attention", module.latent, "", _head_width(width), (None, None, width))
-        yield _Part("mlp", "mlp", module.latent, module.mlp_aside(), "", tuple(module.mlp.fc2.weight.shape))
+        aside = module.mlp_aside()
+        yield _Part("mlp", "mlp", module.latent, aside, "", () if aside else tuple(module.mlp.fc2.weight.shape))
     elif isinstance(module, FusedBlock):
         tensor, asides = next(module.parameters()), module.asides()
         if all(asides):

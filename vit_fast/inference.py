@@ -31,8 +31,9 @@ class NoLonger(io.BufferedReader):
     """
 
     def __init__(self, path: str | Path):
-        if os.path.exists(path) and not os.path.isfile(path):  # of which nobody knows how much there is
-            raise ValueError(f"{path}: a folder, a pipe or a device, takes a file; save what a pipe gives as one first")
+        if os.path.exists(path) and not os.path.isfile(path):
+            kind = "a folder" if os.path.isdir(path) else "a pipe or a device, of which nobody knows how much there is"
+            raise ValueError(f"{path}: got {kind}, takes a file")
         super().__init__(io.FileIO(path))
 
     def read(self, size: int | None = -1) -> bytes:

@@ -107,6 +107,11 @@ class PatchDropout(nn.Module):
         return torch.cat([prefix, patches], dim=1)
 
 
+def _check_a_patch_fits(img_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    if img_size[0] < patch_size[0] or img_size[1] < patch_size[1]:
+        raise ValueError(f"img_size: got {img_size}, takes at least one patch of {patch_size}")
+
+
 class PatchEmbed(nn.Module):
     """Images [B, C, rows, columns] → patch tokens [B, N, D], or [B, rows/P, columns/P, D] where `flatten` is off."""
 
@@ -135,15 +140,16 @@ class PatchEmbed(nn.Module):
         self.norm = norm_layer(embed_dim, **dd) if norm_layer else nn.Identity()
 
     def _set_img_size(self, img_size: tuple[int, int]) -> None:
+        _check_a_patch_fits(img_size, self.patch_size)
         self.img_size = img_size
         self.grid_size = (img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1])
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        if self.num_patches == 0:
-            raise ValueError(f"img_size: got {img_size}, takes at least one patch of {self.patch_size}")
 
     def set_input_size(self, img_size=None, patch_size=None) -> None:
         """Change the image size, the patch size, or both; the projection is resampled for a new patch size."""
+        img_size = self.img_size if img_size is None else pair(img_size, "img_size")
         patch_size = self.patch_size if patch_size is None else pair(patch_size, "patch_size")
+        _check_a_patch_fits(img_size, patch_size)
         if patch_size != self.patch_size:
             old = self.proj
             new = nn.Conv2d(
@@ -161,7 +167,7 @@ class PatchEmbed(nn.Module):
                     new.bias.copy_(old.bias).requires_grad_(old.bias.requires_grad)
             self.proj = new.train(old.training)
             self.patch_size = patch_size
-        self._set_img_size(self.img_size if img_size is None else pair(img_size, "img_size"))
+        self._set_img_size(img_size)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
         return max(self.patch_size) if as_scalar else self.patch_size

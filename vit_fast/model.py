@@ -44,6 +44,11 @@ FEW_TOKENS = 512  # a GPU waits for launches there: the class token alone would 
 WEIGHT_INITS = ("", "skip", "reset", "jax", "jax_nlhb", "moco")
 
 
+def _check_count(name: str, number: int) -> None:
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f"{name}: got {number!r}, takes 0 or more")
+
+
 class VisionTransformer(nn.Module):
     """A Vision Transformer with the arguments, methods, parameter names and numbers of timm's.
 
@@ -150,8 +155,7 @@ class VisionTransformer(nn.Module):
             if number < 1:
                 raise ValueError(f"{name}: got {number}, takes 1 or more")
         for name, number in (("num_classes", num_classes), ("depth", depth), ("reg_tokens", reg_tokens)):
-            if number < 0:
-                raise ValueError(f"{name}: got {number}, takes 0 or more")
+            _check_count(name, number)
         rates = {
             "drop_rate": drop_rate,
             "pos_drop_rate": pos_drop_rate,
@@ -343,8 +347,9 @@ class VisionTransformer(nn.Module):
         """A new head for `num_classes` (0: none), and another pool if one is named.
 
         Raises:
-            ValueError: for a pool that the model cannot change to.
+            ValueError: for a number below 0, and for a pool that the model cannot change to.
         """
+        _check_count("num_classes", num_classes)
         if global_pool is not None:
             one_of("global_pool", global_pool, POOLS)
             if global_pool in ("token", "token_avg") and not self.has_class_token:
@@ -863,6 +868,7 @@ class VisionTransformerDistilled(VisionTransformer):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         if global_pool not in (None, "", "token"):
             raise ValueError(f"global_pool: got {global_pool!r}, the distilled model takes 'token'")
+        _check_count("num_classes", num_classes)
         self.num_classes = num_classes
         self.head = self._new_head(self._dd()).train(self.training)
         self.head_dist = self._new_head(self._dd()).train(self.training)

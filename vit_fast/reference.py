@@ -105,10 +105,10 @@ def activate(x: Tensor, activation: str) -> Tensor:
     if activation == "gelu_tanh":
         return x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     if activation == "quick_gelu":
-        return x / (1 + torch.exp(-1.702 * x))
+        return x * torch.sigmoid(1.702 * x)
     if activation == "swiglu":
         gate, value = x.chunk(2, dim=-1)
-        return gate / (1 + torch.exp(-gate)) * value
+        return gate * torch.sigmoid(gate) * value
     raise ValueError(f"activation: got {activation!r}, takes 'gelu', 'gelu_tanh', 'quick_gelu' or 'swiglu'")
 
 

@@ -156,9 +156,9 @@ def train(
 ) -> Result:
     """Train a model and leave it in the folder `config.output`: the files of a checkpoint, and history.jsonl.
 
-    A checkpoint is written after each epoch, and after the running step on Ctrl-C (a second Ctrl-C stops at once, and
-    leaves the checkpoint before). The last weights are kept, whatever the held-out accuracy of an earlier epoch was.
-    While it trains no other process may train into this folder.
+    A checkpoint is written after each epoch, before the error of a picture that cannot be read, and after the running
+    step on Ctrl-C (a second Ctrl-C stops at once, and leaves the checkpoint before). The last weights are kept,
+    whatever the held-out accuracy of an earlier epoch was. While it trains no other process may train into this folder.
 
     Args:
         resume: the folder of a checkpoint to go on from. Settings other than `FREE_ON_RESUME` must be as they were.
@@ -386,13 +386,20 @@ class _Run:
             generator=torch.Generator(),  # workers' seeds: not from the generator that the run depends on
         )
         for batch in loader:
-            if isinstance(batch, ValueError) and self.step:
-                self.save(Path(self.config.output))
-                hint = f"the {self.step} steps before it are saved: put a readable picture in its place and resume"
-                raise ValueError(f"{batch}; {hint}") from batch
             if isinstance(batch, Exception):
+                if self.step:
+                    self._save_before(batch)
                 raise batch
             yield batch
+
+    def _save_before(self, error: Exception) -> None:
+        """Save what was trained before a picture that cannot be read, and raise the error with what to do."""
+        try:
+            self.save(Path(self.config.output))
+        except (ValueError, OSError) as other:
+            raise error from other
+        hint = f"the {self.step} steps before it are saved: put a readable picture in its place and resume"
+        raise ValueError(f"{error}; {hint}") from error
 
     def batches(self):
         """What is left of this epoch: (uint8 images, classes)."""

@@ -8,7 +8,6 @@ where every later process takes it.
 
 import contextlib
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -185,7 +184,8 @@ class Tuner:
             progress: called with the part of the candidates that has been tried.
 
         Raises:
-            ValueError: where the file cannot be written. RuntimeError: where the device itself has failed.
+            ValueError: where the file cannot be written, or is no table any more. RuntimeError: where the device itself
+                has failed.
         """
         kernel, dtype, shape = key
         before = self.table[kernel][dtype][shape]
@@ -300,7 +300,7 @@ class Tuner:
 
         kernel, dtype, shape = key
         entry = {**numbers, "origin": tile_table.measured_on(self.device)}
-        own = json.loads(self.file.read_text())
+        own = tile_table.entries_in(self.file) if self.file.is_file() else {}
         own.setdefault(kernel, {}).setdefault(dtype, {})[shape] = entry
         self._write(own)
         self.table[kernel][dtype][shape] = entry

@@ -299,6 +299,9 @@ def report(device: str | torch.device) -> tuple[list[dict], str]:
 
     Returns:
         (lines, "in Triton's interpreter" or the like), or where no kernel can run ([], the reason).
+
+    Raises:
+        RuntimeError: where the kernels should run in the interpreter and do not, with the last line of why.
     """
     device = torch.device(device)
     if importlib.util.find_spec("triton") is None:
@@ -314,7 +317,7 @@ def report(device: str | torch.device) -> tuple[list[dict], str]:
     )
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        return [], f"the kernels did not run in Triton's interpreter: {last}"
+        raise RuntimeError(f"the kernels did not run in Triton's interpreter: {last}")
     return json.loads(child.stdout), "in Triton's interpreter"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from vit_fast.explain import explain
+from vit_fast.layers import PatchEmbed
 from vit_fast.model import VisionTransformer
 
 
@@ -37,6 +38,8 @@ def warm(model: VisionTransformer, sizes: Iterable[int | tuple[int, ...]]) -> li
     # On the meta device: whether the model takes images of this size costs nothing to ask.
     shapes = [_shape(model, size) for size in sizes]
     for shape in shapes:
+        if not isinstance(model.patch_embed, PatchEmbed):
+            continue
         try:
             model.patch_embed.prepare(torch.empty(shape, dtype=dtype, device="meta"))
         except ValueError as error:
@@ -54,6 +57,8 @@ def _shape(model: VisionTransformer, size: int | Iterable[int]) -> tuple[int, in
     if len(sides) not in (1, 3) or not all(type(side) is int and side > 0 for side in sides):
         raise ValueError(f"sizes: got {size!r}, takes batch, (batch,) or (batch, rows, columns), each 1 or more")
     batch, *image = sides
+    if not image and not hasattr(model.patch_embed, "img_size"):
+        raise ValueError(f"sizes: got {size!r}, takes (batch, rows, columns): patch_embed does not say its img_size")
     return batch, model.in_chans, *(image or model.patch_embed.img_size)
 
 
@@ -65,9 +70,10 @@ def pass_over(model: VisionTransformer, shape: tuple[int, int, int, int]) -> Non
     try:
         with torch.random.fork_rng(devices), torch.inference_mode(False), torch.set_grad_enabled(model.training):
             output = model(torch.zeros(shape, **dd))
+            outputs = [one for one in (output if isinstance(output, tuple) else (output,)) if one.requires_grad]
             wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            if output.requires_grad:  # backward() would add to .grad
-                torch.autograd.grad(output, wanted, torch.zeros_like(output), allow_unused=True)
+            if outputs:  # backward() would add to .grad
+                torch.autograd.grad(outputs, wanted, list(map(torch.zeros_like, outputs)), allow_unused=True)
     finally:
         with torch.no_grad():
             for buffer, value in before:

@@ -322,14 +322,14 @@ def test_images_do_not_mix(backend, form):
 
 
 @on_backends_in_both_forms
+@pytest.mark.parametrize("scale", [0.25, 2.0])
 @pytest.mark.parametrize("mode", DTYPES)
-def test_scores_of_minus_infinity(mode, backend, form):
+def test_scores_of_minus_infinity(mode, scale, backend, form):
     """Keys that no query looks at, as many as the first tiles have; where there is no other key, no number."""
     q, k, v = (t.to(MODES[mode]) for t in shaped(1, 7, 1, 16, keys=65)().values())
     q, k[:, :50] = q.abs() + 0.1, -torch.inf
     with use_backend(backend):
-        o = attention(q, k, v)
-        others = attention(q, k[:, 50:], v[:, 50:])
+        o, others = attention(q, k, v, scale), attention(q, k[:, 50:], v[:, 50:], scale)
         torch.testing.assert_close(o, others, rtol=0, atol=4 * torch.finfo(o.dtype).eps)  # P is rounded another time
         if backend == "triton":  # SDPA gives zeros on a CPU
             assert attention(q, k[:, :50], v[:, :50]).isnan().all()

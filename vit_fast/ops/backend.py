@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import logging
 import os
+import threading
 
 import torch
 from torch import Tensor
@@ -25,9 +26,18 @@ def _known(name: str, source: str) -> str:
     return name
 
 
-# What was chosen, the last in force. A module global and not a ContextVar: torch.compile guards on a global, and breaks
-# the graph at a ContextVar, as at a lock.
-_chosen = [_known(os.environ.get("VIT_FAST_BACKEND", "auto"), "VIT_FAST_BACKEND")]
+# A module global and not a ContextVar: torch.compile guards on a global, and breaks the graph at a ContextVar.
+_backend = _known(os.environ.get("VIT_FAST_BACKEND", "auto"), "VIT_FAST_BACKEND")
+_open = [[_backend]]  # the choices that are open, the last in force; each a list, to be told from its like
+_turn = threading.Lock()
+
+
+def _change(mine: list[str], leaves: bool) -> None:
+    """A choice comes to those in force, or leaves them."""
+    global _backend
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else _turn:  # which torch.compile does not know
+        _open[:] = [one for one in _open if one is not mine] if leaves else [*_open, mine]
+        _backend = _open[-1][0]
 
 
 @contextlib.contextmanager
@@ -46,16 +56,17 @@ def use_backend(name: str):
     Raises:
         ValueError: for another name.
     """
-    _chosen.append(_known(name, "use_backend(name)"))
+    mine = [_known(name, "use_backend(name)")]
+    _change(mine, leaves=False)
     try:
         yield
-    finally:  # not the last of all: that may be another thread's
-        del _chosen[len(_chosen) - 1 - _chosen[::-1].index(name)]
+    finally:
+        _change(mine, leaves=True)
 
 
 def chosen_backend() -> str:
     """What `use_backend` or VIT_FAST_BACKEND chose: "auto", "triton" or "torch"."""
-    return _chosen[-1]
+    return _backend
 
 
 def interpreting() -> bool:
@@ -149,8 +160,7 @@ def use_triton(op: str, x: Tensor, *others: Tensor, refusal: str = "") -> bool:
         RuntimeError: under use_backend("triton") where no kernel can run.
         TypeError, ValueError: under use_backend("triton") for a dtype, or another thing, that no kernel takes.
     """
-    chosen = _chosen[-1]
-    if chosen == "torch" or exporting() or (chosen == "auto" and not _auto(x.device)):
+    if _backend == "torch" or exporting() or (_backend == "auto" and not _auto(x.device)):
         return False
     error: type[Exception] = ValueError
     for tensor in (x, *others):
@@ -160,7 +170,7 @@ def use_triton(op: str, x: Tensor, *others: Tensor, refusal: str = "") -> bool:
             refusal, error = f"the kernels take float32, float16 and bfloat16, got {tensor.dtype}", TypeError
     if transformed():
         refusal, error = "the kernels have no rule for torch.func and forward-mode differentiation", RuntimeError
-    if chosen == "auto":
+    if _backend == "auto":
         if refusal:
             say_aside(op, refusal)
         return not refusal
@@ -177,7 +187,7 @@ def measured_faster(op: str, operands: tuple[Tensor | None, ...], shape: tuple, 
     Only `auto` asks. `operands` are those that may want a gradient, the input first; shape and rows as `Finding` has
     them.
     """
-    if _chosen[-1] != "auto":
+    if _backend != "auto":
         return None
     x = operands[0]
     assert x is not None  # the input is never left out
