@@ -68,10 +68,11 @@ class DropPath(nn.Module):
     Not scaled where somebody sets `scale_by_keep` to False, as with timm's.
     """
 
+    scale_by_keep = True
+
     def __init__(self, drop_prob: float):
         super().__init__()
         self.drop_prob = drop_prob
-        self.scale_by_keep = True
 
     def draw(self, like: Tensor, dtype: torch.dtype) -> Tensor | None:
         """[B] factors, 0 or 1/keep, from the default generator with timm's own arithmetic; None where nothing drops."""
