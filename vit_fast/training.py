@@ -396,7 +396,7 @@ class _Run:
         """Save what was trained before a picture that cannot be read, and raise the error with what to do."""
         try:
             self.save(Path(self.config.output))
-        except (ValueError, OSError) as other:
+        except (ArithmeticError, ValueError, OSError) as other:
             raise error from other
         hint = f"the {self.step} steps before it are saved: put a readable picture in its place and resume"
         raise ValueError(f"{error}; {hint}") from error
