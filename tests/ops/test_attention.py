@@ -635,6 +635,21 @@ def test_on_a_cpu_in_bf16_it_is_unfused_up_to_so_many_scores(keys, autocast, mon
     assert any("scaled_dot_product" in str(node.target) for node in traced.graph.nodes)
 
 
+@pytest.mark.parametrize("offset", [3.0, 10.0])
+def test_what_all_keys_share_is_no_error_of_the_unfused_form(offset, monkeypatch):
+    """As biases of queries and keys make it; a score of 100 has steps of a half in bf16."""
+    monkeypatch.setattr(module, "_multiplies_bf16", lambda: True)
+    q, k, v = torch.randn(3, 2, 33, 3, 16)
+    exact = [(x + shift).bfloat16().double().requires_grad_() for x, shift in ((q, 0), (k, 4 * offset), (v, 0))]
+    ours = [x.detach().bfloat16().requires_grad_() for x in exact]
+    upstream = torch.randn(2, 33, 48, dtype=torch.bfloat16)
+    with use_backend("torch"):
+        y, truth = attention(*ours), reference.attention(*exact)
+    gradients = zip(torch.autograd.grad(y, ours, upstream), torch.autograd.grad(truth, exact, upstream.double()))
+    for got, right in ((y, truth), *gradients):
+        assert (got - right).norm() <= 0.02 * right.norm()
+
+
 def test_without_products_in_bf16_a_cpu_keeps_sdpa(monkeypatch):
     calls, sdpa = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[0].dtype) or sdpa(*a, **k))
