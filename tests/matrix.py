@@ -409,6 +409,7 @@ def _process(rank: int, file: str, tasks: list[tuple[str, str, str]], results) -
             parallel(*task)
             if rank == 0:
                 results.put(task)
+    torch.distributed.barrier()  # who leaves first takes the connection from the other's threads
     torch.distributed.destroy_process_group()
 
 

@@ -330,7 +330,9 @@ def test_scores_of_minus_infinity(mode, scale, backend, form):
     q, k[:, :50] = q.abs() + 0.1, -torch.inf
     with use_backend(backend):
         o, others = attention(q, k, v, scale), attention(q, k[:, 50:], v[:, 50:], scale)
-        torch.testing.assert_close(o, others, rtol=0, atol=4 * torch.finfo(o.dtype).eps)  # P is rounded another time
+        # P is rounded another time; unfused on a CPU the scores too, the mean of whose keys is taken off one alone.
+        steps = 4 if backend == "triton" or mode != "bf16" else 16
+        torch.testing.assert_close(o, others, rtol=0, atol=steps * torch.finfo(o.dtype).eps)
         if backend == "triton":  # SDPA gives zeros on a CPU
             assert attention(q, k[:, :50], v[:, :50]).isnan().all()
 

@@ -231,7 +231,7 @@ def _unfused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     with without_autocast(q):  # in which a softmax would be fp32
         # Scores are rounded to bf16. What all keys share adds the same to each score of a row, which softmax takes off
         # again and the rounding would not; no gradient passes through the mean, for which any number near it would do.
-        k = k - k.detach().mean(1, keepdim=True)
+        k = k - k.detach().mean(1, keepdim=True).nan_to_num(0.0, 0.0, 0.0)  # of keys that have none, nothing
         # beta=0: what is to be added to is not read.
         scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
         return torch.bmm(scores.softmax(-1), v).unflatten(0, (batch, heads)).transpose(1, 2).flatten(2)
