@@ -224,10 +224,13 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return digest.hexdigest()
 
 
+def uncompiled(name: str) -> str:
+    """The name that a weight has without torch.compile, which puts what it wraps under one of its own."""
+    return name.replace("_orig_mod.", "")
+
+
 def _weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Under the names that they have without torch.compile, which puts what it wraps under one of its own."""
-    state = model.state_dict()
-    return {name.replace("_orig_mod.", ""): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    return {uncompiled(name): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
 def write_weights(path: Path, weights: nn.Module | dict[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from vit_fast.checkpoint import uncompiled
 from vit_fast.inference import CROP_MODES
 from vit_fast.layers import LayerScale, QuickGELU, SwiGLUPacked
 from vit_fast.model import NORM_AFTER, VisionTransformer, VisionTransformerDistilled
@@ -323,11 +324,11 @@ def to_timm(model: VisionTransformer, classes: tuple[str, ...] = ()) -> dict:
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:
-    """The shape of each weight and the eps of each norm, under the names that they have without torch.compile."""
+    """The shape of each weight and the eps of each norm, by their uncompiled names."""
     modules = model.named_modules(remove_duplicate=False)
     facts: dict[str, Any] = {name: tensor.shape for name, tensor in model.state_dict().items()}
     facts |= {f"{name}.eps": module.eps for name, module in modules if isinstance(module, nn.LayerNorm)}
-    return {name.replace("_orig_mod.", ""): fact for name, fact in facts.items()}
+    return {uncompiled(name): fact for name, fact in facts.items()}
 
 
 def arguments_of(model: VisionTransformer) -> dict:
