@@ -254,6 +254,10 @@ def test_save_pretrained_and_load(name, tmp_path):
     assert again.pretrained_cfg == {**pictures, "input_size": (3, 32, 32)}
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert relative_error(theirs(x), model(x)) < CLOSE
+    # Our config names the layers that other classes, and pictures of another kind, change.
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3, in_chans=1).eval()
+    assert theirs(x[:, :1]).shape == (len(x), 3)
+    assert torch.equal(theirs.state_dict()["blocks.0.mlp.fc1.bias"], model.blocks[0].mlp.fc1.bias)
 
 
 @pytest.mark.parametrize("change", ["pool", "pool of a map", "no fc_norm", "no norm", "pruned"])

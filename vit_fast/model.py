@@ -269,6 +269,9 @@ class VisionTransformer(nn.Module):
             "std": (0.5,) * in_chans,
             "interpolation": "bicubic",
             "crop_pct": 0.9,
+            # Whose weights another picture's channels, or other classes, change: what timm's users look up.
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
         }
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
@@ -847,6 +850,7 @@ class VisionTransformerDistilled(VisionTransformer):
         positions = self.patch_embed.num_patches + (0 if self.no_embed_class else 2)
         self.pos_embed = nn.Parameter(torch.empty(1, positions, self.embed_dim, **dd))
         self.head_dist = self._new_head(dd)
+        self.pretrained_cfg["classifier"] = ("head", "head_dist")
         self.distilled_training = False
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
         if weight_init != "skip":

@@ -83,5 +83,5 @@ def build(name: str, num_classes: int | None, overrides: dict) -> VisionTransfor
     if model.in_chans != len(config["mean"]):  # a greyscale model sees the mean of the colours
         for key in ("mean", "std"):
             config[key] = (sum(config[key]) / len(config[key]),) * model.in_chans
-    model.pretrained_cfg = {"architecture": name, **config}
+    model.pretrained_cfg |= {"architecture": name, **config}
     return model
