@@ -8,7 +8,7 @@ from tests.small_runs import TINY_FLAGS
 from vit_fast import demo
 from vit_fast.data import load_data, load_digits
 
-DIGITS = {"input_size": (1, 8, 8), "crop_pct": 1.0, "interpolation": "bicubic"}
+DIGITS = {"input_size": (1, 8, 8), "crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "center"}
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ def test_every_name_on_the_meta_device(name):
     keys = [(key, tensor.shape, tensor.dtype) for key, tensor in theirs.state_dict().items()]
     assert [(key, tensor.shape, tensor.dtype) for key, tensor in ours.state_dict().items()] == keys
     assert traits(ours) == traits(theirs)
-    for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "first_conv", "classifier"):
+    for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "first_conv", "classifier"):
         assert ours.pretrained_cfg[key] == theirs.pretrained_cfg[key]
 
 

@@ -63,7 +63,7 @@ class Config:
     architecture: str  # a name of the zoo
     kwargs: dict  # arguments of create_model, JSON values
     classes: tuple[str, ...]
-    preprocessing: dict  # input_size, mean, std, interpolation, crop_pct
+    preprocessing: dict  # input_size, mean, std, interpolation, crop_pct, crop_mode
 
     def build(self, **overrides) -> VisionTransformer:
         """The model with fresh weights."""

@@ -35,9 +35,9 @@ class Scans(torch.utils.data.Dataset):
 class Files(torch.utils.data.Dataset):
     """Pictures in files, decoded when a batch is wanted, as uint8 [B, C, rows, columns]."""
 
-    def __init__(self, paths: list[Path], labels: Tensor, img_size, crop_pct: float, interpolation: str, in_chans: int):
+    def __init__(self, paths: list[Path], labels: Tensor, in_chans: int, *shape):
         self.paths, self.labels, self.in_chans = paths, labels, in_chans
-        self.shape = (img_size, crop_pct, interpolation)
+        self.shape = shape  # img_size, crop_pct, interpolation and crop_mode of `to_pixels`
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,7 +65,7 @@ def load_data(source: str, preprocessing: dict, hflip: float | None = None) -> D
         source: "digits", or the path of a folder (write ./digits for a folder of that name). The folder has one
             subfolder a class; a stratified fifth is held out. Or it has two subfolders "train" and "val" with the same
             classes in each, and then "val" is what is held out.
-        preprocessing: input_size (channels, rows, columns), crop_pct and interpolation of the model.
+        preprocessing: input_size (channels, rows, columns), crop_pct, interpolation and crop_mode of the model.
         hflip: probability of a mirrored picture in training; None is 0.5, and 0 for digits.
 
     Raises:
@@ -121,7 +121,7 @@ def _digits(preprocessing: dict, hflip: float) -> Data:
     else:  # the same resize that the files of these digits would get
         from PIL import Image
 
-        shape = ((rows, columns), preprocessing["crop_pct"], preprocessing["interpolation"])
+        shape = ((rows, columns), preprocessing["crop_pct"], preprocessing["interpolation"], preprocessing["crop_mode"])
         pixels = torch.stack([to_pixels(Image.fromarray(image.numpy()), *shape) for image in images])
     pixels = pixels.expand(-1, channels, -1, -1)
     names = [str(index) for index in range(len(labels))]
@@ -189,7 +189,8 @@ def _folder(folder: Path, preprocessing: dict, hflip: float) -> Data:
 
     def files(part, size, crop_pct) -> Files:
         labels = torch.tensor([label for _, label in part])
-        return Files([path for path, _ in part], labels, size, crop_pct, preprocessing["interpolation"], channels)
+        how = (crop_pct, preprocessing["interpolation"], preprocessing["crop_mode"])
+        return Files([path for path, _ in part], labels, channels, size, *how)
 
     room = tuple(math.ceil(side * 8 / 7) for side in (rows, columns))  # the random crop moves inside this
     augment = _augmentations(

@@ -269,6 +269,7 @@ class VisionTransformer(nn.Module):
             "std": (0.5,) * in_chans,
             "interpolation": "bicubic",
             "crop_pct": 0.9,
+            "crop_mode": "center",
             # Whose weights another picture's channels, or other classes, change: what timm's users look up.
             "first_conv": "patch_embed.proj",
             "classifier": "head",
@@ -799,7 +800,7 @@ class VisionTransformer(nn.Module):
             std=config["std"],
             interpolation=config["interpolation"],
             crop_pct=config["crop_pct"],
-            crop_mode=config.get("crop_mode", "center"),
+            crop_mode=config["crop_mode"],
             in_chans=self.in_chans,
         )
         with self._looking():
@@ -809,6 +810,10 @@ class VisionTransformer(nn.Module):
     def default_cfg(self) -> dict[str, Any]:
         """`pretrained_cfg`, by the older of timm's two names."""
         return self.pretrained_cfg
+
+    @default_cfg.setter
+    def default_cfg(self, settings: dict[str, Any]) -> None:
+        self.pretrained_cfg = settings
 
     # --- checkpoints
 

@@ -67,6 +67,7 @@ STATE = {
     "loss_sum": _is_number,
     "history": _is_history,
 }
+PICTURES = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what a checkpoint keeps of `pretrained_cfg`
 READ_EVERY = 10  # steps between two readings of the loss on a GPU: each makes the host wait for the device
 
 
@@ -280,7 +281,7 @@ def architecture(config: Config) -> checkpoint.Config:
     """
     result = checkpoint.Config(config.model or DEFAULT_MODEL, _model_kwargs(config), (), {})
     model = result.build(device="meta")
-    preprocessing = {key: model.pretrained_cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    preprocessing = {key: model.pretrained_cfg[key] for key in PICTURES}
     preprocessing["input_size"] = [model.in_chans, *model.patch_embed.img_size]
     if config.data == "digits":
         preprocessing["crop_pct"] = 1.0  # a scan is all digit: there is no margin to cut

@@ -58,7 +58,7 @@ class Settings(NamedTuple):
         model = build(self.architecture or ANY, args.pop("num_classes", None), args)
         pictures = {name: tuple(value) if isinstance(value, list) else value for name, value in self.pictures.items()}
         pictures.pop("input_size", None)
-        model.pretrained_cfg = {**model.pretrained_cfg, **pictures}
+        model.pretrained_cfg |= pictures
         model.pretrained_cfg["input_size"] = (model.in_chans, *model.patch_embed.img_size)
         if self.projection:
             model.pretrained_cfg["projection"] = True
