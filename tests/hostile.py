@@ -80,7 +80,7 @@ def make_good(folder: Path) -> None:
     torch.manual_seed(0)
     for kind in KINDS:
         (folder / kind).mkdir(parents=True)
-    model = vit_fast.create_model("vit_tiny_patch16_224", 5, **MODEL)
+    model = vit_fast.create_model("vit_tiny_patch16_224", num_classes=5, **MODEL)
     state = model.state_dict()
     weights.write(folder / "safetensors" / "timm.safetensors", state)
     weights.write(folder / "safetensors" / "hf.safetensors", weights.convert(state, "hf"))
@@ -93,7 +93,9 @@ def make_good(folder: Path) -> None:
     (own / checkpoint.TRAINING).unlink()
     bare = MODEL | {"pos_embed": "none"}  # no weight of which depends on the size of a picture
     config = checkpoint.Config("vit_tiny_patch16_224", bare, tuple("abcde"), _pictures())
-    checkpoint.save(folder / "json" / "bare", vit_fast.create_model("vit_tiny_patch16_224", 5, **bare), config, {}, {})
+    checkpoint.save(
+        folder / "json" / "bare", vit_fast.create_model("vit_tiny_patch16_224", num_classes=5, **bare), config, {}, {}
+    )
     (folder / "json" / "bare" / checkpoint.TRAINING).unlink()
     jax = {name: tensor.numpy() for name, tensor in weights.convert(state, "jax", num_heads=2).items()}
     np.savez(folder / "npz" / "stored.npz", **jax)
@@ -128,8 +130,8 @@ def _make_configs(folder: Path, model) -> None:
     labels = {"id2label": {str(index): letter for index, letter in enumerate("abcde")}}
     processor = {"size": {"height": 32, "width": 32}, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     of_dinov2 = {**processor, "size": {"shortest_edge": 36}, "crop_size": {"height": 24, "width": 24}}
-    dinov2 = vit_fast.create_model("vit_tiny_patch16_224", 0, **MODEL, init_values=0.1)
-    tower = vit_fast.create_model("vit_base_patch16_clip_quickgelu_224", 24, **MODEL)
+    dinov2 = vit_fast.create_model("vit_tiny_patch16_224", num_classes=0, **MODEL, init_values=0.1)
+    tower = vit_fast.create_model("vit_base_patch16_clip_quickgelu_224", num_classes=24, **MODEL)
     made = {
         "vit": ({"model_type": "vit", "hidden_act": "gelu", **sizes, **labels}, processor, model),
         "dinov2": ({"model_type": "dinov2", "hidden_act": "gelu", **sizes}, of_dinov2, dinov2),

@@ -205,7 +205,7 @@ def test_weights_of_lower_precision_are_taken():
     model = CONFIG.build()
     weights = {
         name: tensor.bfloat16()
-        for name, tensor in vit_fast.create_model("vit_tiny_patch16_224", 2, **SMALL).state_dict().items()
+        for name, tensor in vit_fast.create_model("vit_tiny_patch16_224", num_classes=2, **SMALL).state_dict().items()
     }
     checkpoint.load_weights(model, weights)
     assert equal_states(model.state_dict(), {name: tensor.float() for name, tensor in weights.items()})

@@ -55,7 +55,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def zoo_weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("zoo") / "weights.safetensors"
-    model = vit_fast.create_model(ZOO_MODEL, 7)
+    model = vit_fast.create_model(ZOO_MODEL, num_classes=7)
     safetensors.torch.save_file(model.state_dict(), path)
     return path, model
 

@@ -374,7 +374,7 @@ def _sharded(rank: int, meeting: str, folder: Path, results) -> None:
 
 def _drawn(dtype=torch.float32):
     torch.manual_seed(0)
-    return vit_fast.create_model("vit_tiny_patch16_224", 5, **MODEL, init_values=0.1).to(dtype)
+    return vit_fast.create_model("vit_tiny_patch16_224", num_classes=5, **MODEL, init_values=0.1).to(dtype)
 
 
 def _sgd(model):

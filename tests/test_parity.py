@@ -148,6 +148,52 @@ def test_every_name_on_the_meta_device(name):
         assert ours.pretrained_cfg[key] == theirs.pretrained_cfg[key]
 
 
+EXPORTED = {
+    "activation": {"act_layer": "quick_gelu"},
+    "pool over prefix": {"global_pool": "avg", "pool_include_prefix": True},
+    "pool without norm": {"global_pool": "avg", "fc_norm": False},
+    "any size": {"dynamic_img_size": True},
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_timms_export_of_our_model(name, tmp_path):
+    """Its `save_for_hf`, and `push_to_hf_hub` with it, writes what the model is now."""
+    model = draw(vit_fast.create_model("test_vit", num_classes=5, img_size=64, depth=3, **EXPORTED[name])).eval()
+    model.set_input_size(img_size=(32, 48))
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert theirs.patch_embed.img_size == (32, 48)
+    x = torch.randn(2, 3, 32, 48)
+    assert relative_error(theirs(x), model(x)) < 2e-5
+    assert timm.models.get_model_input_config(model)["fixed_input_size"] == (not model.dynamic_img_size)
+
+
+def test_timms_factory_builds_our_class():
+    """As people register a model of their own there."""
+    model = timm.models.build_model_with_cfg(vit_fast.VisionTransformer, "vit_tiny_patch16_224", False, depth=1)
+    assert model.default_cfg["classifier"] == "head"
+    assert model._model_args["depth"] == 1
+    model.default_cfg = {"url": ""}
+    assert model.pretrained_cfg == {"url": ""}
+
+
+def test_what_subclasses_of_timms_model_draw_with():
+    theirs = draw(timm.create_model("test_vit", depth=2))
+    ours = draw(vit_fast.create_model("test_vit", depth=2))
+    for model in (theirs, ours):
+        torch.manual_seed(0)
+        model.head.apply(model._init_weights)
+        model.fix_init_weight()
+    for key in ("blocks.1.attn.proj.weight", "blocks.1.mlp.fc2.weight", "head.weight", "head.bias"):
+        assert torch.equal(ours.state_dict()[key], theirs.state_dict()[key])
+
+
+def test_a_pool_that_is_none():
+    with pytest.raises(ValueError, match="pool_type: got 'mean', takes one of"):
+        vit_fast.create_model("test_vit", depth=1).pool(torch.zeros(1, 5, 64), "mean")
+
+
 @pytest.mark.parametrize("name", FORTY)
 def test_logits_and_every_gradient_at_true_width(name):
     side = vit_fast.zoo.entries()[name]["args"].get("patch_size", 16)

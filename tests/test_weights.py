@@ -197,7 +197,7 @@ def test_open_clip_there_and_back(layer_scale, tmp_path):
     text = open_clip.model.CLIPTextCfg(context_length=8, vocab_size=50, width=32, heads=2, layers=1)
     theirs, x = drawn(open_clip.model.CLIP(24, vision, text, quick_gelu=True)), images()
     ours = vit_fast.create_model(
-        "vit_base_patch16_clip_quickgelu_224", 24, **TINY, init_values=layer_scale, class_token=True
+        "vit_base_patch16_clip_quickgelu_224", num_classes=24, **TINY, init_values=layer_scale, class_token=True
     ).eval()
     for state in (theirs.state_dict(), theirs.visual.state_dict()):  # the tower beside that of text, and alone
         ours.load_state_dict(weights.convert(state, "timm"))
@@ -209,7 +209,7 @@ def test_open_clip_there_and_back(layer_scale, tmp_path):
 
 
 def test_a_head_with_a_bias_has_no_place_in_open_clip():
-    ours = drawn(vit_fast.create_model("vit_base_patch16_clip_quickgelu_224", 24, **TINY))
+    ours = drawn(vit_fast.create_model("vit_base_patch16_clip_quickgelu_224", num_classes=24, **TINY))
     with pytest.raises(ValueError, match=r"1 left over: head\.bias"):
         weights.convert(ours.state_dict(), "open_clip")
 
@@ -244,7 +244,7 @@ TIMM = {
 def test_save_pretrained_and_load(name, tmp_path):
     """Through the folder to the same model of ours; timm, too, builds it from there."""
     architecture, more = TIMM[name]
-    model = drawn(vit_fast.create_model(architecture, 5, **{**TINY, **more}))
+    model = drawn(vit_fast.create_model(architecture, num_classes=5, **{**TINY, **more}))
     model.label_names = tuple("abcde")
     model.save_pretrained(tmp_path)
     again, x = vit_fast.VisionTransformer.from_pretrained(tmp_path), images()
@@ -268,7 +268,7 @@ def test_a_model_that_was_changed_is_saved_as_it_is(change, tmp_path):
         "no fc_norm": {"global_pool": "avg", "fc_norm": False},
         "no norm": {"final_norm": False},
     }
-    model = drawn(vit_fast.create_model("vit_tiny_patch16_224", 3, **TINY, **more.get(change, {})))
+    model = drawn(vit_fast.create_model("vit_tiny_patch16_224", num_classes=3, **TINY, **more.get(change, {})))
     if change.startswith("pool"):
         model.reset_classifier(5, "avg")
     if change == "pruned":
@@ -299,7 +299,7 @@ def _scaled(model):
     ],
 )
 def test_what_no_config_tells_of_is_not_saved(tmp_path, change, says):
-    model = vit_fast.create_model("vit_tiny_patch16_224", 3, **TINY)
+    model = vit_fast.create_model("vit_tiny_patch16_224", num_classes=3, **TINY)
     change(model)
     with pytest.raises(ValueError, match=f"a part is somebody's own, for which config.json has no word .{says}"):
         model.save_pretrained(tmp_path)
@@ -307,7 +307,7 @@ def test_what_no_config_tells_of_is_not_saved(tmp_path, change, says):
 
 
 def test_a_model_without_a_block_is_not_saved(tmp_path):
-    model = vit_fast.create_model("vit_tiny_patch16_224", 3, **{**TINY, "depth": 0})
+    model = vit_fast.create_model("vit_tiny_patch16_224", num_classes=3, **{**TINY, "depth": 0})
     with pytest.raises(ValueError, match="depth: got 0, a checkpoint takes a model of one block or more"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -329,7 +329,7 @@ NO_PLACE = {
 @pytest.mark.parametrize("name", TIMM)
 def test_a_round_trip_is_exact_or_refused(name, to):
     architecture, more = TIMM[name]
-    state = drawn(vit_fast.create_model(architecture, 5, **{**TINY, **more})).state_dict()
+    state = drawn(vit_fast.create_model(architecture, num_classes=5, **{**TINY, **more})).state_dict()
     state = {key: tensor.bfloat16() for key, tensor in state.items()}
     heads = more.get("num_heads", 1)
     if (name, to) in NO_PLACE:
@@ -344,8 +344,8 @@ def test_a_round_trip_is_exact_or_refused(name, to):
 @pytest.mark.parametrize("to", ["hf", "torchvision", "dinov2", "jax"])
 def test_a_class_token_without_a_position_gets_one_of_zero(to):
     """Other libraries have a row for it in the table of positions; ours may not."""
-    model = drawn(vit_fast.create_model("vit_tiny_patch16_224", 5, **TINY, no_embed_class=True))
-    same = vit_fast.create_model("vit_tiny_patch16_224", 5, **TINY).eval()
+    model = drawn(vit_fast.create_model("vit_tiny_patch16_224", num_classes=5, **TINY, no_embed_class=True))
+    same = vit_fast.create_model("vit_tiny_patch16_224", num_classes=5, **TINY).eval()
     same.load_state_dict(weights.convert(weights.convert(model.state_dict(), to), "timm"))
     x = images()
     assert torch.equal(same(x), model(x))
@@ -456,7 +456,7 @@ def test_google_researchs_npz(tmp_path):
 
 @pytest.fixture
 def state() -> dict:
-    return drawn(vit_fast.create_model("vit_tiny_patch16_224", 5, **TINY)).state_dict()
+    return drawn(vit_fast.create_model("vit_tiny_patch16_224", num_classes=5, **TINY)).state_dict()
 
 
 def test_left_over_and_missing_are_errors_unless_named(state):
@@ -567,7 +567,7 @@ def test_shards(state, tmp_path):
 
 
 def test_a_clip_without_a_config_is_not_guessed(tmp_path):
-    model = vit_fast.create_model("vit_base_patch16_clip_quickgelu_224", 24, **TINY)
+    model = vit_fast.create_model("vit_base_patch16_clip_quickgelu_224", num_classes=24, **TINY)
     safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="does not show its activation"):
         vit_fast.load(tmp_path / "model.safetensors")
@@ -590,13 +590,13 @@ def test_names_of_a_compiled_model(state, tmp_path):
     """And of one whose blocks are compiled by themselves, under DDP."""
     whole = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
     assert equal(weights.convert(whole, "timm"), state)
-    model = vit_fast.create_model("vit_tiny_patch16_224", 5, **TINY)
+    model = vit_fast.create_model("vit_tiny_patch16_224", num_classes=5, **TINY)
     for index, block in enumerate(model.blocks):
         model.blocks[index] = torch.compile(block)
     wrapped = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     assert any("._orig_mod." in name for name in wrapped)
     converted = weights.convert(wrapped, "timm")
-    again = vit_fast.create_model("vit_tiny_patch16_224", 5, **TINY)
+    again = vit_fast.create_model("vit_tiny_patch16_224", num_classes=5, **TINY)
     again.load_state_dict(converted)
     model.save_pretrained(tmp_path)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).state_dict()
@@ -744,7 +744,7 @@ def test_timm_builds_what_came_from_transformers(tmp_path):
 def test_a_repository_of_the_hub(tmp_path, monkeypatch):
     import huggingface_hub
 
-    model = drawn(vit_fast.create_model("vit_tiny_patch16_224", 5, **TINY))
+    model = drawn(vit_fast.create_model("vit_tiny_patch16_224", num_classes=5, **TINY))
     model.save_pretrained(tmp_path)
     asked = []
 
@@ -777,7 +777,7 @@ def test_push_to_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **kwargs: calls.append((name, kwargs)))
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
-    model = vit_fast.create_model("vit_tiny_patch16_224", 5, **TINY)
+    model = vit_fast.create_model("vit_tiny_patch16_224", num_classes=5, **TINY)
     assert model.push_to_hub("someone/vit", commit_message="first") == "address"
     assert calls == [
         ("someone/vit", {"exist_ok": True, "token": None}),

@@ -1,7 +1,9 @@
 """The zoo: which names there are, what becomes of a name that is not there, and weights that move both ways."""
 
 import fnmatch
+import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -67,21 +69,64 @@ def test_an_unknown_name_offers_the_nearest():
     with pytest.raises(ValueError, match=r"vit_bas_patch16_224.*nearest are vit_base_patch16_224"):
         vit_fast.create_model("vit_bas_patch16_224")
     with pytest.raises(ValueError, match="nearest are vit_base_patch16_224"):
-        vit_fast.create_model("vit_base_patch16_224.augreg_in21k")
+        vit_fast.create_model("vit_base_patch16_224.no_such_weights")
     with pytest.raises(ValueError, match="list_models"):
         vit_fast.create_model("resnet50")
+
+
+def test_weights_are_loaded_by_another_name():
+    with pytest.raises(ValueError, match=re.escape("vit_fast.load('hf-hub:timm/vit_base_patch16_224.mae')")):
+        vit_fast.create_model("vit_base_patch16_224.mae")
+    with pytest.raises(ValueError, match=re.escape("vit_fast.load('hf-hub:timm/deit_tiny_patch16_224.fb_in1k')")):
+        vit_fast.create_model("deit_tiny_patch16_224", pretrained=True)
     with pytest.raises(ValueError, match="pretrained: got True"):
-        vit_fast.create_model("test_vit", pretrained=True)
-    with pytest.raises(TypeError, match="num_classes: got True, takes a number; pretrained is given by its name"):
         vit_fast.create_model("test_vit", True)
-    with pytest.raises(TypeError, match="features_only"):
-        vit_fast.create_model("test_vit", features_only=True)
+    with pytest.raises(TypeError, match="pretrained: got 10, takes False; num_classes is given by its name"):
+        vit_fast.create_model("test_vit", 10)
+
+
+def test_arguments_of_timms_factory():
+    """As its train.py passes them, and with what asks for something."""
+    nothing = {"checkpoint_path": "", "scriptable": False, "exportable": True, "no_jit": None, "drop_block_rate": None}
+    model = vit_fast.create_model(model_name="test_vit", pretrained=False, features_only=False, **nothing)
+    assert repr(model) == repr(vit_fast.create_model("test_vit", False))
+    for name, value, hint in (
+        ("checkpoint_path", "w.safetensors", "vit_fast.load"),
+        ("features_only", True, "forward_intermediates"),
+        ("scriptable", True, "torch.export"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: got {value!r}, takes nothing; .*{hint}"):
+            vit_fast.create_model("test_vit", **{name: value})
+
+
+def test_counts_of_other_libraries():
+    """A class count is `labels.max() + 1` more often than it is typed."""
+    labels = np.array([0, 4, 2])
+    model = vit_fast.create_model(
+        "test_vit", num_classes=labels.max() + 1, img_size=np.array([32, 48]), patch_size=np.int64(8), depth=np.int32(1)
+    )
+    assert type(model.num_classes) is int
+    assert (model.num_classes, model.patch_embed.img_size, model.patch_embed.patch_size) == (5, (32, 48), (8, 8))
+    model.reset_classifier(torch.tensor(7))
+    assert (type(model.num_classes), len(model.head.weight)) == (int, 7)
+    for name, value in (("num_classes", True), ("num_classes", 2.0), ("img_size", "ab"), ("img_size", (1, 2, 3))):
+        with pytest.raises(ValueError, match=f"{name}: got "):
+            vit_fast.create_model("test_vit", **{name: value})
+
+
+def test_a_new_head_has_no_names_of_the_old_one():
+    for name in ("test_vit", "deit_tiny_distilled_patch16_224"):
+        model = vit_fast.create_model(name, num_classes=2, depth=1)
+        model.label_names, model.pretrained_cfg["projection"] = ("cat", "dog"), True
+        model.reset_classifier(2)
+        assert model.label_names == ()
+        assert "projection" not in model.pretrained_cfg
 
 
 def test_none_replaces_nothing():
     """As a script has it whose flags were not given."""
     none = dict.fromkeys(("img_size", "in_chans", "drop_rate", "drop_path_rate", "global_pool", "norm_layer"))
-    model, usual = vit_fast.create_model("test_vit", None, **none), vit_fast.create_model("test_vit")
+    model, usual = vit_fast.create_model("test_vit", num_classes=None, **none), vit_fast.create_model("test_vit")
     assert repr(model) == repr(usual)
     name, none = "vit_base_patch16_clip_quickgelu_224", dict.fromkeys(("act_layer", "norm_layer", "fc_norm"))
     assert repr(vit_fast.create_model(name, **none)) == repr(vit_fast.create_model(name))

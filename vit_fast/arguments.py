@@ -1,16 +1,30 @@
 """What the arguments of a model may be: each check names the argument, what it got and what it takes."""
 
 import functools
+import operator
 from collections.abc import Sequence
 
 from torch import nn
 
 
-def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(pair) != 2 or not all(isinstance(side, int) and side is not True and side > 0 for side in pair):
-        raise ValueError(f"{name}: got {value!r}, takes a positive number or two")
-    return pair
+def whole_number(name: str, value, least: int) -> int:
+    """A count as an int; those of numpy and torch, as of `labels.max() + 1`, are taken too."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise ValueError(f"{name}: got {value!r}, takes {least} or more")
+    return number
+
+
+def pair(name: str, value) -> tuple[int, int]:
+    """A number, or two of them, as two."""
+    try:
+        rows, columns = value if hasattr(value, "__len__") else (value, value)
+        return whole_number(name, rows, 1), whole_number(name, columns, 1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: got {value!r}, takes a positive number or two") from error
 
 
 def one_of(name: str, value, choices: Sequence) -> None:

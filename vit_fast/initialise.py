@@ -24,10 +24,10 @@ def init_children(module: nn.Module, mode: str, head_bias: float, needs_reset: b
     for name, child in module.named_children():
         name = f"{prefix}.{name}" if prefix else name
         init_children(child, mode, head_bias, needs_reset, name)
-        _init_module(child, name, mode, head_bias, needs_reset)
+        init_module(child, name, mode, head_bias, needs_reset)
 
 
-def _init_module(module: nn.Module, name: str, mode: str, head_bias: float, needs_reset: bool) -> None:
+def init_module(module: nn.Module, name: str, mode: str, head_bias: float, needs_reset: bool) -> None:
     if mode != "reset" and isinstance(module, nn.Linear):
         bias = 0.0
         if mode == "":

@@ -132,8 +132,8 @@ class PatchEmbed(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.patch_size = pair(patch_size, "patch_size")
-        self._set_img_size(pair(img_size, "img_size"))
+        self.patch_size = pair("patch_size", patch_size)
+        self._set_img_size(pair("img_size", img_size))
         self.flatten = flatten
         self.strict_img_size = strict_img_size
         self.dynamic_img_pad = dynamic_img_pad
@@ -148,8 +148,8 @@ class PatchEmbed(nn.Module):
 
     def set_input_size(self, img_size=None, patch_size=None) -> None:
         """Change the image size, the patch size, or both; the projection is resampled for a new patch size."""
-        img_size = self.img_size if img_size is None else pair(img_size, "img_size")
-        patch_size = self.patch_size if patch_size is None else pair(patch_size, "patch_size")
+        img_size = self.img_size if img_size is None else pair("img_size", img_size)
+        patch_size = self.patch_size if patch_size is None else pair("patch_size", patch_size)
         _check_a_patch_fits(img_size, patch_size)
         if patch_size != self.patch_size:
             old = self.proj

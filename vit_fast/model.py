@@ -19,8 +19,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vit_fast import ops
-from vit_fast.arguments import activation_name, is_swiglu, known_layer, norm_factory, one_of, take_indices
-from vit_fast.initialise import init_children, trunc_normal_
+from vit_fast.arguments import (
+    activation_name,
+    is_swiglu,
+    known_layer,
+    norm_factory,
+    one_of,
+    take_indices,
+    whole_number,
+)
+from vit_fast.initialise import init_children, init_module, trunc_normal_
 from vit_fast.layers import (
     ACTIVATIONS,
     DROPOUT,
@@ -42,11 +50,6 @@ POOLS = ("", "token", "avg", "avgmax", "max", "map", "token_avg")
 NORM_AFTER = ("avg", "avgmax", "max")  # pools behind which the final norm stands, where `fc_norm` does not say
 FEW_TOKENS = 512  # a GPU waits for launches there: the class token alone would take nine, a block of all takes seven
 WEIGHT_INITS = ("", "skip", "reset", "jax", "jax_nlhb", "moco")
-
-
-def _check_count(name: str, number: int) -> None:
-    if not isinstance(number, int) or number < 0:
-        raise ValueError(f"{name}: got {number!r}, takes 0 or more")
 
 
 class VisionTransformer(nn.Module):
@@ -151,11 +154,12 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"global_pool: got {global_pool!r} with class_token=False, takes another pool or a class token"
             )
-        for name, number in (("in_chans", in_chans), ("embed_dim", embed_dim), ("num_heads", num_heads)):
-            if number < 1:
-                raise ValueError(f"{name}: got {number}, takes 1 or more")
-        for name, number in (("num_classes", num_classes), ("depth", depth), ("reg_tokens", reg_tokens)):
-            _check_count(name, number)
+        in_chans = whole_number("in_chans", in_chans, 1)
+        embed_dim = whole_number("embed_dim", embed_dim, 1)
+        num_heads = whole_number("num_heads", num_heads, 1)
+        num_classes = whole_number("num_classes", num_classes, 0)
+        depth = whole_number("depth", depth, 0)
+        reg_tokens = whole_number("reg_tokens", reg_tokens, 0)
         rates = {
             "drop_rate": drop_rate,
             "pos_drop_rate": pos_drop_rate,
@@ -273,6 +277,7 @@ class VisionTransformer(nn.Module):
             # Whose weights another picture's channels, or other classes, change: what timm's users look up.
             "first_conv": "patch_embed.proj",
             "classifier": "head",
+            "num_classes": num_classes,
         }
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
@@ -322,11 +327,19 @@ class VisionTransformer(nn.Module):
         head_bias = -math.log(self.num_classes) if mode == "jax_nlhb" else 0.0
         init_children(self, mode, head_bias, needs_reset)
         if self.fix_init:
-            with torch.no_grad():
-                block: Any
-                for index, block in enumerate(self.blocks):
-                    block.attn.proj.weight.div_(math.sqrt(2.0 * (index + 1)))
-                    block.mlp.fc2.weight.div_(math.sqrt(2.0 * (index + 1)))
+            self.fix_init_weight()
+
+    @torch.no_grad()
+    def fix_init_weight(self) -> None:
+        """Divide what each block adds by the square root of twice its number, from 1."""
+        block: Any
+        for index, block in enumerate(self.blocks):
+            block.attn.proj.weight.div_(math.sqrt(2.0 * (index + 1)))
+            block.mlp.fc2.weight.div_(math.sqrt(2.0 * (index + 1)))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """One module's weights as a subclass of timm's model draws them, by `apply`."""
+        init_module(module, "", "", 0.0, needs_reset=False)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone."""
@@ -348,12 +361,12 @@ class VisionTransformer(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for `num_classes` (0: none), and another pool if one is named.
+        """A new head for `num_classes` (0: none), whose classes have no names yet, and another pool if one is named.
 
         Raises:
             ValueError: for a number below 0, and for a pool that the model cannot change to.
         """
-        _check_count("num_classes", num_classes)
+        num_classes = whole_number("num_classes", num_classes, 0)
         if global_pool is not None:
             one_of("global_pool", global_pool, POOLS)
             if global_pool in ("token", "token_avg") and not self.has_class_token:
@@ -369,6 +382,12 @@ class VisionTransformer(nn.Module):
             self.global_pool = global_pool
         self.num_classes = num_classes
         self.head = self._new_head(self._dd()).train(self.training)
+        self._forget_classes()
+
+    def _forget_classes(self) -> None:
+        """What was said of a head that is gone."""
+        self.label_names = ()
+        self.pretrained_cfg.pop("projection", None)
 
     def _dd(self) -> dict:
         parameter = next(itertools.chain(self.patch_embed.parameters(), self.parameters()))
@@ -660,6 +679,7 @@ class VisionTransformer(nn.Module):
             return x[:, start:].amax(dim=1)
         if pool_type == "avgmax":
             return 0.5 * (x[:, start:].amax(dim=1) + x[:, start:].mean(dim=1))
+        one_of("pool_type", pool_type, [name for name in POOLS if name != "map"])
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -815,6 +835,27 @@ class VisionTransformer(nn.Module):
     def default_cfg(self, settings: dict[str, Any]) -> None:
         self.pretrained_cfg = settings
 
+    # timm's factory notes in a model what it was built with, and timm's export writes that; ours is read off the model.
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        from vit_fast.weights.settings import to_timm
+
+        return to_timm(self)["model_args"]
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        pass
+
+    @property
+    def _traits(self) -> dict[str, Any]:
+        embed = self.patch_embed
+        return {"img_size": embed.img_size, "fixed_input_size": embed.strict_img_size, "first_conv": "patch_embed.proj"}
+
+    @_traits.setter
+    def _traits(self, traits: dict[str, Any]) -> None:
+        pass
+
     # --- checkpoints
 
     def save_pretrained(self, folder) -> None:
@@ -877,10 +918,10 @@ class VisionTransformerDistilled(VisionTransformer):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         if global_pool not in (None, "", "token"):
             raise ValueError(f"global_pool: got {global_pool!r}, the distilled model takes 'token'")
-        _check_count("num_classes", num_classes)
-        self.num_classes = num_classes
+        self.num_classes = whole_number("num_classes", num_classes, 0)
         self.head = self._new_head(self._dd()).train(self.training)
         self.head_dist = self._new_head(self._dd()).train(self.training)
+        self._forget_classes()
 
     def set_distilled_training(self, enable: bool = True) -> None:
         """In training mode give the logits of both heads, (class, distillation)."""

@@ -15,6 +15,18 @@ from torch import nn
 
 from vit_fast.model import VisionTransformer, VisionTransformerDistilled
 
+# Of timm's create_model alone, and not of a model: what serves in the place of each where it asks for something.
+FACTORY = {
+    "checkpoint_path": "vit_fast.load(FILE, model=NAME) builds a model with its weights",
+    "features_only": "forward_intermediates of the model gives features",
+    "out_indices": "forward_intermediates of the model takes indices",
+    "pretrained_cfg": "the model's pretrained_cfg can be changed",
+    "pretrained_cfg_overlay": "the model's pretrained_cfg can be changed",
+    "scriptable": "torch.export and torch.jit.trace take the model as it is",
+    "use_naflex": "NaFlexVit is not here",
+}
+WITHOUT_EFFECT = ("cache_dir", "exportable", "no_jit")  # nothing is fetched, and every model can be exported
+
 
 @functools.cache
 def entries() -> dict[str, dict]:
@@ -37,40 +49,53 @@ def list_models(pattern: str = "") -> list[str]:
 
 
 def create_model(
-    name: str, num_classes: int | None = None, *, pretrained: bool | None = False, **overrides
+    model_name: str, pretrained: bool | None = False, *, num_classes: int | None = None, **overrides
 ) -> VisionTransformer:
     """A model by its name in timm, with fresh weights.
 
     Args:
-        name: one of `list_models()`.
+        model_name: one of `list_models()`.
+        pretrained: only False: `vit_fast.load` gives a model with weights, and fetches them.
         num_classes: width of the logits; None leaves the number of the architecture's default weights, 0 no head.
-        pretrained: only False: nothing is downloaded. Load a state dict of timm's with `load_state_dict`.
-        overrides: arguments of VisionTransformer that replace those of the name; one that is None replaces nothing, as
-            with timm.
+        overrides: arguments of VisionTransformer that replace those of the name. One that is None replaces nothing, as
+            with timm; so does one of timm's factory alone that asks for nothing, as scriptable=False.
 
     Raises:
         ValueError: for an unknown name, naming the nearest; for a name whose parts are missing, naming the parts; for
-            pretrained=True.
-        TypeError: for a num_classes that is true or false: timm's second argument is `pretrained`.
+            pretrained=True, and what else only timm's factory does, naming what serves in its place.
+        TypeError: for a `pretrained` that is a number: the class count is given by its name.
     """
-    if isinstance(num_classes, bool):
-        raise TypeError(f"num_classes: got {num_classes}, takes a number; pretrained is given by its name")
     if pretrained:
+        if pretrained is not True:
+            raise TypeError(f"pretrained: got {pretrained!r}, takes False; num_classes is given by its name")
+        tags = entries().get(model_name, {}).get("weights") or ["TAG"]
         raise ValueError(
-            "pretrained: got True, takes False: nothing is downloaded; load_state_dict takes timm's weights"
+            "pretrained: got True, takes False; a model with weights is "
+            f"vit_fast.load('hf-hub:timm/{model_name}.{tags[0]}'), or that of a file or folder"
         )
-    return build(name, num_classes, {key: value for key, value in overrides.items() if value is not None})
+    for name in FACTORY.keys() & overrides.keys():
+        if overrides[name]:
+            raise ValueError(f"{name}: got {overrides[name]!r}, takes nothing; {FACTORY[name]}")
+    given = {name: value for name, value in overrides.items() if name not in (*FACTORY, *WITHOUT_EFFECT)}
+    return build(model_name, num_classes, {name: value for name, value in given.items() if value is not None})
 
 
 def build(name: str, num_classes: int | None, overrides: dict) -> VisionTransformer:
     """`create_model` where None is a value, as in a config that says so."""
     entry = entries().get(name)
     if entry is None:
-        near = difflib.get_close_matches(name.split(".")[0], list_models(), n=3, cutoff=0.5)
+        base, _, tag = name.partition(".")
+        if tag in entries().get(base, {}).get("weights", ()):
+            raise ValueError(
+                f"model_name: got {name!r}, of which .{tag} names weights: vit_fast.load('hf-hub:timm/{name}')"
+            )
+        near = difflib.get_close_matches(base, list_models(), n=3, cutoff=0.5)
         hint = f"; the nearest are {', '.join(near)}" if near else "; vit_fast.list_models() gives all"
-        raise ValueError(f"name: got {name!r}, no architecture of that name{hint}")
+        raise ValueError(f"model_name: got {name!r}, no architecture of that name{hint}")
     if "missing" in entry:
-        raise ValueError(f"name: got {name!r}, which needs parts that vit_fast lacks: {', '.join(entry['missing'])}")
+        raise ValueError(
+            f"model_name: got {name!r}, which needs parts that vit_fast lacks: {', '.join(entry['missing'])}"
+        )
     args = entry["args"] | overrides
     eps = args.pop("norm_eps", None)
     if eps is not None:
