@@ -41,8 +41,8 @@ def source_for(arch: str, launch: Launch) -> tuple[ASTSource, GPUTarget, dict]:
     return written_in(kernel, signature, constexprs, attrs), target, options.__dict__
 
 
-def nvidia_tool(name: str, cubin: bytes, flag: str) -> str:
-    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin" / name
+def cuobjdump(cubin: bytes, flag: str) -> str:
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -102,9 +102,9 @@ def resources(arch: str, compiled) -> dict:
     else:
         if compiled.metadata.launch_pdl and is_early(compiled.asm["ptx"]):
             raise ValueError("touches memory before it has waited for the launch before")
-        usage = nvidia_tool("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
+        usage = cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
         registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        code = nvidia_tool("cuobjdump", compiled.asm["cubin"], "--dump-sass")
+        code = cuobjdump(compiled.asm["cubin"], "--dump-sass")
         lines = SASS_INSTRUCTION.findall(code)
         instructions, loops = len(lines), read_loops(lines)
         threads = int(re.search(r"\.reqntid\s+(\d+)", compiled.asm["ptx"])[1])  # more than num_warps if specialised

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import timing
+from benchmarks.launches import DTYPES
 from benchmarks.timing import DEVICE
 from vit_fast import ops, reference
 from vit_fast.verify import in_a_line
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Width, heads and hidden width. "tiny" is a rehearsal's.
 MODELS = {
     "tiny": (64, 2, 128),
@@ -78,7 +78,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
 
 
-def _sdpa(qkv: Tensor, backend: SDPBackend | None = None) -> Tensor:
+def sdpa(qkv: Tensor, backend: SDPBackend | None = None) -> Tensor:
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     if backend is None:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -102,7 +102,7 @@ def _swiglu(x, norm_weight, norm_bias, w1, b1, w2, b2):
 
 def _block(x, g1, c1, wqkv, bqkv, wproj, bproj, g2, c2, w1, b1, w2, b2, heads):
     qkv = F.linear(_norm(x, g1, c1), wqkv, bqkv)
-    x = x + F.linear(_sdpa(qkv.view(*x.shape[:2], 3, heads, -1)), wproj, bproj)
+    x = x + F.linear(sdpa(qkv.view(*x.shape[:2], 3, heads, -1)), wproj, bproj)
     return _mlp(x, g2, c2, w1, b1, w2, b2)
 
 
@@ -238,7 +238,7 @@ def _sdpa_by(backend: SDPBackend) -> Callable:
     def peer(case: Case) -> Callable:
         if DEVICE == "cpu" and backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
             raise LeftOut("SDPA has that backend on a GPU only")
-        return functools.partial(_sdpa, backend=backend)
+        return functools.partial(sdpa, backend=backend)
 
     return peer
 
@@ -308,7 +308,7 @@ OPS = {
         _draw_attention,
         ops.attention_qkv,
         lambda qkv: reference.attention(*qkv.unbind(2)),
-        _sdpa,
+        sdpa,
         images=1,
         peers={
             "sdpa flash": _sdpa_by(SDPBackend.FLASH_ATTENTION),

@@ -8,29 +8,22 @@ import json
 import pathlib
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from benchmarks import contenders, timing
+from benchmarks.launches import DTYPES
 from benchmarks.records import record
-from vit_fast.ops.attention import _unfused
+from vit_fast.ops.attention import unfused
 
 # Images, tokens, heads of 64.
 SHAPES = ((8, 50, 12), (2, 197, 3), (2, 197, 6), (2, 197, 12), (2, 257, 12), (1, 577, 12), (1, 1370, 6), (32, 197, 12))
 
 
-def unfused(qkv: Tensor) -> Tensor:
-    return _unfused(*qkv.unbind(2), qkv.shape[-1] ** -0.5)
-
-
-def sdpa(qkv: Tensor) -> Tensor:
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+FORMS = {"sdpa": contenders.sdpa, "unfused": lambda qkv: unfused(*qkv.unbind(2), qkv.shape[-1] ** -0.5)}
 
 
 def measure(shape: tuple[int, int, int], dtype: str, training: bool, rounds: int) -> dict:
     batch, tokens, heads = shape
-    qkv = torch.randn(batch, tokens, 3, heads, 64).to(contenders.DTYPES[dtype]).requires_grad_(training)
+    qkv = torch.randn(batch, tokens, 3, heads, 64).to(DTYPES[dtype]).requires_grad_(training)
     upstream = torch.randn(batch, tokens, heads * 64).to(qkv.dtype)
 
     def run(attention):
@@ -39,7 +32,7 @@ def measure(shape: tuple[int, int, int], dtype: str, training: bool, rounds: int
         return lambda: attention(qkv)
 
     with torch.set_grad_enabled(training):
-        samples = timing.time_in_turn({"sdpa": run(sdpa), "unfused": run(unfused)}, rounds)
+        samples = timing.time_in_turn({name: run(attention) for name, attention in FORMS.items()}, rounds)
     place = {
         "batch": batch,
         "tokens": tokens,

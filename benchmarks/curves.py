@@ -58,15 +58,15 @@ def digits(seed: int, epochs: int) -> tuple[list[tuple[Tensor, Tensor]], list[tu
     return [(images[i], answers[i]) for i in batches], [(pixels[held_out], labels[held_out])]
 
 
-def stripes(count: int, generator: torch.Generator, size: int = 224) -> tuple[Tensor, Tensor]:
-    """Pictures [count, 3, size, size] of stripes under noise, and which of ten directions they have."""
+def stripes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pictures [count, 3, 224, 224] of stripes under noise, and which of ten directions they have."""
     labels = torch.randint(CLASSES, (count,), device=DEVICE, generator=generator)
     phase, width, level = torch.rand(3, count, 1, 1, device=DEVICE, generator=generator)
     angle = (labels * math.pi / CLASSES).view(-1, 1, 1)
-    rows, cols = torch.meshgrid(*2 * [torch.arange(size, device=DEVICE)], indexing="ij")
+    rows, cols = torch.meshgrid(*2 * [torch.arange(224, device=DEVICE)], indexing="ij")
     along = rows * angle.sin() + cols * angle.cos()
     wave = torch.sin(along * (0.15 + 0.3 * width) + 2 * math.pi * phase) * (0.2 + 0.3 * level)
-    noise = torch.randn(count, 3, size, size, device=DEVICE, generator=generator)
+    noise = torch.randn(count, 3, 224, 224, device=DEVICE, generator=generator)
     return wave[:, None] + noise, labels
 
 

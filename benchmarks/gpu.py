@@ -89,7 +89,7 @@ def label(case: contenders.Case) -> str:
     return case.model if side in (32, 224) else f"{case.model} at {side}"
 
 
-def measure_ops(write: Write, batch: int, compiled: bool, which: str = "main", done: Iterable[dict] = ()) -> None:
+def measure_ops(write: Write, batch: int, compiled: bool, which: str, done: Iterable[dict]) -> None:
     lines = list(done)
     for case in contenders.cases_of("small" if REHEARSAL else which):
         if which == "main" or REHEARSAL:
@@ -139,7 +139,7 @@ def model_cases(batch: int, which: str) -> list[whole_models.ModelCase]:
     return [*found, make("H", 224, batch, "bf16", "training")]  # which an 80 GB card may not hold
 
 
-def measure_models(write: Write, batch: int, compiled: bool, which: str = "main", done: Iterable[dict] = ()) -> None:
+def measure_models(write: Write, batch: int, compiled: bool, which: str, done: Iterable[dict]) -> None:
     lines = list(done)
     for case in model_cases(batch, which):
         names = model_contenders(case, batch, compiled, which)

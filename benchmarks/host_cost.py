@@ -66,11 +66,6 @@ def cases(mode: str) -> dict[str, Callable]:
     }
 
 
-def _forget_tiles() -> None:
-    tile_table.lookup.cache_clear()
-    tile_table.residents.cache_clear()
-
-
 class _Compiled:
     """A kernel whose launcher does nothing."""
 
@@ -86,22 +81,22 @@ def _no_launch(kernel, *args, grid, warmup, **kwargs) -> type:
 
 
 @contextlib.contextmanager
-def launches_do_nothing(arch: str = "sm_90"):
-    """A block in which the kernels are chosen for CPU tensors with the tiles of `arch`, and no launch does anything."""
+def launches_do_nothing():
+    """A block in which the kernels are chosen for CPU tensors with a Hopper's tiles, and no launch does anything."""
     streams = types.SimpleNamespace(active=types.SimpleNamespace(get_current_stream=lambda index: 0))
     with (
         mock.patch.object(JITFunction, "run", _no_launch),
         mock.patch.object(replay, "_run", _no_launch),
         mock.patch.object(replay, "driver", streams),
         mock.patch.object(replay, "_plans", {}),
-        mock.patch.object(tile_table, "architecture", functools.cache(lambda device: arch)),
+        mock.patch.object(tile_table, "architecture", functools.cache(lambda device: "sm_90")),
         mock.patch.object(backend, "why_not_triton", functools.cache(lambda device: "")),
     ):
-        _forget_tiles()
+        tile_table.forget()
         try:
             yield
         finally:
-            _forget_tiles()
+            tile_table.forget()
 
 
 class _Calls(TorchDispatchMode):

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import vit_fast
 from benchmarks import timing
-from benchmarks.contenders import DTYPES, LOST, LeftOut, compiled, installed, lost
+from benchmarks.contenders import LOST, LeftOut, compiled, installed, lost
+from benchmarks.launches import DTYPES
 from benchmarks.predictions import forward_flops
 from benchmarks.timing import DEVICE
 from tests import mend_torchvision

@@ -6,7 +6,7 @@ backward   of the second half, then of the first, each with the gradient past it
            the branch, which also writes what the first branch makes of that: drop∘γ₁ of it; one launch for the second
            stages of all four weights, one for both LayerNorms' dγ and dβ
            13 launches, 14 where attention takes two kernels, one more for the second half's LayerScale, drop path or
-           autocast
+           autocast; 6 fewer where no parameter is trained, as between adapters
 saved      x, qkv, o, m, h, lse and the mean and rstd of both LayerNorms: per token and layer 10·D elements (F = 4·D),
            16 bytes, and one number a head
 held       between launches of inference 6·D elements a token at most: the residual stream, the hidden layer, and what
@@ -48,16 +48,18 @@ def forward(
 
 @replayed
 def backward(
-    dy, x, kept, norm1, qkv, proj, end1, norm2, fc1, fc2, end2, heads, activation, tokens_per_image, precision
+    dy, x, kept, norm1, qkv, proj, end1, norm2, fc1, fc2, end2, heads, activation, tokens_per_image, precision, trained
 ):  # fmt: skip
-    """dx, then the gradients of norm₁, qkv, proj, LayerScale₁, norm₂, fc1, fc2 and LayerScale₂, None where absent."""
+    """dx, then the gradients of norm₁, qkv, proj, LayerScale₁, norm₂, fc1, fc2 and LayerScale₂; None where absent, and
+    all but dx where no parameter is trained."""
     packed, o, lse, middle, hidden, mean1, rstd1, mean2, rstd2 = kept
     branch1 = linear.branch_of(middle, *end1, tokens_per_image, proj[0].dtype)
     dmiddle, shares2, of_fc1, of_fc2 = mlp.first_stage(
         dy, middle, hidden, mean2, rstd2, *norm2, *fc1, *fc2, *end2, activation, tokens_per_image,
-        precision, branch1,
+        precision, trained, branch1,
     )  # fmt: skip
-    do, of_proj = linear_residual.first_stage(*linear.gradients_of(branch1, dmiddle), o, *proj, end1[0], precision)
+    branches = linear.gradients_of(branch1, dmiddle)
+    do, of_proj = linear_residual.first_stage(*branches, o, *proj, end1[0], precision, trained)
     dpacked = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
     shape = (-1, tokens_per_image, o.shape[1])
     q, k, v = _heads(packed, tokens_per_image, heads)
@@ -65,7 +67,7 @@ def backward(
         do.view(shape), q, k, v, o.view(shape), lse, *_heads(dpacked, tokens_per_image, heads),
         q.shape[-1] ** -0.5, precision,
     )  # fmt: skip
-    dx, shares1, of_qkv = ln_linear.first_stage(dpacked, x, mean1, rstd1, *norm1, *qkv, precision, dmiddle)
-    dqkv, dproj, dfc1, dfc2 = zip(*[iter(linear.finish(of_qkv, of_proj, of_fc1, of_fc2))] * 3)
-    dnorms = layer_norm.finish((shares1, *norm1), (shares2, *norm2))
-    return dx, *dnorms[:2], *dqkv[:2], *dproj, *dnorms[2:], *dfc1[:2], *dfc2
+    dx, shares1, of_qkv = ln_linear.first_stage(dpacked, x, mean1, rstd1, *norm1, *qkv, precision, trained, dmiddle)
+    dqkv, dproj, dfc1, dfc2 = linear.finish(of_qkv, of_proj, of_fc1, of_fc2)
+    dnorm1, dnorm2 = layer_norm.finish((shares1, *norm1), (shares2, *norm2))
+    return dx, *dnorm1, *dqkv[:2], *dproj, *dnorm2, *dfc1[:2], *dfc2

@@ -158,13 +158,15 @@ def _finish_kernel(first, second, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
             _sum_shares(second, cols, K, BLOCK_M)
 
 
-def finish(*norms: tuple):
-    """dγ, dβ of each LayerNorm, one after the other: one launch for one or two (shares of `backward`, γ, β)."""
+def finish(*norms: tuple) -> list:
+    """(dγ, dβ) of each LayerNorm: one launch for one or two (shares of `backward`, γ, β); or all shares are None."""
+    if norms[0][0] is None:
+        return [(None, None)] * len(norms)
     K = norms[0][0].shape[2]
     found, groups = [], [None, None]
     for index, (shares, weight, bias) in enumerate(norms):
         dweight, dbias = (torch.empty((K,), dtype=t.dtype, device=t.device) for t in (weight, bias))
-        found += [dweight, dbias]
+        found.append((dweight, dbias))
         groups[index] = (shares, float(shares.shape[1]), dweight, dbias)  # a float as in `linear.finish`
     _finish_kernel[(-(-K // 32), 2, len(norms))](
         first=groups[0], second=groups[1], K=K, BLOCK_M=32, BLOCK_N=32, num_warps=4

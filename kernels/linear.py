@@ -283,8 +283,10 @@ def _finish_kernel(first, second, third, fourth, COUNT: tl.constexpr, BLOCK_M: t
         _finish_rows(fourth, which == 3, BLOCK_M, BLOCK_N)
 
 
-def finish(*gradients: Partials) -> list:
-    """dW, db and dγ (None where absent) of each of one to four gradients, one after the other, in one launch."""
+def finish(*gradients: Partials | None) -> list:
+    """(dW, db, dγ), None where absent, of each of one to four gradients, in one launch; or all are None."""
+    if gradients[0] is None:
+        return [(None, None, None)] * len(gradients)
     # How many spans and sums there are is a float: Triton would compile another kernel for an integer of 1 or of 16.
     found, groups = [], [None] * 4
     for index, (partial, sums, weight, bias, layer_scale) in enumerate(gradients):
@@ -293,7 +295,7 @@ def finish(*gradients: Partials) -> list:
         dbias, dscale = (
             None if t is None else torch.empty((N,), dtype=t.dtype, device=partial.device) for t in (bias, layer_scale)
         )
-        found += [dweight, dbias, dscale]
+        found.append((dweight, dbias, dscale))
         groups[index] = (
             partial, sums, weight, bias, layer_scale, dweight, dbias, dscale, N, K, weight.stride(0), float(splits),
             0.0 if sums is None else float(len(sums)),

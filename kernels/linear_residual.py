@@ -79,13 +79,16 @@ def forward(x, weight, bias, residual, layer_scale, drop, tokens_per_image, prec
     return y
 
 
-def first_stage(dropped, scaled, x, weight, bias, layer_scale, precision):
-    """dx, and the first stage of dW, db and dγ, of drop∘dy and drop∘dy∘γ."""
-    return input_grad(scaled, weight, precision), weight_grad(dropped, x, weight, bias, layer_scale, precision)
+def first_stage(dropped, scaled, x, weight, bias, layer_scale, precision, trained):
+    """dx, and the first stage of dW, db and dγ, of drop∘dy and drop∘dy∘γ; None where no parameter is trained."""
+    dx = input_grad(scaled, weight, precision)
+    return dx, weight_grad(dropped, x, weight, bias, layer_scale, precision) if trained else None
 
 
-def backward(dy, x, weight, bias, layer_scale, drop, tokens_per_image, precision):
-    """dx, dW, db (None without b) and dγ (None without γ); the residual's gradient is dy itself."""
+def backward(dy, x, weight, bias, layer_scale, drop, tokens_per_image, precision, trained):
+    """dx, dW, db (None without b) and dγ (None without γ), all but dx None where no parameter is trained; the
+    residual's gradient is dy itself."""
     gradients = branch_gradient(dy, layer_scale, drop, tokens_per_image, weight.dtype)
-    dx, partials = first_stage(*gradients, x, weight, bias, layer_scale, precision)
-    return dx, *finish(partials)
+    dx, partials = first_stage(*gradients, x, weight, bias, layer_scale, precision, trained)
+    (dlinear,) = finish(partials)
+    return dx, *dlinear

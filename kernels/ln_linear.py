@@ -72,15 +72,20 @@ def forward(x, norm_weight, norm_bias, weight, bias, eps, precision, training=Tr
     return y, mean, rstd
 
 
-def first_stage(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, precision, residual_grad=None, branch=None):
-    """dx, to which the residual's gradient is added where it is given, and the first stages of the other gradients:
-    of γ and β for `layer_norm.finish`, of W and b for `linear.finish`. `branch` as for `layer_norm.backward`."""
+def first_stage(
+    dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, precision, trained, residual_grad=None, branch=None
+):
+    """dx, to which the residual's gradient is added where it is given, and the first stages of the other gradients,
+    None where no parameter is `trained`: of γ and β for `layer_norm.finish`, of W and b for `linear.finish`. `branch`
+    as for `layer_norm.backward`."""
     dz = input_grad(dy, weight, precision)
     dx, z, shares = layer_norm.backward(dz, x, mean, rstd, norm_weight, norm_bias, residual_grad, branch)
-    return dx, shares, weight_grad(dy, z, weight, bias, None, precision)
+    return (dx, shares, weight_grad(dy, z, weight, bias, None, precision)) if trained else (dx, None, None)
 
 
-def backward(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, precision):
-    """dx, dγ, dβ, dW and db (None without b), each in the dtype of what it is the gradient of."""
-    dx, shares, partials = first_stage(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, precision)
-    return dx, *layer_norm.finish((shares, norm_weight, norm_bias)), *finish(partials)[:2]
+def backward(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, precision, trained):
+    """dx, dγ, dβ, dW and db (None without b), each in the dtype of what it is the gradient of; dx alone and None where
+    no parameter is trained."""
+    dx, shares, partials = first_stage(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, precision, trained)
+    (dnorm,), (dlinear,) = layer_norm.finish((shares, norm_weight, norm_bias)), finish(partials)
+    return dx, *dnorm, *dlinear[:2]

@@ -116,10 +116,10 @@ def forward(
 
 def first_stage(
     dy, x, hidden, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop,
-    activation, tokens_per_image, precision, branch=None,
+    activation, tokens_per_image, precision, trained, branch=None,
 ):  # fmt: skip
-    """dx, and the first stages of the other gradients: of the LayerNorm, of fc1 and of fc2. `branch`, of `branch_of`,
-    is that of the half before: what dx is to it is written too."""
+    """dx, and the first stages of the other gradients, of the LayerNorm, of fc1 and of fc2, None where no parameter is
+    trained. `branch`, of `branch_of`, is that of the half before: what dx is to it is written too."""
     (M, D), width = x.shape, fc1_weight.shape[0]
     dropped, scaled = branch_gradient(dy, layer_scale, drop, tokens_per_image, fc2_weight.dtype)
     dhidden, activated = torch.empty_like(hidden), torch.empty_like(hidden)
@@ -128,17 +128,18 @@ def first_stage(
         dy_ptr=scaled, weight_ptr=fc2_weight, hidden_ptr=hidden, dhidden_ptr=dhidden, activated_ptr=activated, K=D,
         stride_dy=scaled.stride(0), stride_weight=fc2_weight.stride(0), ACTIVATION=activation, PRECISION=precision,
     )  # fmt: skip
-    fc2 = weight_grad(dropped, activated, fc2_weight, fc2_bias, layer_scale, precision)
+    fc2 = weight_grad(dropped, activated, fc2_weight, fc2_bias, layer_scale, precision) if trained else None
     del activated, dropped, scaled
     dx, shares, fc1 = ln_linear.first_stage(
-        dhidden, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, precision, dy, branch
+        dhidden, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, precision, trained, dy, branch
     )  # fmt: skip
     return dx, shares, fc1, fc2
 
 
 def backward(dy, x, hidden, mean, rstd, norm_weight, norm_bias, *parameters_and_settings):
-    """dx, dγ and dβ of the LayerNorm, dW₁, db₁, dW₂, db₂ and dγ of the LayerScale (None where absent); the arguments
-    are those of `first_stage`."""
+    """dx, dγ and dβ of the LayerNorm, dW₁, db₁, dW₂, db₂ and dγ of the LayerScale; None where absent, and all but dx
+    where no parameter is trained. The arguments are those of `first_stage`."""
     dx, shares, fc1, fc2 = first_stage(dy, x, hidden, mean, rstd, norm_weight, norm_bias, *parameters_and_settings)
-    dfc1_weight, dfc1_bias, _, *dfc2 = finish(fc1, fc2)
-    return dx, *layer_norm.finish((shares, norm_weight, norm_bias)), dfc1_weight, dfc1_bias, *dfc2
+    (dnorm,) = layer_norm.finish((shares, norm_weight, norm_bias))
+    dfc1, dfc2 = finish(fc1, fc2)
+    return dx, *dnorm, *dfc1[:2], *dfc2

@@ -145,16 +145,18 @@ def forward(images, weight, bias, position, prefix, dtype, precision):
 
 
 def backward(dtokens, images, weight, bias, position, prefix, precision):
-    """dW, dbias, dposition and dprefix (None where absent) from contiguous dtokens [B, T, D]."""
+    """dW, dbias, dposition and dprefix from contiguous dtokens [B, T, D]; None where absent, dW without images."""
     T, D = dtokens.shape[1:]
     R = 0 if prefix is None else prefix.shape[0]
-    # What is cast in the product would come from registers, at half its rate.
-    operand = dtokens.to(weight.dtype).view(-1, D)
-    partials = weight_grad(operand, cut(images, weight, prefix), weight.view(D, -1), None, None, precision)
-    dweight, _, _ = finish(partials)  # [D, K], K with the columns that the patches have
+    dweight = None
+    if images is not None:
+        # What is cast in the product would come from registers, at half its rate.
+        operand = dtokens.to(weight.dtype).view(-1, D)
+        partials = weight_grad(operand, cut(images, weight, prefix), weight.view(D, -1), None, None, precision)
+        ((dweight, _, _),) = finish(partials)  # [D, K], K with the columns that the patches have
+        dweight = dweight[:, : weight[0].numel()].reshape(weight.shape).contiguous()
     sums = dtokens.sum(0, dtype=torch.float32)  # [T, D]
     dbias = None if bias is None else sums[R:].sum(0).to(bias.dtype)
     dposition = None if position is None else sums[T - position.shape[0] :].to(position.dtype, copy=True)
     dprefix = None if prefix is None else sums[:R].to(prefix.dtype, copy=True)
-    dweight = dweight[:, : weight[0].numel()].reshape(weight.shape).contiguous()
     return dweight, dbias, dposition, dprefix

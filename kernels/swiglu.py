@@ -138,9 +138,10 @@ def forward(
 
 def backward(
     dy, x, hidden, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop,
-    tokens_per_image, precision,
+    tokens_per_image, precision, trained,
 ):  # fmt: skip
-    """dx, dγ and dβ of the LayerNorm, dW₁, db₁, dW₂, db₂ and dγ of the LayerScale (None where absent)."""
+    """dx, dγ and dβ of the LayerNorm, dW₁, db₁, dW₂, db₂ and dγ of the LayerScale; None where absent, and all but dx
+    where no parameter is trained."""
     (M, D), width = x.shape, fc2_weight.shape[1]
     dropped, scaled = branch_gradient(dy, layer_scale, drop, tokens_per_image, fc2_weight.dtype)
     dhidden, h = torch.empty_like(hidden), torch.empty((M, width), dtype=hidden.dtype, device=x.device)
@@ -150,10 +151,11 @@ def backward(
         dy_ptr=scaled, weight_ptr=fc2_weight, gate_ptr=gate, value_ptr=value, dgate_ptr=dgate, dvalue_ptr=dvalue,
         h_ptr=h, K=D, stride_dy=scaled.stride(0), stride_weight=fc2_weight.stride(0), PRECISION=precision,
     )  # fmt: skip
-    fc2 = weight_grad(dropped, h, fc2_weight, fc2_bias, layer_scale, precision)
+    fc2 = weight_grad(dropped, h, fc2_weight, fc2_bias, layer_scale, precision) if trained else None
     del h, dropped, scaled
     dx, shares, fc1 = ln_linear.first_stage(
-        dhidden, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, precision, dy
+        dhidden, x, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, precision, trained, dy
     )  # fmt: skip
-    dfc1_weight, dfc1_bias, _, *dfc2 = finish(fc1, fc2)
-    return dx, *layer_norm.finish((shares, norm_weight, norm_bias)), dfc1_weight, dfc1_bias, *dfc2
+    (dnorm,) = layer_norm.finish((shares, norm_weight, norm_bias))
+    dfc1, dfc2 = finish(fc1, fc2)
+    return dx, *dnorm, *dfc1[:2], *dfc2

@@ -241,7 +241,7 @@ def residents(kernel: str, device: torch.device, dtype: torch.dtype, shape_class
     return multiprocessors(device) * classes[_entry_for(shape_class, classes)].get("blocks_per_sm", 1)
 
 
-def _forget() -> None:
+def forget() -> None:
     """Have entries looked up anew."""
     global changes
     lookup.cache_clear()
@@ -254,7 +254,7 @@ def recording():
     """A list that grows by (kernel, dtype class, shape class) of each entry when it is first looked up in the block."""
     global _recorded
     before, _recorded = _recorded, []
-    _forget()
+    forget()
     try:
         yield _recorded
     finally:
@@ -266,9 +266,9 @@ def using(name: str, kernel: str, dtype: str, shape: str, entry: dict):
     """Inside the block every launch of this process takes `entry` from that place of an architecture's table."""
     classes = table(name)[kernel][dtype]
     before, classes[shape] = classes[shape], entry
-    _forget()
+    forget()
     try:
         yield
     finally:
         classes[shape] = before
-        _forget()
+        forget()

@@ -28,7 +28,9 @@ import torchvision  # noqa: E402
 import transformers as hf  # noqa: E402
 
 import vit_fast  # noqa: E402
+from tests.error_rule import relative_error  # noqa: E402
 from tests.originals import OriginalVisionTransformer  # noqa: E402
+from tests.small_runs import drawn  # noqa: E402
 from vit_fast.foreign.block import Fused, FusedBlock  # noqa: E402
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "matrix.md"
@@ -154,17 +156,8 @@ NAMES = [(library, name) for library, models in MODELS.items() for name in model
 # ---- a model and what it takes
 
 
-def drawn(model: nn.Module) -> nn.Module:
-    """Every parameter drawn anew: torchvision's head starts at zero, LayerScale at 1e-5."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            near = 1.0 if parameter.dim() == 1 else 0.0
-            parameter.copy_(near + (0.3 if near else 0.1) * torch.randn_like(parameter))
-    return model
-
-
 def build(library: str, name: str) -> nn.Module:
-    return drawn(MODELS[library][name]()).eval()
+    return drawn(MODELS[library][name]())
 
 
 def inputs_of(model: nn.Module, batch: int = 2) -> dict[str, Tensor]:
@@ -206,10 +199,6 @@ def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
-
-
 def assert_equal_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     """Each parameter's within a share of the norm of all: some are zero but for rounding, a key's bias among them."""
     assert ours.keys() == theirs.keys()
@@ -233,7 +222,7 @@ def accelerated(model: nn.Module) -> nn.Module:
 
 def forward(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        assert distance(run(accelerated(model), inputs), run(model, inputs)) <= OUTPUT
+        assert relative_error(run(accelerated(model), inputs), run(model, inputs)) <= OUTPUT
 
 
 def gradients_cell(model: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -253,8 +242,8 @@ def training_step(model: nn.Module, inputs: dict[str, Tensor]) -> None:
             optimiser.step()
         results.append(torch.cat([parameter.detach().flatten() for parameter in one.parameters()]))
     start = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    assert distance(results[0], start) > 1e-4, "the step changed nothing"
-    assert distance(results[1], results[0]) <= OUTPUT
+    assert relative_error(results[0], start) > 1e-4, "the step changed nothing"
+    assert relative_error(results[1], results[0]) <= OUTPUT
 
 
 def hooks(model: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -267,8 +256,8 @@ def hooks(model: nn.Module, inputs: dict[str, Tensor]) -> None:
         linear.register_forward_hook(lambda module, args, output, name=name: output * 1.5)
         with torch.no_grad():
             seen[f"{name}, output"] = run(one, inputs)
-    assert distance(flat(seen["after"]), flat(seen["before"])) <= OUTPUT
-    assert distance(seen["after, output"], seen["before, output"]) <= OUTPUT
+    assert relative_error(flat(seen["after"]), flat(seen["before"])) <= OUTPUT
+    assert relative_error(seen["after, output"], seen["before, output"]) <= OUTPUT
 
 
 def block_kinds(model: nn.Module) -> tuple[type, ...]:
@@ -304,7 +293,7 @@ def compile_cell(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     upstream = torch.randn(output.shape)
     output.backward(upstream)
     expected = run(model, inputs)
-    assert distance(output, expected) <= OUTPUT
+    assert relative_error(output, expected) <= OUTPUT
     expected.backward(upstream)
     ours, theirs = ({name: p.grad for name, p in m.named_parameters() if p.grad is not None} for m in (one, model))
     assert_equal_gradients(ours, theirs)
@@ -315,7 +304,7 @@ def export_cell(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     with torch.no_grad():
         program = torch.export.export(accelerated(model), (), inputs)
         assert not [node for node in program.graph.nodes if "vit_fast" in str(node.target)]
-        assert distance(run(program.module(), inputs), run(model, inputs)) <= OUTPUT
+        assert relative_error(run(program.module(), inputs), run(model, inputs)) <= OUTPUT
 
 
 def autocast_cell(model: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -325,7 +314,7 @@ def autocast_cell(model: nn.Module, inputs: dict[str, Tensor]) -> None:
         truth = run(copy.deepcopy(model).double(), wide)
         with torch.autocast("cpu", torch.bfloat16):
             ours, theirs = run(accelerated(model), inputs), run(model, inputs)
-    assert distance(ours, truth) <= 2 * distance(theirs, truth) + torch.finfo(torch.bfloat16).eps / 8
+    assert relative_error(ours, truth) <= 2 * relative_error(theirs, truth) + torch.finfo(torch.bfloat16).eps / 8
 
 
 def restore_cell(model: nn.Module, inputs: dict[str, Tensor]) -> None:

@@ -1,9 +1,10 @@
-"""Runs, pictures and folders small enough for a test."""
+"""Runs, pictures, folders and models small enough for a test."""
 
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 
 from vit_fast import training
 
@@ -50,3 +51,16 @@ def bomb(path: Path, side: int = 20_000) -> Path:
 def equal_states(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     """Whether two dicts hold the same names and the same bits."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def without_speed(history: list[dict]) -> list[dict]:
+    return [{key: value for key, value in record.items() if key != "images_per_second"} for record in history]
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    """Every parameter drawn anew: some heads start at zero, LayerScale at 1e-5."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            near = 1.0 if parameter.dim() == 1 else 0.0
+            parameter.copy_(near + (0.3 if near else 0.1) * torch.randn_like(parameter))
+    return model.eval()

@@ -23,6 +23,7 @@ from tests import matrix
 from tests.conftest import INTERPRETING
 from tests.error_rule import relative_error
 from tests.originals import OriginalVisionTransformer
+from tests.small_runs import drawn
 from vit_fast import ops
 from vit_fast.foreign import block as foreign_block
 from vit_fast.foreign.block import Fused
@@ -117,7 +118,7 @@ INTERPRETED = {
 @pytest.mark.skipif(not INTERPRETING, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_on_the_kernels(name):
-    model = matrix.drawn(INTERPRETED[name]()).eval()
+    model = drawn(INTERPRETED[name]())
     x = torch.randn(2, 5, 48) if name == "torch.nn" else torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         upstream = torch.randn(matrix.flat(model(x)).shape)
@@ -131,7 +132,7 @@ def test_on_the_kernels(name):
     expected, their_gradients = output_and_gradients(model)
     with vit_fast.use_backend("triton"):
         output, our_gradients = output_and_gradients(fast)
-    assert matrix.distance(output, expected) <= matrix.OUTPUT
+    assert relative_error(output, expected) <= matrix.OUTPUT
     matrix.assert_equal_gradients(our_gradients, their_gradients)
 
 
@@ -139,15 +140,15 @@ def test_on_the_kernels(name):
 
 
 def _timm(**more) -> nn.Module:
-    return matrix.drawn(timm.create_model("vit_tiny_patch16_224", **{**matrix.TINY, **more})).eval()
+    return drawn(timm.create_model("vit_tiny_patch16_224", **{**matrix.TINY, **more}))
 
 
 def _vit(**more) -> nn.Module:
-    return matrix.drawn(hf.ViTModel(hf.ViTConfig(**matrix.SIZES, **more))).eval()
+    return drawn(hf.ViTModel(hf.ViTConfig(**matrix.SIZES, **more)))
 
 
 def _ours() -> nn.Module:
-    return matrix.drawn(vit_fast.create_model("vit_tiny_patch16_224", **matrix.TINY)).eval()
+    return drawn(vit_fast.create_model("vit_tiny_patch16_224", **matrix.TINY))
 
 
 def _lines(report) -> dict:
@@ -410,7 +411,7 @@ def _another_part(model: nn.Module) -> str:
 @pytest.mark.parametrize("training", [False, True])
 def test_a_block_of_that_name_that_is_none(change, training, caplog):
     """As BEiT's is, whose further parameters start at zero: no comparison of a fresh model would see them."""
-    model = matrix.drawn(OriginalVisionTransformer("dino")).train(training)
+    model = drawn(OriginalVisionTransformer("dino")).train(training)
     reason = change(model)
     assert not any(line.replaced for line in vit_fast.accelerate(model))
     assert reason in caplog.text
@@ -638,7 +639,7 @@ def test_a_wrapped_half_keeps_its_code(wrap, half, when):
 @pytest.mark.parametrize("kept", ["buffer", "attribute"])
 def test_a_layer_scale_that_is_no_parameter(kept):
     """Frozen as a buffer, or kept elsewhere, as FSDP's first version does with what it ignores."""
-    model = matrix.drawn(timm.create_model("vit_tiny_patch16_224", init_values=0.3, **matrix.TINY)).eval()
+    model = drawn(timm.create_model("vit_tiny_patch16_224", init_values=0.3, **matrix.TINY))
     for block in model.blocks:
         for scale in (block.ls1, block.ls2):
             gamma = scale.gamma.detach()
@@ -747,12 +748,12 @@ def test_masks_go_the_librarys_way(monkeypatch):
 
 
 def test_dinos_attention_map():
-    model = matrix.drawn(OriginalVisionTransformer("dino")).eval()
+    model = drawn(OriginalVisionTransformer("dino"))
     x = torch.randn(2, 5, 48)
     expected = model.blocks[0](x, return_attention=True)
     vit_fast.accelerate(model)
     assert torch.equal(model.blocks[0](x, return_attention=True), expected)
-    nested = matrix.drawn(OriginalVisionTransformer("dinov2")).eval()
+    nested = drawn(OriginalVisionTransformer("dinov2"))
     expected = nested.blocks[0]([x, x[:1]])
     vit_fast.accelerate(nested)
     assert all(torch.equal(a, b) for a, b in zip(nested.blocks[0]([x, x[:1]]), expected))

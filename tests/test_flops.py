@@ -94,8 +94,9 @@ def test_the_formulas_are_there_in_any_order_of_imports(code):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("name", CALLS)
-def test_an_op_counts_as_pytorch(name):
+def test_an_op_counts_as_pytorch(name, trained):
     op, draw, options = CALLS[name]
     tensors = {name: None if t is None else t.float() for name, t in draw().items()}
     stem = name.partition(",")[0]
@@ -105,7 +106,11 @@ def test_an_op_counts_as_pytorch(name):
             return op(**tensors, **options)
 
     upstream = torch.randn_like(inference())
-    case = Case(name, draw, options, constant=("drop", "drop1", "drop2", "images"))
+    parameters = [one for one in tensors if one not in ("x", "q", "k", "v", "qkv", "residual")]
+    if stem == "patch_embed":  # no kernel makes an image's gradient: without the weight's there is no product
+        parameters = ["weight"]
+    frozen = () if trained or name == "patch_embed, bare" else parameters
+    case = Case(name, draw, options, constant=("drop", "drop1", "drop2", "images", *frozen))
     assert_counts_the_same(inference, {"attention_qkv": "attention"}.get(stem, stem))
     forward = f"{stem}_train" if f"{stem}_train" in FORMULAS else stem
     assert_counts_the_same(lambda: run(op, tensors, case, upstream), forward, f"{stem}_backward")

@@ -15,6 +15,7 @@ pytest.importorskip("timm", reason="what models are compared with")
 
 import vit_fast
 from benchmarks import accelerated, gpu, largest, records, timing
+from benchmarks.pages import RESULTS
 
 ROOT = Path(__file__).parent.parent
 STEPS = tuple(step for step in gpu.STEPS if step != "tiles")
@@ -188,7 +189,7 @@ def test_models_too_are_not_measured_twice(monkeypatch):
     cases = gpu.whole_models.cases("small")
     monkeypatch.setattr(gpu, "model_cases", lambda batch, which: cases[:2] if which == "main" else cases)
     written = []
-    gpu.measure_models(written.append, 2, True, "main")
+    gpu.measure_models(written.append, 2, True, "main", done=())
     assert [case for case, _ in asked] == cases[:2]
     gpu.measure_models(written.append, 2, True, "rest", done=json.loads(json.dumps(written[-1])))
     assert [case for case, _ in asked] == cases
@@ -318,7 +319,9 @@ def test_a_whole_day_leaves_eight_files():
     assert len(names) + len(["page.txt"]) <= 8
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").rglob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(RESULTS.parent.glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_every_file_of_results_says_what_it_must(path):
     records.validate(json.loads(path.read_text()))
 

@@ -220,7 +220,7 @@ def test_a_tensor_of_another_shape_than_its_layout_has(tmp_path, state):
         vit_fast.load(tmp_path / "a.npz")
 
 
-def _npz(path: Path, header: str, data: bytes, claimed: int | None = None) -> Path:
+def _npz(path: Path, header: str, data: bytes) -> Path:
     import zipfile
 
     text = header.encode() + b"\n"

@@ -209,6 +209,17 @@ def test_forward_and_backward(options, monkeypatch):
 
 
 @pytest.mark.interpret
+def test_a_frozen_block_makes_no_gradient_of_its_own(monkeypatch):
+    """As between adapters, or behind prompts that are trained."""
+    block, x, y = _model(1).blocks[0].train().requires_grad_(False), torch.randn(2, 5, 32, requires_grad=True), []
+    assert launches(monkeypatch, lambda: y.append(block(x))) == FORWARD
+    upstream = torch.randn(x.shape)
+    expected = [name for name in BACKWARD if not name.endswith(("_weight_grad_kernel", "_finish_kernel"))]
+    assert launches(monkeypatch, lambda: y[0].backward(upstream)) == expected
+    assert len(expected) == len(BACKWARD) - 6
+
+
+@pytest.mark.interpret
 def test_the_last_block_before_a_pool_of_the_class_token(monkeypatch):
     """norm1 and the product for keys and values, and for the queries of one token; the rest is as in every block."""
     model, images = _model(1, global_pool="token").train(), torch.randn(1, 3, 32, 32)

@@ -126,7 +126,7 @@ def test_what_differs_has_a_plan_of_its_own(other, compiled):
 
 def test_another_tile_is_another_plan(compiled):
     sums(*drawn())
-    tile_table._forget()
+    tile_table.forget()
     assert_right(sums(*(call := drawn())), *call)
     assert len(replay._plans) == 2
 

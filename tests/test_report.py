@@ -1,14 +1,11 @@
 """The measured tables of the pages are those of the files of results."""
 
-import json
-
 import pytest
 
 pytest.importorskip("triton", reason="the pages' other parts come from compiled kernels")
 
-from benchmarks import pages, predictions, records, report
+from benchmarks import pages, predictions, report
 from benchmarks.launches import sameness
-from benchmarks.pages import RESULTS
 
 
 def test_the_pages_say_what_the_files_say():
@@ -231,10 +228,3 @@ def test_a_ratio_just_under_one_is_not_rounded_away():
         "0.996, slower",
         "0.99, slower",
     ]
-
-
-@pytest.mark.parametrize(
-    "path", sorted(RESULTS.parent.glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}"
-)
-def test_every_file_of_results_is_one(path):
-    records.validate(json.loads(path.read_text()))

@@ -24,7 +24,7 @@ def caches(monkeypatch, tmp_path):
 
     def forget():
         tile_table.table.cache_clear()
-        tile_table._forget()
+        tile_table.forget()
 
     forget()
     yield forget
@@ -272,9 +272,9 @@ def test_a_table_that_does_not_tell_some_rows_apart(classes, taken, monkeypatch)
     rows = {"few": 16, "some": 32, "many": 128, "any": 64}
     entries = {shape: entry_like(BLOCK_M=rows[shape]) for shape in classes}
     monkeypatch.setattr(tile_table, "table", lambda name: {KERNEL: {"32": entries}})
-    tile_table._forget()
+    tile_table.forget()
     try:
         assert tile_table.lookup(KERNEL, CPU, torch.float32, "some")["BLOCK_M"] == taken
         assert tile_table.residents(KERNEL, CPU, torch.float32, "some") == 3
     finally:
-        tile_table._forget()
+        tile_table.forget()

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 import vit_fast
-from tests.small_runs import TINY_FLAGS, colour_folder, equal_states, tiny_config
+from tests.small_runs import TINY_FLAGS, colour_folder, equal_states, tiny_config, without_speed
 from vit_fast import checkpoint, training
 
 STEPS = 6  # of a tiny epoch on digits
@@ -25,10 +25,6 @@ def stop_after(step: int):
             raise KeyboardInterrupt
 
     return on_step
-
-
-def without_speed(history):
-    return [{key: value for key, value in record.items() if key != "images_per_second"} for record in history]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def tiles(monkeypatch, tmp_path):
 
     def forget():
         tile_table.table.cache_clear()
-        tile_table._forget()
+        tile_table.forget()
 
     path = tmp_path / "found" / "own.json"
     monkeypatch.setenv("VIT_FAST_TILES", str(path))
@@ -156,7 +156,7 @@ def test_the_fastest_is_kept_and_looked_up_by_every_later_process(monkeypatch, t
     assert tiles.read_text() == tile_table.text(kept)
     assert list(tiles.parent.iterdir()) == [tiles], "nothing is left beside it"
     tile_table.table.cache_clear()
-    tile_table._forget()
+    tile_table.forget()
     assert in_force()["BLOCK_M"] == 64, "in one that starts now"
 
 

@@ -39,7 +39,7 @@ def test_the_cases_reach_every_entry(architecture, monkeypatch):
                 output = case.call(*tensors)
                 if output.requires_grad:
                     torch.autograd.grad(output, tensors[case.spared :], torch.empty_like(output))
-    tile_table._forget()
+    tile_table.forget()
     assert entries(tile_table.table(architecture)) - set(reached) == set(), "no case of verify.EVERY_CLASS comes there"
 
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import vit_fast
 from tests.error_rule import relative_error
+from tests.small_runs import drawn, equal_states
 from vit_fast import cli, pretrained, weights
 from vit_fast.positions import resample_positions
 
@@ -33,21 +34,8 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads
 CLOSE = 2e-5
 
 
-def drawn(model: nn.Module) -> nn.Module:
-    """Every parameter drawn anew: some heads start at zero, LayerScale at 1e-5."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            near = 1.0 if parameter.dim() == 1 else 0.0
-            parameter.copy_(near + (0.3 if near else 0.1) * torch.randn_like(parameter))
-    return model.eval()
-
-
 def images() -> Tensor:
     return torch.randn(2, 3, 32, 32)
-
-
-def equal(ours: dict, theirs: dict) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 # ---- transformers
@@ -92,14 +80,14 @@ def test_transformers_there_and_back(name, tmp_path):
 
     in_memory, _ = weights.to_ours(theirs.state_dict())
     on_disk = safetensors.torch.load_file(tmp_path / "theirs" / "model.safetensors")
-    assert equal(in_memory, weights.to_ours(on_disk)[0])
+    assert equal_states(in_memory, weights.to_ours(on_disk)[0])
 
     # Fresh numbers of ours, back into their class.
     drawn(ours)
     if name == "CLIP":  # whose projection has no bias
         nn.init.zeros_(ours.head.bias)
     written = weights.convert(ours.state_dict(), "hf")
-    assert equal(weights.to_ours(written)[0], ours.state_dict())
+    assert equal_states(weights.to_ours(written)[0], ours.state_dict())
     safetensors.torch.save_file(written, tmp_path / "theirs" / "model.safetensors", {"format": "pt"})
     again, report = type(theirs).from_pretrained(tmp_path / "theirs", output_loading_info=True)
     assert not report["unexpected_keys"]
@@ -180,7 +168,7 @@ def test_torchvision_there_and_back(tmp_path):
     ours = vit_fast.load(tmp_path / "model.safetensors")
     assert relative_error(ours(x), theirs(x)) < CLOSE
     old = {name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): t for name, t in _of(theirs)}
-    assert equal(weights.to_ours(old)[0], weights.to_ours(theirs.state_dict())[0])
+    assert equal_states(weights.to_ours(old)[0], weights.to_ours(theirs.state_dict())[0])
     theirs.load_state_dict(weights.convert(drawn(ours).state_dict(), "torchvision"))
     assert relative_error(ours(x), theirs(x)) < CLOSE
 
@@ -220,7 +208,7 @@ def test_open_clips_tower_of_timms():
     projection = torch.randn(24, 64)
     state |= {"visual.head.proj.weight": projection, "logit_scale": torch.ones(()), "text.x": torch.ones(1)}
     found, coverage = weights.to_ours(state)
-    assert equal(found, {**trunk.state_dict(), "head.weight": projection, "head.bias": torch.zeros(24)})
+    assert equal_states(found, {**trunk.state_dict(), "head.weight": projection, "head.bias": torch.zeros(24)})
     assert coverage.dropped == ["logit_scale", "text.x"]
 
 
@@ -338,7 +326,7 @@ def test_a_round_trip_is_exact_or_refused(name, to):
         return
     there = weights.convert(state, to, num_heads=heads)
     assert {tensor.dtype for tensor in there.values()} == {torch.bfloat16}
-    assert equal(weights.convert(there, "timm"), state)
+    assert equal_states(weights.convert(there, "timm"), state)
 
 
 @pytest.mark.parametrize("to", ["hf", "torchvision", "dinov2", "jax"])
@@ -373,7 +361,7 @@ def test_dinov2s_own_names(gated, chunks):
     sizes = {**TINY, "embed_dim": 64, "mlp_ratio": 4.0}
     model = drawn(timm.create_model(name, **sizes))
     published = _published_dinov2(model.state_dict(), gated, chunks)
-    assert equal(weights.convert(published, "timm"), model.state_dict())
+    assert equal_states(weights.convert(published, "timm"), model.state_dict())
     written = weights.convert(model.state_dict(), "dinov2")
     expected = _published_dinov2(model.state_dict(), gated, False)
     assert written.keys() == expected.keys()
@@ -396,7 +384,7 @@ def test_dinos_checkpoint_of_a_wrapped_teacher():
     model = drawn(timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY))
     published = {f"module.backbone.{name}": tensor for name, tensor in _of(model)}
     published |= {"module.head.mlp.0.weight": torch.randn(4, 64), "module.head.last_layer.weight_v": torch.randn(4, 4)}
-    assert equal(weights.convert(published, "timm"), model.state_dict())
+    assert equal_states(weights.convert(published, "timm"), model.state_dict())
 
 
 def test_maes_own_names():
@@ -404,7 +392,7 @@ def test_maes_own_names():
     decoder = ("mask_token", "decoder_pos_embed", "decoder_embed.weight", "decoder_blocks.0.attn.qkv.weight")
     published = {**model.state_dict(), **{name: torch.randn(3) for name in (*decoder, "decoder_pred.bias")}}
     found, coverage = weights.to_ours(published)
-    assert equal(found, model.state_dict())
+    assert equal_states(found, model.state_dict())
     assert len(coverage.dropped) == 5
 
 
@@ -542,7 +530,7 @@ def test_a_folder_of_a_pickle_alone_says_how_to_convert_it(state, tmp_path, name
     with pytest.raises(ValueError, match=rf"{name}: refused, a pickle .* convert it once: safetensors"):
         vit_fast.load(tmp_path)
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
-    assert equal(weights.read(tmp_path), state)
+    assert equal_states(weights.read(tmp_path), state)
 
 
 def test_shards(state, tmp_path):
@@ -553,7 +541,7 @@ def test_shards(state, tmp_path):
     places = {name: part for part, of_part in parts.items() for name in of_part}
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": places}))
-    assert equal(weights.read(tmp_path), state)
+    assert equal_states(weights.read(tmp_path), state)
     for wrong in ("../model-1.safetensors", "/etc/model.safetensors", "model-1.bin", "a/b.safetensors"):
         index.write_text(json.dumps({"weight_map": {**places, "x": wrong}}))
         with pytest.raises(ValueError, match=r"refused, .* is no name of a safetensors file"):
@@ -589,7 +577,7 @@ def test_a_write_that_fails_leaves_the_old_file(state, tmp_path, monkeypatch):
 def test_names_of_a_compiled_model(state, tmp_path):
     """And of one whose blocks are compiled by themselves, under DDP."""
     whole = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
-    assert equal(weights.convert(whole, "timm"), state)
+    assert equal_states(weights.convert(whole, "timm"), state)
     model = vit_fast.create_model("vit_tiny_patch16_224", num_classes=5, **TINY)
     for index, block in enumerate(model.blocks):
         model.blocks[index] = torch.compile(block)
@@ -600,13 +588,13 @@ def test_names_of_a_compiled_model(state, tmp_path):
     again.load_state_dict(converted)
     model.save_pretrained(tmp_path)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).state_dict()
-    assert equal(dict(loaded.items()), again.state_dict())
+    assert equal_states(dict(loaded.items()), again.state_dict())
     assert torch.equal(again.blocks[1].mlp.fc1.weight, wrapped["module.blocks.1._orig_mod.mlp.fc1.weight"])
 
 
 def test_two_names_of_one_tensor(state):
     wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
-    assert equal(weights.convert(wrapped, "timm"), state)
+    assert equal_states(weights.convert(wrapped, "timm"), state)
     with pytest.raises(ValueError, match=r"cls_token and module\.cls_token are names of the same tensor"):
         weights.convert({**state, **wrapped}, "timm")
 
@@ -795,9 +783,9 @@ def test_convert_on_the_command_line(state, tmp_path, monkeypatch):
     result = _run("convert in.safetensors out.safetensors --to torchvision")
     assert result.exit_code == 0, result.output
     assert f"timm: {len(state)} tensors placed" in result.output
-    assert equal(weights.convert(weights.read(tmp_path / "out.safetensors"), "timm"), state)
+    assert equal_states(weights.convert(weights.read(tmp_path / "out.safetensors"), "timm"), state)
     assert _run("convert in.safetensors out.npz --to jax").exit_code == 0
-    assert equal(weights.convert(weights.read(tmp_path / "out.npz"), "timm"), state)
+    assert equal_states(weights.convert(weights.read(tmp_path / "out.npz"), "timm"), state)
     weights.write(tmp_path / "in.safetensors", {**state, "extra": torch.ones(1)})
     result = _run("convert in.safetensors other.safetensors --to torchvision")
     assert result.exit_code == 1

@@ -27,11 +27,6 @@ def pair(name: str, value) -> tuple[int, int]:
         raise ValueError(f"{name}: got {value!r}, takes a positive number or two") from error
 
 
-def one_of(name: str, value, choices: Sequence) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, takes one of {', '.join(map(repr, choices))}")
-
-
 def _from(package: str, layer, *names: str) -> bool:
     """Whether `layer` is a class of this package with one of these names; the package itself need not be installed."""
     return isinstance(layer, type) and layer.__name__ in names and layer.__module__.split(".")[0] == package
@@ -77,7 +72,7 @@ def norm_factory(name: str, layer):
     return functools.partial(nn.LayerNorm, eps=eps)
 
 
-def activation_name(layer, gated: bool = False) -> str:
+def activation_name(layer, gated: bool) -> str:
     """The name that the ops use for an activation given by that name, PyTorch's class, or a class of timm's or ours."""
     by_class = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
     name = "gelu" if layer is None else layer

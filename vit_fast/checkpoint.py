@@ -453,9 +453,7 @@ def load_weights(
     model.load_state_dict(weights, strict=not partial)
 
 
-def _check_fit(
-    wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], name: str, partial: Sequence[str] = ()
-) -> None:
+def _check_fit(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], name: str, partial: Sequence[str]) -> None:
     def known(key: str) -> bool:
         return any(fnmatch.fnmatchcase(key, pattern) for pattern in partial)
 

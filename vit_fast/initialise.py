@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 
 
-def trunc_normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+def trunc_normal_(tensor: Tensor, std: float = 1.0) -> Tensor:
     """A normal cut at ±2 (not ±2·std), by the inverse of its distribution function."""
-    low, high = (0.5 * (1 + math.erf((edge - mean) / std / math.sqrt(2))) for edge in (-2.0, 2.0))
+    low, high = (0.5 * (1 + math.erf(edge / std / math.sqrt(2))) for edge in (-2.0, 2.0))
     with torch.no_grad():
         tensor.uniform_(2 * low - 1, 2 * high - 1).erfinv_()
-        return tensor.mul_(std * math.sqrt(2.0)).add_(mean).clamp_(-2.0, 2.0)
+        return tensor.mul_(std * math.sqrt(2.0)).clamp_(-2.0, 2.0)
 
 
 def trunc_normal_tf_(tensor: Tensor, std: float) -> Tensor:
     """A normal cut at two standard deviations."""
     with torch.no_grad():
-        return trunc_normal_(tensor).mul_(std).add_(0.0)
+        return trunc_normal_(tensor).mul_(std)
 
 
 def init_children(module: nn.Module, mode: str, head_bias: float, needs_reset: bool, prefix: str = "") -> None:

@@ -24,7 +24,6 @@ from vit_fast.arguments import (
     is_swiglu,
     known_layer,
     norm_factory,
-    one_of,
     take_indices,
     whole_number,
 )
@@ -43,12 +42,14 @@ from vit_fast.layers import (
     SwiGLUPacked,
     why_aside,
 )
-from vit_fast.ops.backend import say_aside
+from vit_fast.ops.backend import one_of, say_aside
 from vit_fast.positions import resample_positions, sincos_position
 
 POOLS = ("", "token", "avg", "avgmax", "max", "map", "token_avg")
 NORM_AFTER = ("avg", "avgmax", "max")  # pools behind which the final norm stands, where `fc_norm` does not say
-FEW_TOKENS = 512  # a GPU waits for launches there: the class token alone would take nine, a block of all takes seven
+# Up to so many tokens of a batch a GPU waits for the host, and launches count: seven compute all tokens of the last
+# block as one op, nine its class token alone.
+FEW_TOKENS = 512
 WEIGHT_INITS = ("", "skip", "reset", "jax", "jax_nlhb", "moco")
 
 
@@ -841,7 +842,7 @@ class VisionTransformer(nn.Module):
     def _model_args(self) -> dict[str, Any]:
         from vit_fast.weights.settings import to_timm
 
-        return to_timm(self)["model_args"]
+        return to_timm(self, ())["model_args"]
 
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:

@@ -20,11 +20,8 @@ def sincos_position(rows: int, columns: int, width: int, temperature: float = 10
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
 
 
-INTERPOLATIONS = ("antialiased", "plain", "offset")
-
-
 def resample_positions(
-    table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int], prefix: int, how: str = "antialiased"
+    table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int], prefix: int, how: str
 ) -> Tensor:
     """A position table [1, prefix + N, D] for another grid: bicubic, in fp32.
 

@@ -304,7 +304,7 @@ class Tuner:
         own.setdefault(kernel, {}).setdefault(dtype, {})[shape] = entry
         self._write(own)
         self.table[kernel][dtype][shape] = entry
-        tile_table._forget()
+        tile_table.forget()
         return entry
 
     def _write(self, own: dict) -> None:

@@ -56,7 +56,7 @@ def test_descriptors_and_pointers_agree(run, monkeypatch):
     """They differ in how a tile comes: the same products in the same order, so the same bits."""
     expected = run()
     monkeypatch.setattr(product, "aligned", lambda *_: False)
-    tile_table._forget()  # and with the tiles the plan of the call before
+    tile_table.forget()  # and with the tiles the plan of the call before
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), expected))
 
 

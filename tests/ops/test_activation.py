@@ -162,7 +162,7 @@ def counted(arch, dtype, activation, with_grad):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from benchmarks.compiled import nvidia_tool
+    from benchmarks.compiled import cuobjdump
 
     pointers = {"x_ptr": "*fp32", "y_ptr": f"*{dtype}"} | ({"slope_ptr": f"*{dtype}"} if with_grad else {})
     constants = {"ACTIVATION": activation, "DTYPE": tl.dtype(dtype), "BLOCK": BLOCK}
@@ -175,7 +175,7 @@ def counted(arch, dtype, activation, with_grad):
     )
     options = {"num_warps": BLOCK // (32 * ELEMENTS)}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    sass = nvidia_tool("cuobjdump", compiled.asm["cubin"], "--dump-sass")
+    sass = cuobjdump(compiled.asm["cubin"], "--dump-sass")
     names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]+)", sass, re.MULTILINE)
     return sum(name != "NOP" for name in names), sum(name.startswith("MUFU") for name in names)
 

@@ -19,10 +19,10 @@ def _dy(*shape: int, strided: bool) -> torch.Tensor:
     return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2] if strided else torch.randn(shape)
 
 
-@pytest.mark.parametrize("strided", [False, True])
-def test_ln_linear_backward(strided):
+@pytest.mark.parametrize(("trained", "strided"), [(True, False), (True, True), (False, False)])
+def test_ln_linear_backward(trained, strided):
     x, *parameters = _floats(test_ln_linear.shaped(2, 3, 16, features=8)())
-    args = _dy(2, 3, 8, strided=strided), x, torch.randn(6), torch.rand(6), *parameters
+    args = _dy(2, 3, 8, strided=strided), x, torch.randn(6), torch.rand(6), *parameters, trained
     torch.library.opcheck(torch.ops.vit_fast.ln_linear_backward.default, args)
 
 
@@ -31,7 +31,7 @@ def test_ln_linear_backward(strided):
 def test_linear_residual_backward(full, strided):
     drawn = test_linear_residual.shaped(2, 3, 16, features=8, bias=full, layer_scale=full, drop=full)()
     x, weight, bias, _, layer_scale, drop = _floats(drawn)
-    args = _dy(2, 3, 8, strided=strided), x, weight, bias, layer_scale, drop
+    args = _dy(2, 3, 8, strided=strided), x, weight, bias, layer_scale, drop, full or strided
     torch.library.opcheck(torch.ops.vit_fast.linear_residual_backward.default, args)
 
 
@@ -40,15 +40,15 @@ def test_linear_residual_backward(full, strided):
 def test_mlp_backward(full, strided):
     x, *parameters = _floats(test_mlp.shaped(2, 3, 16, hidden=8, bias=full, layer_scale=full, drop=full)())
     kept = torch.randn(6, 8), torch.randn(6), torch.rand(6)
-    args = _dy(2, 3, 16, strided=strided), x, *kept, *parameters, "gelu"
+    args = _dy(2, 3, 16, strided=strided), x, *kept, *parameters, full or strided, "gelu"
     torch.library.opcheck(torch.ops.vit_fast.mlp_backward.default, args)
 
 
-@pytest.mark.parametrize(("full", "strided"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("full", "strided"), [(True, False), (False, True), (False, False)])
 def test_block_backward(full, strided):
     x, *parameters = _floats(test_block.shaped(2, 3, 32, 16, full=full)())
     _, *kept = torch.ops.vit_fast.block_train(x, *parameters, 2, "gelu", 1e-6, 1e-6)
-    args = _dy(2, 3, 32, strided=strided), x, kept, *parameters, 2, "gelu"
+    args = _dy(2, 3, 32, strided=strided), x, *kept, *parameters, 2, "gelu", full or strided
     torch.library.opcheck(torch.ops.vit_fast.block_backward.default, args)
 
 
@@ -56,7 +56,8 @@ def test_block_backward(full, strided):
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_patch_embed_backward(prefix, strided):
     operands = _floats(test_patch_embed.shaped(2, 3, (2, 2), 4, 16, prefix=prefix, bias=bool(prefix))())
-    args = _dy(2, prefix + 4, 16, strided=strided), *operands
+    images, *others = operands
+    args = _dy(2, prefix + 4, 16, strided=strided), images if prefix or strided else None, *others
     torch.library.opcheck(torch.ops.vit_fast.patch_embed_backward.default, args)
 
 

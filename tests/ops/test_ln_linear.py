@@ -202,7 +202,7 @@ def test_rows_of_several_steps_of_a_program(rows, width, guarded_memory):
     z, mean, rstd = layer_norm.forward(x, weight, bias, 1e-6, torch.float32, True)
     dx, again, shares = layer_norm.backward(dz, x, mean, rstd, weight, bias, past)
     assert 1 < shares.shape[1] < rows
-    dweight, dbias = layer_norm.finish((shares, weight, bias))
+    ((dweight, dbias),) = layer_norm.finish((shares, weight, bias))
     exact = [t.double().requires_grad_() for t in (x, weight, bias)]
     truth = torch.nn.functional.layer_norm(exact[0], (width,), *exact[1:], 1e-6)
     expected = [truth, truth, *torch.autograd.grad(truth, exact, dz.double())]
@@ -217,7 +217,7 @@ def test_second_stages_of_many_shares(guarded_memory):
     from vit_fast.kernels import layer_norm, linear
 
     shares = torch.randn(2, 70, 40)
-    dweight, dbias = layer_norm.finish((shares, torch.empty(40), torch.empty(40)))
+    ((dweight, dbias),) = layer_norm.finish((shares, torch.empty(40), torch.empty(40)))
     torch.testing.assert_close(dweight, shares[0].sum(0))
     torch.testing.assert_close(dbias, shares[1].sum(0))
     gradients = []
@@ -228,7 +228,7 @@ def test_second_stages_of_many_shares(guarded_memory):
         gradients.append(linear.Partials(torch.randn(splits, N, K), sums, torch.randn(N, K), bias, scale))
     for count in range(1, 5):
         found = linear.finish(*gradients[:count])
-        for (partial, sums, weight, bias, scale), ours in zip(gradients, zip(*[iter(found)] * 3)):
+        for (partial, sums, weight, bias, scale), ours in zip(gradients, found):
             total = partial.sum(0)
             if bias is None:
                 torch.testing.assert_close(ours[0], total)

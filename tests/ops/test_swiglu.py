@@ -83,13 +83,13 @@ def test_inference_equals_training():
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("full", [True, False])
-def test_opcheck_of_backward(full):
+@pytest.mark.parametrize(("full", "trained"), [(True, True), (False, True), (True, False)])
+def test_opcheck_of_backward(full, trained):
     drawn = shaped(2, 3, 16, hidden=8, bias=full, layer_scale=full, drop=full)()
     x, *parameters = (None if t is None else t.float() for t in drawn.values())
     kept = torch.randn(6, 16), torch.randn(6), torch.rand(6)
     dy = torch.randn(2, 3, 32)[..., ::2]
-    torch.library.opcheck(torch.ops.vit_fast.swiglu_backward.default, (dy, x, *kept, *parameters))
+    torch.library.opcheck(torch.ops.vit_fast.swiglu_backward.default, (dy, x, *kept, *parameters, trained))
 
 
 @pytest.mark.interpret

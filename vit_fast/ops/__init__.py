@@ -1,11 +1,15 @@
 """The fused ops: one file each, named as in kernels/. Every one runs in PyTorch or in Triton (see `use_backend`).
 
-A kernel gives the same bits in every run, and an image the same bits alone and in a batch, as long as both take the
-same entries of the tile table. Where they may differ: in a batch of another class of rows (up to 512, up to 2,048, or
-more: `rows_class`; they are batch times tokens, of which a last block may compute only those that the head reads), from
-the batch on whose heads fill a Hopper, where another kernel takes attention (four a multiprocessor, 44 images of a
-ViT-B), from the batch on that `evidence.json` gives to PyTorch, after the tiles were tuned anew, and in PyTorch's
-backend, which promises nothing of the kind.
+A kernel gives the same bits in every run, and an image the same bits alone and in a batch, as long as both calls run
+the same kernels with the same entries of the tile table. An image may have other last bits in another batch, or later:
+
+- where the rows, batch times tokens, are of another class: up to 512, up to 2,048, or more (`tile_table.rows_class`);
+  of a last block may count only the tokens that the head reads
+- on a Hopper from the batch on whose heads fill it, four a multiprocessor, 44 images of a ViT-B: another kernel then
+  takes attention
+- from the batch on that `evidence.json` gives to PyTorch
+- once the tiles were tuned anew
+- in PyTorch's backend, which promises nothing of the kind
 """
 
 from vit_fast.ops import flops

@@ -225,7 +225,8 @@ def _multiplies_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _unfused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def unfused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention by two products and a softmax, of bf16 on a CPU."""
     batch, _, heads, _ = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     with without_autocast(q):  # in which a softmax would be fp32
@@ -239,7 +240,7 @@ def _unfused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _in_pytorch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if _unfused_is_faster(q, k, v):
-        return _unfused(q, k, v, scale)
+        return unfused(q, k, v, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import threading
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -20,14 +21,19 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MINIMUM_CAPABILITY = (8, 0)
 
 
-def _known(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source}: got {name!r}, takes one of {', '.join(map(repr, BACKENDS))}")
-    return name
+def one_of(name: str, value, choices: Collection):
+    """The value of the argument of this name, which takes one of these choices.
+
+    Raises:
+        ValueError: for another.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, takes one of {', '.join(map(repr, choices))}")
+    return value
 
 
 # A module global and not a ContextVar: torch.compile guards on a global, and breaks the graph at a ContextVar.
-_backend = _known(os.environ.get("VIT_FAST_BACKEND", "auto"), "VIT_FAST_BACKEND")
+_backend = one_of("VIT_FAST_BACKEND", os.environ.get("VIT_FAST_BACKEND", "auto"), BACKENDS)
 _open = [[_backend]]  # the choices that are open, the last in force; each a list, to be told from its like
 _turn = threading.Lock()
 
@@ -56,7 +62,7 @@ def use_backend(name: str):
     Raises:
         ValueError: for another name.
     """
-    mine = [_known(name, "use_backend(name)")]
+    mine = [one_of("use_backend(name)", name, BACKENDS)]
     _change(mine, leaves=False)
     try:
         yield
@@ -335,6 +341,11 @@ def or_none(gradient: Tensor) -> Tensor | None:
 def like(operand: Tensor | None, other: Tensor) -> Tensor:
     """What a fake op returns for the gradient of `operand`: its shape and dtype, an empty tensor for None."""
     return other.new_empty(0) if operand is None else operand.new_empty(operand.shape)
+
+
+def likes(dy: Tensor, x: Tensor, parameters: tuple | list, trained: bool) -> tuple[Tensor, ...]:
+    """What a fake op returns for the gradients of `x` and of parameters, of which a frozen op makes none."""
+    return like(x, dy), *(like(parameter if trained else None, dy) for parameter in parameters)
 
 
 def _misshapen(name: str, tensor: Tensor, takes: str) -> ValueError:

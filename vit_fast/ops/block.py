@@ -17,9 +17,10 @@ from vit_fast.ops.backend import (
     check_shape,
     compute_dtype,
     float32_precision,
-    like,
+    likes,
     needs_grad,
     on_device_of,
+    one_of,
     or_empty,
     or_none,
     ready,
@@ -109,13 +110,14 @@ def _(x, *parameters_and_settings):
 @torch.library.custom_op(
     "vit_fast::block_backward",
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor x, Tensor[] kept, {PARAMETERS}, int num_heads, str activation) -> "
-    f"({', '.join(['Tensor'] * 15)})",
+    # No list of tensors: PyTorch has no rule for one where gradients come in batches.
+    schema=f"(Tensor dy, Tensor x, {', '.join(f'Tensor kept{index}' for index in range(KEPT))}, {PARAMETERS}, "
+    f"int num_heads, str activation, bool trained) -> ({', '.join(['Tensor'] * 15)})",
 )
-def _backward(dy, x, kept, *parameters_and_settings):
+def _backward(dy, x, *kept_and_parameters):
     from vit_fast.kernels import block as kernel
 
-    *parameters, num_heads, activation = parameters_and_settings
+    kept, (*parameters, num_heads, activation, trained) = kept_and_parameters[:KEPT], kept_and_parameters[KEPT:]
     with on_device_of(x):
         dx, *gradients = kernel.backward(
             as_rows(dy),
@@ -126,6 +128,7 @@ def _backward(dy, x, kept, *parameters_and_settings):
             activation,
             x.shape[1],
             float32_precision(parameters[2].dtype),
+            trained,
         )
     return dx.view(x.shape), *(or_empty(gradient, dy) for gradient in gradients)
 
@@ -136,8 +139,8 @@ def _differentiable(parameters: tuple) -> list:
 
 
 @_backward.register_fake
-def _(dy, x, kept, *parameters_and_settings):
-    return tuple(like(operand, dy) for operand in (x, *_differentiable(parameters_and_settings)))
+def _(dy, x, *kept_and_parameters):
+    return likes(dy, x, _differentiable(kept_and_parameters[KEPT:]), kept_and_parameters[-1])
 
 
 def _setup_context(ctx, inputs, output):
@@ -151,8 +154,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dy, *_):
     if dy is None:
         return (None,) * 21
-    x, *saved = ctx.saved_tensors
-    gradients = _backward(dy, x, saved[:KEPT], *saved[KEPT:], ctx.num_heads, ctx.activation)
+    gradients = _backward(dy, *ctx.saved_tensors, ctx.num_heads, ctx.activation, any(ctx.needs_input_grad[1:17]))
     gradients = [or_none(gradient) for gradient in gradients]
     return *gradients[:8], None, *gradients[8:], None, None, None, None, None
 
@@ -165,9 +167,7 @@ def check(x, parameters: dict, num_heads: int, activation: str) -> None:
     width = x.shape[-1]
     if num_heads < 1 or width % num_heads:
         raise ValueError(f"num_heads: got {num_heads}, takes a divisor of the width, {width}")
-    if activation not in ACTIVATIONS:
-        names = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"activation: got {activation!r}, takes one of {names}")
+    one_of("activation", activation, ACTIVATIONS)
     features, _ = check_linear(x, parameters["qkv_weight"], parameters["qkv_bias"], "qkv_")
     if features != 3 * width:
         raise ValueError(f"qkv_weight: got shape {list(parameters['qkv_weight'].shape)}, takes [{3 * width}, {width}]")

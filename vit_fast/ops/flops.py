@@ -25,6 +25,8 @@ from types import ModuleType
 
 import torch
 
+from vit_fast.ops.block import KEPT
+
 COUNTER = "torch.utils.flop_counter"
 
 
@@ -55,12 +57,13 @@ def _block(directions: int, scores: int, x, parameters) -> int:
     return directions * _linear(x, *weights) + _attention(scores, (batch, tokens, 1, width), x)
 
 
-# Each takes the operands in the order of the op's schema, shapes in place of tensors.
+# Each takes the operands in the order of the op's schema, shapes in place of tensors. Backward makes the gradient of
+# what a product reads, and that of its weight where a parameter is trained, which the last or last but one says.
 FORMULAS = {
     "patch_embed": lambda images, weight, *_: _patch_embed(images, weight),
-    "patch_embed_backward": lambda dtokens, images, weight, *_: _patch_embed(images, weight),
+    "patch_embed_backward": lambda dtokens, images, weight, *_: 0 if images is None else _patch_embed(images, weight),
     "ln_linear": lambda x, g, c, weight, *_: _linear(x, weight),
-    "ln_linear_backward": lambda dy, x, mean, rstd, g, c, weight, *_: 2 * _linear(x, weight),
+    "ln_linear_backward": lambda dy, x, mean, rstd, g, c, weight, b, trained: (1 + trained) * _linear(x, weight),
     "attention": lambda q, k, *_: _attention(2, q, k),
     "attention_train": lambda q, k, *_: _attention(2, q, k),
     "attention_backward": lambda do, q, k, *_: _attention(5, q, k),
@@ -68,16 +71,16 @@ FORMULAS = {
     "attention_qkv_backward": lambda do, qkv, *_: _packed(5, qkv),
     "attention_maps": lambda q, k, *_: _attention(1, q, k),
     "linear_residual": lambda x, weight, *_: _linear(x, weight),
-    "linear_residual_backward": lambda dy, x, weight, *_: 2 * _linear(x, weight),
+    "linear_residual_backward": lambda dy, x, weight, *others: (1 + others[-1]) * _linear(x, weight),
     "mlp": lambda x, g, c, w1, b1, w2, *_: _linear(x, w1, w2),
     "mlp_train": lambda x, g, c, w1, b1, w2, *_: _linear(x, w1, w2),
-    "mlp_backward": lambda dy, x, hidden, mean, rstd, g, c, w1, b1, w2, *_: 2 * _linear(x, w1, w2),
+    "mlp_backward": lambda dy, x, *others: (1 + others[-2]) * _linear(x, others[5], others[7]),
     "swiglu": lambda x, g, c, w1, b1, w2, *_: _linear(x, w1, w2),
     "swiglu_train": lambda x, g, c, w1, b1, w2, *_: _linear(x, w1, w2),
-    "swiglu_backward": lambda dy, x, hidden, mean, rstd, g, c, w1, b1, w2, *_: 2 * _linear(x, w1, w2),
+    "swiglu_backward": lambda dy, x, *others: (1 + others[-1]) * _linear(x, others[5], others[7]),
     "block": lambda x, *parameters: _block(1, 2, x, parameters),
     "block_train": lambda x, *parameters: _block(1, 2, x, parameters),
-    "block_backward": lambda dy, x, kept, *parameters: _block(2, 5, x, parameters),
+    "block_backward": lambda dy, x, *others: _block(1 + others[-1], 5, x, others[KEPT:]),
 }
 
 

@@ -13,7 +13,7 @@ from vit_fast.ops.backend import (
     check_shape,
     compute_dtype,
     float32_precision,
-    like,
+    likes,
     measured_faster,
     needs_grad,
     on_device_of,
@@ -68,24 +68,32 @@ def _(x, weight, bias, residual, layer_scale, drop):
 
 @torch.library.custom_op("vit_fast::linear_residual_backward", mutates_args=())
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, drop: Tensor | None
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop: Tensor | None,
+    trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from vit_fast.kernels import linear_residual as kernel
 
     with on_device_of(x):
-        dx, dweight, dbias, dscale = kernel.backward(
+        dx, *gradients = kernel.backward(
             as_rows(dy),
             as_rows(x),
             *map(ready, (weight, bias, layer_scale, drop)),
             x.shape[1:-1].numel(),
             float32_precision(weight.dtype),
+            trained,
         )
-    return dx.view(x.shape), dweight, or_empty(dbias, dy), or_empty(dscale, dy)
+    dweight, dbias, dscale = (or_empty(gradient, dy) for gradient in gradients)
+    return dx.view(x.shape), dweight, dbias, dscale
 
 
 @_backward.register_fake
-def _(dy, x, weight, bias, layer_scale, drop):
-    return like(x, dy), like(weight, dy), like(bias, dy), like(layer_scale, dy)
+def _(dy, x, weight, bias, layer_scale, drop, trained):
+    return likes(dy, x, (weight, bias, layer_scale), trained)
 
 
 def _setup_context(ctx, inputs, output):
@@ -97,8 +105,10 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dy):
     if dy is None:
         return (None,) * 6
-    dx, dweight, dbias, dscale = _backward(dy, *ctx.saved_tensors)
-    return dx, dweight, or_none(dbias), dy, or_none(dscale), None
+    _, weight, bias, _, layer_scale, _ = ctx.needs_input_grad
+    gradients = _backward(dy, *ctx.saved_tensors, weight or bias or layer_scale)
+    dx, dweight, dbias, dscale = map(or_none, gradients)
+    return dx, dweight, dbias, dy, dscale, None
 
 
 _linear_residual.register_autograd(_autograd, setup_context=_setup_context)

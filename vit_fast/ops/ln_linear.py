@@ -12,7 +12,7 @@ from vit_fast.ops.backend import (
     check_shape,
     compute_dtype,
     float32_precision,
-    like,
+    likes,
     measured_faster,
     on_device_of,
     or_empty,
@@ -63,24 +63,27 @@ def _backward(
     norm_bias: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from vit_fast.kernels import ln_linear as kernel
 
     with on_device_of(x):
-        dx, dnorm_weight, dnorm_bias, dweight, dbias = kernel.backward(
+        dx, *gradients = kernel.backward(
             as_rows(dy),
             as_rows(x),
             mean,
             rstd,
             *map(ready, (norm_weight, norm_bias, weight, bias)),
             float32_precision(weight.dtype),
+            trained,
         )
-    return dx.view(x.shape), dnorm_weight, dnorm_bias, dweight, or_empty(dbias, dy)
+    dnorm_weight, dnorm_bias, dweight, dbias = (or_empty(gradient, dy) for gradient in gradients)
+    return dx.view(x.shape), dnorm_weight, dnorm_bias, dweight, dbias
 
 
 @_backward.register_fake
-def _(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias):
-    return like(x, dy), like(norm_weight, dy), like(norm_bias, dy), like(weight, dy), like(bias, dy)
+def _(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, trained):
+    return likes(dy, x, (norm_weight, norm_bias, weight, bias), trained)
 
 
 def _setup_context(ctx, inputs, output):
@@ -94,8 +97,8 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dy, _dmean, _drstd):
     if dy is None:
         return (None,) * 6
-    *dinputs, dbias = _backward(dy, *ctx.saved_tensors)
-    return *dinputs, or_none(dbias), None
+    gradients = _backward(dy, *ctx.saved_tensors, any(ctx.needs_input_grad[1:5]))
+    return *map(or_none, gradients), None
 
 
 _ln_linear.register_autograd(_autograd, setup_context=_setup_context)

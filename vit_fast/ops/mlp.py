@@ -13,10 +13,11 @@ from vit_fast.ops.backend import (
     check_shape,
     compute_dtype,
     float32_precision,
-    like,
+    likes,
     measured_faster,
     needs_grad,
     on_device_of,
+    one_of,
     or_empty,
     or_none,
     ready,
@@ -32,10 +33,16 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
+# The schema of an MLP with a gate has these too.
+PARAMETERS = (
+    "Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor? fc1_bias, "
+    "Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale, Tensor? drop"
+)
+KEPT = "Tensor hidden, Tensor mean, Tensor rstd"  # by training
+
 
 def check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, activation) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, takes one of {', '.join(map(repr, ACTIVATIONS))}")
+    one_of("activation", activation, ACTIVATIONS)
     hidden, _ = check_linear(x, fc1_weight, fc1_bias, "fc1_")
     check_half(x, hidden, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop)
 
@@ -81,21 +88,10 @@ def _forward(training: bool, x: Tensor, *operands) -> tuple:
     return shaped(y, x.shape), *kept
 
 
-@torch.library.custom_op("vit_fast::mlp", mutates_args=())
-def _mlp(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    drop: Tensor | None,
-    activation: str,
-    eps: float,
-) -> Tensor:
-    operands = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, activation, eps)
+@torch.library.custom_op(
+    "vit_fast::mlp", mutates_args=(), schema=f"(Tensor x, {PARAMETERS}, str activation, float eps) -> Tensor"
+)
+def _mlp(x, *operands):
     return _forward(False, x, *operands)[0]
 
 
@@ -104,51 +100,33 @@ def _(x, *_):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("vit_fast::mlp_train", mutates_args=())
-def _mlp_train(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    drop: Tensor | None,
-    activation: str,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    operands = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, activation, eps)
+@torch.library.custom_op(
+    "vit_fast::mlp_train",
+    mutates_args=(),
+    schema=f"(Tensor x, {PARAMETERS}, str activation, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _mlp_train(x, *operands):
     return _forward(True, x, *operands)
 
 
 @_mlp_train.register_fake
-def _(x, norm_weight, norm_bias, fc1_weight, *_):
+def fake_train(x, norm_weight, norm_bias, fc1_weight, *_):
+    """What training returns, of an MLP with a gate too."""
     rows = x.numel() // x.shape[-1]
     hidden = x.new_empty(rows, fc1_weight.shape[0], dtype=fc1_weight.dtype)
     return x.new_empty(x.shape), hidden, *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.custom_op("vit_fast::mlp_backward", mutates_args=())
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    drop: Tensor | None,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "vit_fast::mlp_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor x, {KEPT}, {PARAMETERS}, bool trained, str activation) -> "
+    f"({', '.join(['Tensor'] * 8)})",
+)
+def _backward(dy, x, hidden, mean, rstd, *operands):
     from vit_fast.kernels import mlp as kernel
 
-    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop)
+    *parameters, trained, activation = operands
     with on_device_of(x):
         dx, *gradients = kernel.backward(
             as_rows(dy),
@@ -159,15 +137,16 @@ def _backward(
             *map(ready, parameters),
             activation,
             x.shape[1:-1].numel(),
-            float32_precision(fc1_weight.dtype),
+            float32_precision(parameters[2].dtype),
+            trained,
         )
     return dx.view(x.shape), *(or_empty(gradient, dy) for gradient in gradients)
 
 
 @_backward.register_fake
-def _(dy, x, hidden, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, *_):
-    operands = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
-    return tuple(like(operand, dy) for operand in operands)
+def fake_backward(dy, x, hidden, mean, rstd, *operands):
+    """The gradients of x and of all parameters but the draw of the drop path, of an MLP with a gate too."""
+    return likes(dy, x, operands[:7], operands[8])
 
 
 def _setup_context(ctx, inputs, output):
@@ -181,7 +160,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dy, *_):
     if dy is None:
         return (None,) * 11
-    gradients = _backward(dy, *ctx.saved_tensors, ctx.activation)
+    gradients = _backward(dy, *ctx.saved_tensors, any(ctx.needs_input_grad[1:8]), ctx.activation)
     return *map(or_none, gradients), None, None, None
 
 

@@ -83,26 +83,33 @@ def _(images, weight, bias, position, prefix):
 
 @torch.library.custom_op("vit_fast::patch_embed_backward", mutates_args=())
 def _backward(
-    dtokens: Tensor, images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, prefix: Tensor | None
+    dtokens: Tensor,
+    images: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    prefix: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from vit_fast.kernels import patch_embed as kernel
 
-    with on_device_of(images):
+    with on_device_of(dtokens):
         gradients = kernel.backward(
             dtokens.contiguous(), images, packed(weight), bias, position, prefix, float32_precision(weight.dtype)
         )
-    dweight, *tables = gradients
-    return dweight, *(or_empty(table, dtokens) for table in tables)
+    dweight, dbias, dposition, dprefix = (or_empty(gradient, dtokens) for gradient in gradients)
+    return dweight, dbias, dposition, dprefix
 
 
 @_backward.register_fake
 def _(dtokens, images, weight, bias, position, prefix):
-    return tuple(like(operand, dtokens) for operand in (weight, bias, position, prefix))
+    return tuple(like(operand, dtokens) for operand in (None if images is None else weight, bias, position, prefix))
 
 
 def _setup_context(ctx, inputs, output):
+    images, weight, *tables = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs)
+    # A frozen projection reads no image again, which the caller may write to and the next batch takes the memory of.
+    ctx.save_for_backward(images if ctx.needs_input_grad[1] else None, weight, *tables)
 
 
 def _autograd(ctx, dtokens):

@@ -10,7 +10,6 @@ from vit_fast.ops.backend import (
     check_linear,
     compute_dtype,
     float32_precision,
-    like,
     needs_grad,
     on_device_of,
     or_empty,
@@ -20,7 +19,7 @@ from vit_fast.ops.backend import (
     use_triton,
 )
 from vit_fast.ops.linear_residual import refuse_drop, residual_branch
-from vit_fast.ops.mlp import check_half
+from vit_fast.ops.mlp import KEPT, PARAMETERS, check_half, fake_backward, fake_train
 
 
 def check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop) -> None:
@@ -47,20 +46,8 @@ def _forward(training: bool, x: Tensor, *operands) -> tuple:
     return shaped(y, x.shape), *kept
 
 
-@torch.library.custom_op("vit_fast::swiglu", mutates_args=())
-def _swiglu(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    drop: Tensor | None,
-    eps: float,
-) -> Tensor:
-    operands = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, eps)
+@torch.library.custom_op("vit_fast::swiglu", mutates_args=(), schema=f"(Tensor x, {PARAMETERS}, float eps) -> Tensor")
+def _swiglu(x, *operands):
     return _forward(False, x, *operands)[0]
 
 
@@ -69,49 +56,27 @@ def _(x, *_):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("vit_fast::swiglu_train", mutates_args=())
-def _swiglu_train(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    drop: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    operands = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop, eps)
+@torch.library.custom_op(
+    "vit_fast::swiglu_train",
+    mutates_args=(),
+    schema=f"(Tensor x, {PARAMETERS}, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _swiglu_train(x, *operands):
     return _forward(True, x, *operands)
 
 
-@_swiglu_train.register_fake
-def _(x, norm_weight, norm_bias, fc1_weight, *_):
-    rows = x.numel() // x.shape[-1]
-    hidden = x.new_empty(rows, fc1_weight.shape[0], dtype=fc1_weight.dtype)
-    return x.new_empty(x.shape), hidden, *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+_swiglu_train.register_fake(fake_train)
 
 
-@torch.library.custom_op("vit_fast::swiglu_backward", mutates_args=())
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    drop: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "vit_fast::swiglu_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor x, {KEPT}, {PARAMETERS}, bool trained) -> ({', '.join(['Tensor'] * 8)})",
+)
+def _backward(dy, x, hidden, mean, rstd, *parameters_and_trained):
     from vit_fast.kernels import swiglu as kernel
 
-    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop)
+    *parameters, trained = parameters_and_trained
     with on_device_of(x):
         dx, *gradients = kernel.backward(
             as_rows(dy),
@@ -121,15 +86,13 @@ def _backward(
             rstd,
             *map(ready, parameters),
             x.shape[1:-1].numel(),
-            float32_precision(fc1_weight.dtype),
+            float32_precision(parameters[2].dtype),
+            trained,
         )
     return dx.view(x.shape), *(or_empty(gradient, dy) for gradient in gradients)
 
 
-@_backward.register_fake
-def _(dy, x, hidden, mean, rstd, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop):
-    operands = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
-    return tuple(like(operand, dy) for operand in operands)
+_backward.register_fake(fake_backward)
 
 
 def _setup_context(ctx, inputs, output):
@@ -143,7 +106,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dy, *_):
     if dy is None:
         return (None,) * 10
-    gradients = _backward(dy, *ctx.saved_tensors)
+    gradients = _backward(dy, *ctx.saved_tensors, any(ctx.needs_input_grad[1:8]))
     return *map(or_none, gradients), None, None
 
 

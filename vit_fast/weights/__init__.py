@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from vit_fast.arguments import one_of
+from vit_fast.ops.backend import one_of
 from vit_fast.weights import jax, open_clip, original, timm, torchvision, transformers
 from vit_fast.weights.files import read, write
 from vit_fast.weights.layout import Coverage, Layout, is_gated, matches_any, shortened

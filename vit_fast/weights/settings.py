@@ -281,7 +281,7 @@ _NO_WORD = (
 )
 
 
-def to_timm(model: VisionTransformer, classes: tuple[str, ...] = ()) -> dict:
+def to_timm(model: VisionTransformer, classes: tuple[str, ...]) -> dict:
     """A config.json as timm reads it: what the model's architecture leaves to be said, and its settings.
 
     Raises:
