@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import vit_fast
 from vit_fast import ops, use_backend
 from vit_fast.ops import backend
 
@@ -364,6 +365,50 @@ def test_backward_runs_where_forward_ran():
 
 
 # --- precision
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("chosen", ["triton", "torch"])
+def test_a_checkpointed_block_is_computed_again_where_it_ran(chosen):
+    """Backward comes behind the end of the `with` that forward was in."""
+    other = {"triton": "torch", "torch": "triton"}[chosen]
+    model = vit_fast.VisionTransformer(img_size=8, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3)
+    images, gradients = torch.randn(2, 3, 8, 8), []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(checkpointing)
+        with use_backend(chosen):
+            loss = model(images).square().sum()
+        with use_backend(other):
+            loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_fake_tensors_of_a_gpu_without_one(name):
+    """As of who plans on a CPU what a GPU will hold."""
+    with FakeTensorMode():
+        op, args = operands(device="cuda")[name]
+        assert op(*args).device.type == "cuda"
+
+
+@pytest.mark.interpret
+def test_sharded_tensors_run_in_pytorch():
+    """Of a model that `distribute_module` sharded, of which no op of ours knows how it is to be."""
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        q = torch.randn(2, 5, 2, 16)
+        sharded = DTensor.from_local(q, mesh, [Replicate()])
+        with torch.no_grad(), use_backend("triton"), pytest.raises(TypeError, match="no rule for a sharded tensor"):
+            ops.attention(sharded, sharded, sharded)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_tf32_is_used_when_pytorch_allows_it():

@@ -42,7 +42,7 @@ from vit_fast.layers import (
     SwiGLUPacked,
     why_aside,
 )
-from vit_fast.ops.backend import one_of, say_aside
+from vit_fast.ops.backend import chosen_backend, one_of, say_aside, use_backend
 from vit_fast.positions import resample_positions, sincos_position
 
 POOLS = ("", "token", "avg", "avgmax", "max", "map", "token_avg")
@@ -494,7 +494,14 @@ class VisionTransformer(nn.Module):
     def _run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         if attn_mask is not None or is_causal:
             return block(x, attn_mask=attn_mask, is_causal=is_causal)
-        return checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+        if not self.grad_checkpointing:
+            return block(x)
+        if torch.compiler.is_compiling():
+            return checkpoint(block, x, use_reentrant=False)
+        chosen = chosen_backend()  # backward, where the block is computed again, may come behind the end of use_backend
+        return checkpoint(
+            block, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), use_backend(chosen))
+        )
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B, C, rows, columns] → tokens [B, T, D] behind the final LayerNorm."""

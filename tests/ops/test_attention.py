@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import unfused
 from tests.conftest import INTERPRETING
@@ -659,6 +660,41 @@ def test_without_products_in_bf16_a_cpu_keeps_sdpa(monkeypatch):
     with use_backend("torch"):
         attention_qkv(torch.randn(2, 5, 3, 2, 16, dtype=torch.bfloat16))
     assert calls == [torch.bfloat16]
+
+
+def test_on_a_cpu_in_bf16_under_autocast_of_fp16():
+    """It is autocast's dtype that counts, however many scores there are."""
+    q = torch.randn(2, 5, 2, 16, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.float16), use_backend("torch"):
+        assert attention(q, q, q).dtype == torch.float16
+
+
+def test_a_trace_of_bf16_asks_the_cpu_nothing():
+    """What the CPU has is an op of PyTorch's, which no trace takes."""
+    module._multiplies_bf16.cache_clear()
+    q, k, v = torch.randn(3, 2, 5, 2, 16, dtype=torch.bfloat16)
+    with use_backend("torch"):
+        traced = torch.jit.trace(Attention(), (q, k, v), check_trace=False)
+        assert torch.equal(
+            traced(q, k, v),
+            F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forward_mode_in_pytorch(dtype):
+    q, tangent = torch.randn(2, 2, 5, 2, 16, dtype=dtype)
+    with use_backend("torch"):
+        _, found = torch.func.jvp(lambda q: attention(q, q, q), (q,), (tangent,))
+        _, expected = torch.func.jvp(lambda q: reference.attention(q, q, q), (q.double(),), (tangent.double(),))
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_maps_of_chosen_queries_without_values(fake):
+    with FakeTensorMode() if fake else torch.device("meta"):
+        q, queries = torch.empty(2, 5, 3, 16), torch.empty(4, dtype=torch.int64)
+        assert attention_maps(q, q, queries).shape == (2, 3, 4, 5)
 
 
 class Attention(torch.nn.Module):

@@ -226,6 +226,20 @@ def test_the_residual_stays_fp32_under_autocast():
 
 
 @pytest.mark.interpret
+def test_gradients_in_batches():
+    """As a Jacobian of a model takes them."""
+    drawn = shaped(1, 3, 32, 16)()
+    x, *parameters = (None if t is None else t.float() for t in drawn.values())
+    x.requires_grad_()
+    with use_backend("triton"):
+        y = block(x, *parameters, num_heads=2)
+        upstream = torch.randn(2, *y.shape)
+        (found,) = torch.autograd.grad(y, x, upstream, is_grads_batched=True, retain_graph=True)
+        for one, dy in zip(found, upstream):
+            assert torch.equal(one, torch.autograd.grad(y, x, dy, retain_graph=True)[0])
+
+
+@pytest.mark.interpret
 @pytest.mark.parametrize("full", [True, False])
 def test_opcheck(full):
     drawn = shaped(2, 3, 32, 16, full=full)()

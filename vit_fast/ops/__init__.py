@@ -9,6 +9,7 @@ the same kernels with the same entries of the tile table. An image may have othe
   takes attention
 - from the batch on that `evidence.json` gives to PyTorch
 - once the tiles were tuned anew
+- in half precision where gradients are wanted: what backward will read is rounded before its activation is taken
 - in PyTorch's backend, which promises nothing of the kind
 """
 

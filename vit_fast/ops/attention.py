@@ -1,5 +1,6 @@
 """attention: softmax attention over heads side by side, and exact rows of its probabilities."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vit_fast.ops.backend import (
@@ -15,6 +17,7 @@ from vit_fast.ops.backend import (
     check_rank,
     check_shape,
     compute_dtype,
+    differentiates_forward,
     float32_precision,
     measured_faster,
     needs_grad,
@@ -211,9 +214,9 @@ def _unfused_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
     where the probabilities would take much memory.
     """
     return (
-        not torch.compiler.is_compiling()
+        not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and k.device.type == "cpu"
-        and q.dtype == k.dtype == v.dtype == torch.bfloat16
+        and q.dtype == k.dtype == v.dtype == compute_dtype(q) == torch.bfloat16
         and q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1] <= UNFUSED_SCORES
         and _multiplies_bf16()
     )
@@ -242,7 +245,9 @@ def _in_pytorch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if _unfused_is_faster(q, k, v):
         return unfused(q, k, v, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    # Of its forms one alone has a rule for forward-mode differentiation.
+    with sdpa_kernel(SDPBackend.MATH) if differentiates_forward() else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
 def _switched_on() -> tuple[str, ...]:
@@ -388,7 +393,7 @@ def _check_queries(queries: Tensor, tokens: int) -> None:
     if queries.dim() != 1 or queries.dtype not in (torch.int64, torch.int32):
         got = f"{queries.dtype} {list(queries.shape)}"
         raise ValueError(f"queries: got {got}, takes an int64 or int32 tensor [Nq], the index of a token each")
-    if torch.compiler.is_compiling() or not queries.numel():
+    if torch.compiler.is_compiling() or not queries.numel() or queries.is_meta or is_fake(queries):
         return  # a value cannot be read while a graph is traced: the indexing itself then refuses a wrong one
     low, high = queries.min().item(), queries.max().item()
     if low < -tokens or high >= tokens:

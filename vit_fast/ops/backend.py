@@ -18,6 +18,7 @@ log = logging.getLogger("vit_fast")
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PLAIN = (Tensor, torch.nn.Parameter)
 MINIMUM_CAPABILITY = (8, 0)
 
 
@@ -97,7 +98,10 @@ def why_not_triton(device: torch.device) -> str:
     if triton_is_missing():
         return "triton is not installed"
     if torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
+        try:
+            capability = torch.cuda.get_device_capability(device)
+        except (AssertionError, RuntimeError):  # as PyTorch without CUDA and PyTorch without a driver have it
+            return "no GPU in this process, as for fake tensors"
         if capability < MINIMUM_CAPABILITY:
             return "compute capability {}.{}, the kernels need {}.{}".format(*capability, *MINIMUM_CAPABILITY)
     return ""
@@ -131,16 +135,21 @@ def traced_to_onnx() -> bool:
     return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
 
 
+def differentiates_forward() -> bool:
+    """Whether forward-mode differentiation runs."""
+    return forward_ad._current_level >= 0
+
+
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation runs: an op of ours has no rule for either."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return differentiates_forward() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 # torch.compile takes what these return as constants and does not trace them. It would trace past functools.cache, with
 # a warning, into calls that ask the driver, and in torch 2.11 it finds is_exporting() true whatever it traces. The
 # attribute is what torch.compiler.assume_constant_result sets; that function imports torch._dynamo, which would double
 # the time of `import vit_fast`.
-for _constant in (_auto, _why_not_forced, exporting, transformed):
+for _constant in (_auto, _why_not_forced, differentiates_forward, exporting, transformed):
     vars(_constant)["_dynamo_marked_constant"] = True
 
 
@@ -172,6 +181,8 @@ def use_triton(op: str, x: Tensor, *others: Tensor, refusal: str = "") -> bool:
     for tensor in (x, *others):
         if tensor.numel() == 0:
             return False
+        if type(tensor) not in PLAIN and type(tensor).__name__ == "DTensor":
+            refusal, error = "the kernels have no rule for a sharded tensor", TypeError
         if tensor.dtype not in DTYPES:
             refusal, error = f"the kernels take float32, float16 and bfloat16, got {tensor.dtype}", TypeError
     if transformed():
