@@ -14,6 +14,7 @@ an optimiser of another.
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import json
 import logging
@@ -258,8 +259,8 @@ def _write_tensors(
         beside.chmod(0o666 & ~umask)  # safetensors makes files that only their owner may read
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[VisionTransformer, Config]:
-    """The model of a checkpoint folder, in evaluation mode, and its config.
+def load(folder: str | Path, device: str | torch.device = "cpu", **overrides) -> tuple[VisionTransformer, Config]:
+    """The model of a checkpoint folder, in evaluation mode, and its config; `overrides` are further arguments of it.
 
     Raises:
         ValueError: for a folder without a checkpoint, a file cut off, weights of another architecture, a pickle.
@@ -268,8 +269,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Vision
     config = load_config(folder)
     weights = read_tensors(folder / WEIGHTS)[0]
     name = str(folder / WEIGHTS)
-    check_described(config.build, config.kwargs, weights, name)
-    model = config.build()
+    build = functools.partial(config.build, **overrides)
+    check_described(build, config.kwargs, weights, name)
+    model = build()
     load_weights(model, weights, name)
     return model.to(device).eval(), config
 

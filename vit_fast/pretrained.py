@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from vit_fast import checkpoint
+from vit_fast.arguments import whole_number
 from vit_fast.inference import check_pictures
 from vit_fast.model import VisionTransformer
 from vit_fast.weights import jax, read, to_ours
 from vit_fast.weights.files import NAMES
 from vit_fast.weights.settings import Settings, from_open_clip, from_shapes, from_timm, from_transformers, to_timm
-from vit_fast.zoo import entries
+from vit_fast.zoo import entries, statistics_of
 
 log = logging.getLogger("vit_fast")
 
@@ -34,6 +35,7 @@ def load(
     num_heads: int | None = None,
     partial: Sequence[str] = (),
     device: str | torch.device = "cpu",
+    **overrides,
 ) -> VisionTransformer:
     """A model with the weights and the settings of a checkpoint, in evaluation mode.
 
@@ -46,6 +48,10 @@ def load(
         num_heads: for such a file, the number of heads.
         partial: shell patterns of names that may be missing (they keep fresh weights) or left over.
         device: where the model shall be.
+        overrides: arguments of VisionTransformer in the place of the checkpoint's, as timm's create_model takes them
+            beside pretrained=True; one that is None replaces nothing. Another num_classes makes a new head, another
+            img_size resamples the positions, and for other in_chans the weights of the first layer are summed or
+            repeated. Whatever else changes the shape of a weight is refused.
 
     Returns:
         A VisionTransformer with the checkpoint's eps, activation and pool. `pretrained_cfg` has mean, std,
@@ -57,13 +63,20 @@ def load(
             architecture, a file that is cut off, and a pickle, which is never opened.
         ImportError: for a repository where huggingface_hub is not installed.
     """
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    adapted = {name: overrides.pop(name) for name in ("num_classes", "img_size", "in_chans") if name in overrides}
+    return _adapted(_load(path_or_repo, model, num_heads, partial, overrides), **adapted).to(device).eval()
+
+
+def _load(path_or_repo, model: str | None, num_heads: int | None, partial: Sequence[str], overrides: dict):
+    """The model of `load` with the classes, pictures and channels of the checkpoint."""
     path = Path(path_or_repo)
     if not path.exists():
         path = _fetched(str(path_or_repo))
     folder = path if path.is_dir() else path.parent
     config = _config(path, checkpoint.CONFIG)
     if "format" in config and model is None:
-        network, own = checkpoint.load(folder, device)
+        network, own = checkpoint.load(folder, **overrides)
         network.label_names = own.classes
         return network
     tensors = read(path)
@@ -93,7 +106,7 @@ def load(
         raise ValueError(f"{folder}: a config lacks a field, or one is of another kind ({error!r})") from error
 
     def build(**more) -> VisionTransformer:
-        return settings.build(**{"weight_init": "" if partial else "skip", **more})
+        return settings.build(**{"weight_init": "" if partial else "skip", **overrides, **more})
 
     checkpoint.check_described(build, settings.args, names, str(path), partial)
     network = build()
@@ -106,7 +119,30 @@ def load(
             raise ValueError(f"size: the processor says {size}, takes 1 to {MOST_SIDE}")
         network.set_input_size(img_size=size)  # trained on larger pictures than it is shown: it resamples positions
     network.label_names = settings.classes
-    return network.to(device).eval()
+    return network
+
+
+def _adapted(
+    model: VisionTransformer, num_classes: int | None = None, img_size=None, in_chans: int | None = None
+) -> VisionTransformer:
+    """A model for other classes, pictures of another size, or of other channels."""
+    if in_chans is not None and in_chans != model.in_chans:
+        proj, before = model.patch_embed.proj, model.in_chans
+        wanted = whole_number("in_chans", in_chans, 1)
+        # As timm: a grey picture is one whose colours are equal, and of more channels each has its share of the sum.
+        weight = proj.weight.detach()
+        if wanted == 1:
+            weight = weight.sum(1, keepdim=True)
+        else:
+            weight = weight.repeat(1, -(-wanted // before), 1, 1)[:, :wanted] * (before / wanted)
+        proj.weight, proj.in_channels, model.in_chans = torch.nn.Parameter(weight), wanted, wanted
+        model.pretrained_cfg |= statistics_of(model.pretrained_cfg, wanted)
+    if img_size is not None:
+        model.set_input_size(img_size=img_size)
+    if num_classes is not None and num_classes != model.num_classes:
+        model.reset_classifier(num_classes)
+    model.pretrained_cfg["input_size"] = (model.in_chans, *model.patch_embed.img_size)
+    return model
 
 
 def _config(path: Path, name: str) -> dict:

@@ -105,8 +105,13 @@ def build(name: str, num_classes: int | None, overrides: dict) -> VisionTransfor
         args["num_classes"] = num_classes
     model = kind(**args)
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in entry["pretrained_cfg"].items()}
-    if model.in_chans != len(config["mean"]):  # a greyscale model sees the mean of the colours
-        for key in ("mean", "std"):
-            config[key] = (sum(config[key]) / len(config[key]),) * model.in_chans
-    model.pretrained_cfg |= {"architecture": name, **config}
+    model.pretrained_cfg |= {"architecture": name, **config, **statistics_of(config, model.in_chans)}
     return model
+
+
+def statistics_of(config: dict, in_chans: int) -> dict:
+    """The mean and std of pictures of so many channels; where they are not those of the config, the mean over its."""
+    return {
+        key: config[key] if len(config[key]) == in_chans else (sum(config[key]) / len(config[key]),) * in_chans
+        for key in ("mean", "std")
+    }
