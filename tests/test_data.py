@@ -67,11 +67,19 @@ def test_a_folder(tmp_path):
 def test_a_folder_that_is_split_already(tmp_path):
     colour_folder(tmp_path / "train", 3)
     colour_folder(tmp_path / "val", 2)
+    colour_folder(tmp_path / "test", 5)  # is read by nobody
     data = load_data(str(tmp_path), COLOUR)
     assert (len(data.train), len(data.held_out), data.classes) == (6, 4, ("green", "red"))
     picture(tmp_path / "val" / "blue" / "a.png")
     with pytest.raises(ValueError, match="only one of them has blue"):
         load_data(str(tmp_path), COLOUR)
+
+
+def test_classes_with_the_names_of_parts(tmp_path):
+    for name in ("train", "val", "test"):
+        for index in range(5):
+            picture(tmp_path / name / f"{index}.png")
+    assert load_data(str(tmp_path), COLOUR).classes == ("test", "train", "val")
 
 
 def _one_class(folder):

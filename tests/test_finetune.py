@@ -1,12 +1,17 @@
 """Weights to train on: other classes, pictures of another size and other channels, as timm makes them of its own."""
 
+import shutil
+
 import pytest
 import timm
 import torch
+from typer.testing import CliRunner
 
 import vit_fast
 from tests.error_rule import relative_error
+from tests.small_runs import colour_folder, equal_states
 from tests.test_parity import draw
+from vit_fast import cli, training
 
 CLOSE = 2e-5
 OVERRIDES = {
@@ -89,3 +94,58 @@ def test_a_trained_checkpoint_of_ours(tmp_path):
 def test_what_does_not_fit_is_refused(overrides, message, folder):
     with pytest.raises(ValueError, match=message):
         vit_fast.load(folder, **overrides)
+
+
+# ---- training from them --------------------------------------------------------------------------------------------
+
+
+def test_a_run_begins_with_the_weights_and_goes_on_without_their_file(folder, tmp_path):
+    """To the same bits, from a folder of pictures, with another head and another size."""
+    pictures = colour_folder(tmp_path / "pictures", count=10)
+    start = shutil.copytree(folder, tmp_path / "start")
+    settings = {"epochs": 2, "batch_size": 4, "drop_path": 0.1, "img_size": 48, "warmup_epochs": 0, "workers": 0}
+    settings |= {"lr": 1e-6, "pretrained_path": str(start)}
+    whole = training.train(training.Config(str(pictures), str(tmp_path / "whole"), **settings))
+    before = vit_fast.load(folder, img_size=48)
+    after = dict(whole.model.named_parameters())
+    for name in ("blocks.1.mlp.fc1.weight", "patch_embed.proj.weight", "pos_embed"):
+        moved = (after[name] - dict(before.named_parameters())[name]).abs().max()
+        assert 0 < moved < 1e-4, name
+    assert whole.model.head.weight.shape[0] == 2
+
+    def stop(step: training.Step) -> None:
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+    config = training.Config(str(pictures), str(tmp_path / "cut"), **settings)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config, on_step=stop)
+    shutil.rmtree(start)
+    assert training.read_settings(tmp_path / "cut")["pretrained_path"] == str(start)
+    again = training.train(config, tmp_path / "cut")
+    assert equal_states(again.model.state_dict(), whole.model.state_dict())
+    loaded = vit_fast.load(tmp_path / "cut")
+    assert loaded.label_names == ("green", "red")
+    assert equal_states(loaded.state_dict(), whole.model.state_dict())
+    assert tuple(loaded.pretrained_cfg["mean"]) == before.pretrained_cfg["mean"]
+
+
+def test_grey_digits_from_weights_of_colours_by_the_command_line(folder, tmp_path):
+    arguments = ["train", "digits", "--pretrained-path", str(folder), "--img-size", "16", "-b", "512"]
+    done = CliRunner().invoke(cli.app, [*arguments, "--epochs", "1", "--output", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    model = vit_fast.load(tmp_path / "run")
+    assert (model.in_chans, model.num_classes, model.patch_embed.img_size) == (1, 10, (16, 16))
+    assert len(model.blocks) == 2
+
+
+def test_a_projection_is_no_head_of_as_many_classes(tmp_path):
+    model = vit_fast.create_model("vit_tiny_patch16_224", num_classes=2, depth=1, img_size=32)
+    model.pretrained_cfg["projection"] = True
+    model.save_pretrained(tmp_path / "tower")
+    pictures = colour_folder(tmp_path / "pictures", count=5)
+    settings = {"pretrained_path": str(tmp_path / "tower"), "epochs": 1, "workers": 0, "lr": 0.0, "warmup_lr": 0.0}
+    result = training.train(training.Config(str(pictures), str(tmp_path / "run"), **settings))
+    assert not torch.equal(result.model.head.weight, model.head.weight)
+    assert torch.equal(result.model.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
+    assert vit_fast.load(tmp_path / "run").predict(str(next(pictures.rglob("*.png")))).shape == (1, 2)

@@ -129,6 +129,12 @@ def train(
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes of the head (default: those of the data).")] = None,
     img_size: Annotated[int | None, typer.Option(help="Side of the model's input (default: the model's own).")] = None,
+    pretrained_path: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|FOLDER|hf-hub:OWNER/NAME", help="Weights to begin with; other classes get a new head."
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = DEFAULTS["epochs"],
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Pictures in a step.")] = DEFAULTS["batch_size"],
     lr: Annotated[float, typer.Option(help="Learning rate after the warm-up.")] = DEFAULTS["lr"],
@@ -166,6 +172,7 @@ def train(
         "model_kwargs": dict(map(_name_and_value, model_kwargs or ())),
         "num_classes": num_classes,
         "img_size": img_size,
+        "pretrained_path": pretrained_path,
         "epochs": epochs,
         "batch_size": batch_size,
         "lr": lr,

@@ -63,8 +63,8 @@ def load_data(source: str, preprocessing: dict, hflip: float | None = None) -> D
 
     Args:
         source: "digits", or the path of a folder (write ./digits for a folder of that name). The folder has one
-            subfolder a class; a stratified fifth is held out. Or it has two subfolders "train" and "val" with the same
-            classes in each, and then "val" is what is held out.
+            subfolder a class; a stratified fifth is held out. Or it has subfolders "train" and "val" with the same
+            classes in each, and then "val" is what is held out, and nothing else of the folder is read.
         preprocessing: input_size (channels, rows, columns), crop_pct, interpolation and crop_mode of the model.
         hflip: probability of a mirrored picture in training; None is 0.5, and 0 for digits.
 
@@ -165,7 +165,8 @@ def _folder(folder: Path, preprocessing: dict, hflip: float) -> Data:
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "there is no such folder"
         raise ValueError(f"{folder}: {state}; DATA takes 'digits' or a folder with one subfolder of pictures a class")
-    if {path.name for path in _subfolders(folder)} == {"train", "val"}:
+    # A class may have such a name, and then holds pictures and no folders; a folder "test" beside them is for later.
+    if all((folder / part).is_dir() and _subfolders(folder / part) for part in ("train", "val")):
         given, val = _classes(folder / "train"), _classes(folder / "val")
         if list(given) != list(val):
             differing = ", ".join(sorted(set(given) ^ set(val))[:5])

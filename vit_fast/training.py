@@ -27,6 +27,8 @@ from vit_fast import checkpoint
 from vit_fast.data import ShuffledBatches, load_data
 from vit_fast.inference import normalise
 from vit_fast.model import VisionTransformer
+from vit_fast.pretrained import load
+from vit_fast.weights.settings import to_timm
 from vit_fast.zoo import create_model
 
 HISTORY = "history.jsonl"
@@ -85,6 +87,7 @@ class Config:
     model_kwargs: dict = field(default_factory=dict)  # further arguments of create_model
     num_classes: int | None = None  # None is as many as the data has
     img_size: int | None = None  # None is that of the model
+    pretrained_path: str | None = None  # weights to begin with: what `vit_fast.load` reads; the head is new for others
     epochs: int = 100
     batch_size: int = 64
     lr: float = 1e-3
@@ -184,7 +187,7 @@ def _train(config: Config, output: Path, resume: str | Path | None, on_step, on_
     held = any((output / name).exists() for name in (checkpoint.TRAINING, checkpoint.PREVIOUS))
     if held and (resume is None or not output.samefile(resume)):
         raise ValueError(f"output: {output} holds a checkpoint already; resume it, or name another folder")
-    run = _Run(config)
+    run = _Run(config, resume)
     if resume is not None:
         run.restore(Path(resume))
         # A checkpoint from the start, should the output be another folder, or the last one damaged: that is not kept.
@@ -280,18 +283,30 @@ def architecture(config: Config) -> checkpoint.Config:
     The drop path is left out: it is training's alone.
     """
     result = checkpoint.Config(config.model or DEFAULT_MODEL, _model_kwargs(config), (), {})
-    model = result.build(device="meta")
+    return dataclasses.replace(result, preprocessing=_preprocessing(config, result.build(device="meta")))
+
+
+def pretrained(config: Config, path: str) -> tuple[checkpoint.Config, VisionTransformer]:
+    """`architecture` of the model that is at this path, and that model, its drop path with it."""
+    model = load(path, model=config.model, drop_path_rate=config.drop_path, **_model_kwargs(config))
+    said = to_timm(model, ())
+    kwargs = {**said["model_args"], "global_pool": said["global_pool"]}
+    return checkpoint.Config(said["architecture"], kwargs, (), _preprocessing(config, model)), model
+
+
+def _preprocessing(config: Config, model: VisionTransformer) -> dict:
     preprocessing = {key: model.pretrained_cfg[key] for key in PICTURES}
     preprocessing["input_size"] = [model.in_chans, *model.patch_embed.img_size]
     if config.data == "digits":
         preprocessing["crop_pct"] = 1.0  # a scan is all digit: there is no margin to cut
-    return dataclasses.replace(result, preprocessing=json.loads(json.dumps(preprocessing)))
+    return json.loads(json.dumps(preprocessing))
 
 
 def _model_kwargs(config: Config) -> dict:
     kwargs = dict(config.model_kwargs)
     if config.data == "digits":
-        kwargs = {"in_chans": 1, **(DIGITS_KWARGS if config.model is None else {}), **kwargs}
+        fresh = config.model is None and config.pretrained_path is None
+        kwargs = {"in_chans": 1, **(DIGITS_KWARGS if fresh else {}), **kwargs}
     if config.img_size is not None:
         kwargs["img_size"] = config.img_size
     for name, setting in (("num_classes", "num_classes"), ("drop_path_rate", "drop_path")):
@@ -353,17 +368,27 @@ def _ignore_interrupt(worker: int) -> None:
 class _Run:
     """The state of a run between two optimiser steps: all of it is saved and restored here."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, resume: str | Path | None = None):
         self.config = config
         self.device = device_named(config.device)
         self.amp = _use_amp(config, self.device)
-        self.model_config = architecture(config)
+        model = None
+        if config.pretrained_path is None:
+            self.model_config = architecture(config)
+        elif resume is None:
+            self.model_config, model = pretrained(config, config.pretrained_path)
+        else:  # what it began with may be gone
+            self.model_config = checkpoint.load_config(resume)
         self.data = load_data(config.data, self.model_config.preprocessing, config.hflip)
         self.data.augment.to(self.device)
         classes = class_names(config, self.data.classes)
         self.model_config = dataclasses.replace(self.model_config, classes=classes)
         torch.manual_seed(config.seed)
-        self.model = self.model_config.build(drop_path_rate=config.drop_path).to(self.device).train()
+        if model is None:
+            model = self.model_config.build(drop_path_rate=config.drop_path)
+        elif len(classes) != model.num_classes or model.pretrained_cfg.get("projection"):
+            model.reset_classifier(len(classes))
+        self.model = model.to(self.device).train()
         fused = self.device.type in ("cpu", "cuda")
         self.optimiser = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), fused=fused)
         self.sampler = ShuffledBatches(len(self.data.train), config.batch_size, config.seed)
@@ -563,7 +588,10 @@ def read_settings(folder: str | Path) -> dict:
         head = weights.get("head.weight", torch.empty(0))
         classes = min(head.shape[:1].numel(), head.numel())
     kwargs = {"num_classes": classes, **_model_kwargs(config)}
-    build = functools.partial(create_model, config.model or DEFAULT_MODEL, **kwargs)
+    build: Callable[..., VisionTransformer] = functools.partial(create_model, config.model or DEFAULT_MODEL, **kwargs)
+    if config.pretrained_path is not None:
+        described = checkpoint.load_config(folder)
+        kwargs, build = described.kwargs, described.build
     checkpoint.check_described(build, kwargs, weights, f"{folder}: its settings")
     return settings
 
