@@ -196,6 +196,34 @@ def test_open_clip_there_and_back(layer_scale, tmp_path):
     assert relative_error(ours(x), theirs.encode_image(x)) < CLOSE
 
 
+OPEN_CLIP = {"layers": 2, "width": 64, "head_width": 16, "patch_size": 8, "image_size": 32}
+OPEN_CLIP_TEXT = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
+
+
+def _open_clip(vision: dict, **more) -> nn.Module:
+    return drawn(open_clip.model.CLIP(24, dict(vision), dict(OPEN_CLIP_TEXT), **more))
+
+
+@pytest.mark.parametrize("part", ["qk_norm", "scale_heads", "scale_attn", "scale_attn_inner", "scale_fc"])
+def test_a_part_of_open_clips_tower_is_never_taken_for_text(part):
+    """Whose names, without the prefix, are those of the text tower."""
+    theirs = _open_clip({**OPEN_CLIP, part: True})
+    with pytest.raises(ValueError, match=r"left over: visual\.transformer\.resblocks\.0\."):
+        weights.to_ours(theirs.state_dict())
+    with pytest.raises(ValueError, match=r"left over: transformer\.resblocks\.0\."):
+        weights.to_ours(theirs.visual.state_dict())
+
+
+def test_a_stray_weight_in_open_clips_tower():
+    state = _open_clip(OPEN_CLIP).state_dict()
+    dropped = weights.to_ours(state)[1].dropped
+    assert all(not name.startswith("visual.") for name in dropped)
+    assert "transformer.resblocks.0.attn.in_proj_weight" in dropped
+    stray = "visual.transformer.resblocks.0.attn.out_proj.lora_A"
+    with pytest.raises(ValueError, match=f"1 left over: {stray}"):
+        weights.to_ours({**state, stray: torch.ones(1)})
+
+
 def test_a_head_with_a_bias_has_no_place_in_open_clip():
     ours = drawn(vit_fast.create_model("vit_base_patch16_clip_quickgelu_224", num_classes=24, **TINY))
     with pytest.raises(ValueError, match=r"1 left over: head\.bias"):
@@ -305,9 +333,9 @@ def test_a_model_without_a_block_is_not_saved(tmp_path):
 NO_PLACE = {
     *((name, "open_clip") for name in TIMM),  # all have a bias in the patch projection or in the head
     *((name, to) for name in ("LayerScale", "two heads", "registers", "SwiGLU") for to in ("torchvision", "jax")),
-    *((name, "dinov2") for name in ("two heads", "CLIP", "attention pool", "norm behind the pool", "norms inside")),
+    *((name, "dinov2") for name in ("two heads", "CLIP", "attention pool", "norm behind the pool")),
     *((name, to) for name in ("CLIP", "attention pool", "norm behind the pool") for to in ("hf", "torchvision", "jax")),
-    *((name, to) for name in ("norms inside", "qk norm, no bias") for to in ("hf", "torchvision", "jax")),
+    *((name, to) for name in ("norms inside", "qk norm, no bias") for to in ("hf", "torchvision", "dinov2", "jax")),
     *((name, to) for name in TIMM if name.startswith("norm of patches") for to in ("hf", "torchvision", "jax")),
     ("norm of patches, CLIP", "dinov2"),
 }
@@ -321,12 +349,57 @@ def test_a_round_trip_is_exact_or_refused(name, to):
     state = {key: tensor.bfloat16() for key, tensor in state.items()}
     heads = more.get("num_heads", 1)
     if (name, to) in NO_PLACE:
-        with pytest.raises(ValueError, match="left over"):
+        with pytest.raises(ValueError, match=r"left over|MLP has gates"):
             weights.convert(state, to, num_heads=heads)
         return
     there = weights.convert(state, to, num_heads=heads)
     assert {tensor.dtype for tensor in there.values()} == {torch.bfloat16}
     assert equal_states(weights.convert(there, "timm"), state)
+
+
+_GAP = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+
+
+@pytest.mark.parametrize(
+    ("more", "to", "says"),
+    [
+        ({"mlp_layer": "swiglu", "act_layer": "silu"}, "hf", r"SwiGLU: .* missing: blocks\.0\.ls1\.gamma"),
+        (
+            {"mlp_layer": "swiglu", "act_layer": "silu"},
+            "torchvision",
+            r"MLP has gates \(SwiGLU\), for which 'torchvision' has no names",
+        ),
+        ({"mlp_layer": "swiglu", "act_layer": "silu"}, "jax", "MLP has gates"),
+        ({"mlp_layer": "swiglu", "act_layer": "silu", "pre_norm": True}, "open_clip", "MLP has gates"),
+        ({"qkv_bias": False}, "torchvision", r"missing: blocks\.0\.attn\.qkv\.bias"),
+        ({"qkv_bias": False}, "jax", r"missing: blocks\.0\.attn\.qkv\.bias"),
+        ({"qkv_bias": False, "pre_norm": True}, "hf", r"CLIP: .* missing: blocks\.0\.attn\.qkv\.bias"),
+        *(({"proj_bias": False}, to, r"missing: blocks\.0\.attn\.proj\.bias") for to in ("hf", "torchvision", "jax")),
+        ({"proj_bias": False, "pre_norm": True}, "open_clip", r"missing: blocks\.0\.attn\.proj\.bias"),
+        *(({"pos_embed": "none"}, to, "1 missing: pos_embed") for to in ("hf", "torchvision", "dinov2", "jax")),
+        (_GAP, "torchvision", "1 missing: cls_token"),
+        (_GAP, "dinov2", "1 missing: cls_token"),
+        ({"reg_tokens": 2}, "hf", r"got 19 positions beside registers, takes a square number"),
+        ({"reg_tokens": 2, "no_embed_class": True}, "hf", r"registers: .* missing: blocks\.0\.ls1\.gamma"),
+        ({"reg_tokens": 4, "init_values": 1.0}, "hf", "got 21 positions beside registers"),
+        ({"reg_tokens": 4}, "dinov2", "got 21 positions beside registers"),
+        ({"qk_norm": True}, "dinov2", r"left over: blocks\.0\.attn\.q_norm\.weight"),
+    ],
+)
+def test_what_the_other_library_has_not_is_not_written(more, to, says):
+    model = vit_fast.create_model("vit_tiny_patch16_224", num_classes=0, **{**TINY, **more})
+    with pytest.raises(ValueError, match=says):
+        weights.convert(model.state_dict(), to)
+
+
+def test_two_tensors_for_one_place():
+    """By two spellings of a library's own: of which one would be lost."""
+    state = drawn(vit_fast.create_model("vit_giant_patch14_dinov2", **{**TINY, "embed_dim": 48})).state_dict()
+    there = weights.convert(state, "hf")
+    block = "dinov2.encoder.layer.0.mlp."
+    there[block + "down_proj.weight"] = there[block + "weights_out.weight"]
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.fc2\.weight is there twice"):
+        weights.convert(there, "timm")
 
 
 @pytest.mark.parametrize("to", ["hf", "torchvision", "dinov2", "jax"])
@@ -590,6 +663,29 @@ def test_names_of_a_compiled_model(state, tmp_path):
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).state_dict()
     assert equal_states(dict(loaded.items()), again.state_dict())
     assert torch.equal(again.blocks[1].mlp.fc1.weight, wrapped["module.blocks.1._orig_mod.mlp.fc1.weight"])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: hf.ViTForImageClassification(hf.ViTConfig(**SIZES, **LABELS)),
+        lambda: torchvision.models.VisionTransformer(32, 8, 2, 1, 64, 128, num_classes=5),
+        lambda: _open_clip(OPEN_CLIP),
+    ],
+)
+def test_names_of_a_compiled_model_of_another_library(model):
+    """The whole of it, under DDP, or each of its layers."""
+    theirs = drawn(model())
+    plain = weights.to_ours(theirs.state_dict())[0]
+    assert equal_states(weights.to_ours(torch.compile(theirs).state_dict())[0], plain)
+    assert equal_states(weights.to_ours({f"module._orig_mod.{name}": tensor for name, tensor in _of(theirs)})[0], plain)
+    for parent in list(theirs.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, torch.compile(child))
+    wrapped = theirs.state_dict()
+    assert any("._orig_mod." in name for name in wrapped)
+    assert equal_states(weights.to_ours(wrapped)[0], plain)
 
 
 def test_two_names_of_one_tensor(state):

@@ -106,7 +106,8 @@ def convert(
         zero. A folded class position (DINOv2 with registers) comes back as a part of the class token.
 
     Raises:
-        ValueError: as `to_ours`, and for weights that have no place in the layout `to`.
+        ValueError: as `to_ours`, for weights that have no place in the layout `to`, and for weights without what every
+            model of it has.
     """
     one_of("to", to, TARGETS)
     ours, coverage = to_ours(state_dict, partial)
@@ -122,18 +123,22 @@ def convert(
 def _target(to: str, ours: Mapping[str, Tensor]) -> Layout:
     """The layout in which a library holds a model with these weights."""
     gated = is_gated(ours)
+    registers = ours["reg_token"].shape[1] if "reg_token" in ours else 0
     if to == "dinov2":
         return original.DINOV2_GATED if gated else original.DINOV2
+    # DeiT has one token that can be a register.
+    if to == "hf" and (gated or "blocks.0.ls1.gamma" in ours or registers > 1):
+        return transformers.DINOV2[registers > 0, gated]
+    if gated:
+        raise ValueError(f"the weights: their MLP has gates (SwiGLU), for which {to!r} has no names")
     if to != "hf":
         return {"torchvision": torchvision.TORCHVISION, "open_clip": open_clip.OPEN_CLIP, "jax": jax.JAX}[to]
     if "attn_pool.latent" in ours:
         return transformers.SIGLIP
     if "norm_pre.weight" in ours:
         return transformers.CLIP
-    if "blocks.0.ls1.gamma" in ours:
-        return transformers.DINOV2["reg_token" in ours, gated]
     if "dist_token" in ours:
         return transformers.DEIT
-    if "reg_token" in ours:
+    if registers:
         return transformers.DEIT_ONE_HEAD
     return transformers.VIT if "cls_token" in ours else transformers.IJEPA

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from vit_fast.weights.layout import SAME, TRANSPOSED, Layout, Rule, Way, with_positions_of
+from vit_fast.weights.layout import BIASES, QKV_BIAS, SAME, TRANSPOSED, Layout, Rule, Way, with_positions_of
 
 _BLOCK = "Transformer/encoderblock_{i}/"
 _ATTENTION = _BLOCK + "MultiHeadDotProductAttention_1/"
@@ -52,7 +52,7 @@ JAX = Layout(
         *_linear("head", "head"),
     ),
     last=with_positions_of("cls_token"),
-    needs=("pos_embed",),
+    needs=("pos_embed", *BIASES, QKV_BIAS),
     aliases=((r"^(params|opt/target)/", ""),),
 )
 

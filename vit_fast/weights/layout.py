@@ -2,7 +2,7 @@
 
 Our own names, which are timm's, stand between all others. In a pattern {i} is the number of a block and {p} is "weight"
 or "bias". Of the names that a library puts behind a prefix of its own, patterns leave the prefix out; a pattern that
-begins with "/" never has it.
+begins with "/" is of names that never have it. What torch.compile and DDP put before a name counts for nothing.
 """
 
 import fnmatch
@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from vit_fast.checkpoint import uncompiled
 
 log = logging.getLogger("vit_fast")
 
@@ -33,6 +35,12 @@ SAME = Way(lambda t, heads: t, lambda t, heads: t)
 TRANSPOSED = Way(lambda t, heads: t.T.contiguous(), lambda t, heads: t.T.contiguous())
 TOKEN = Way(lambda t, heads: t.view(1, 1, -1), lambda t, heads: t.reshape(-1))  # [D] ↔ [1, 1, D]
 TABLE = Way(lambda t, heads: t.unsqueeze(0), lambda t, heads: t.squeeze(0))  # [N, D] ↔ [1, N, D]
+
+
+# Of ours, what our models may be built without and those of other libraries hardly are.
+TOKENS = ("pos_embed", "cls_token")
+BIASES = ("blocks.{i}.attn.proj.bias", "blocks.{i}.mlp.fc1.bias", "blocks.{i}.mlp.fc2.bias")
+QKV_BIAS = "blocks.{i}.attn.qkv.bias"
 
 
 class Rule(NamedTuple):
@@ -112,23 +120,23 @@ class Layout:
     dropped: tuple[str, ...] = ()  # shell patterns
     aliases: tuple[tuple[str, str], ...] = ()  # regular expressions of other spellings, and what stands in the rules
     made: dict[str, Callable[[dict], Tensor]] = field(default_factory=dict)  # what they have and we do not, from ours
-    projects: bool = False  # their head has no bias
-    needs: tuple[str, ...] = ("pos_embed", "cls_token")  # of ours, what no model of theirs is without
+    without_bias: tuple[str, ...] = ()  # of ours, layers whose bias they do not have: it is zero
+    needs: tuple[str, ...] = (*TOKENS, *BIASES)  # of ours, what no model of theirs is without
     first: Callable[[dict], dict] | None = None  # of theirs, before the rules
     last: Callable[[dict], dict] | None = None  # of ours that are to be written, before the rules
 
     def spelled(self, names: Iterable[str]) -> dict[str, str]:
         """Each name as the rules spell it, with their own before it."""
-        names = list(names)
-        prefixed = bool(self.prefix) and any(name.startswith(self.prefix) for name in names)
+        unwrapped = {name: uncompiled(name).removeprefix("module.") for name in names}
+        prefixed = bool(self.prefix) and any(name.startswith(self.prefix) for name in unwrapped.values())
         outside = [_compiled(p[1:]) for rule in self.rules for p in _names(rule.theirs) if p.startswith("/")]
         found: dict[str, str] = {}
-        for name in names:
-            spelled = name.removeprefix(self.prefix)
+        for name, plain in unwrapped.items():
+            spelled = plain.removeprefix(self.prefix)
             for pattern, replacement in self.aliases:
                 spelled = re.sub(pattern, replacement, spelled)
-            if (prefixed and not name.startswith(self.prefix)) or any(p.fullmatch(name) for p in outside):
-                spelled = f"/{name}"
+            if (prefixed and not plain.startswith(self.prefix)) or any(p.fullmatch(plain) for p in outside):
+                spelled = f"/{plain}"
             if spelled in found:
                 raise ValueError(f"the weights: {found[spelled]} and {name} are names of the same tensor")
             found[spelled] = name
@@ -142,7 +150,7 @@ class Layout:
         missing = [name for name in sorted(used) if name not in spelled]
         whole = [match for match in matches if all(name in spelled for name in match.names("theirs"))]
         rest = [name for name in spelled if name not in used]
-        unread = {n for n in rest if any(fnmatch.fnmatchcase(n.removeprefix("/"), pattern) for pattern in self.dropped)}
+        unread = {name for name in rest if matches_any(name, self.dropped)}
         left_over = [spelled[name] for name in rest if name not in unread]
         missing += _gaps({name for match in whole for name in match.names("ours")}, self.needs)
         dropped = [spelled[name] for name in rest if name in unread]
@@ -157,17 +165,24 @@ class Layout:
         found: dict[str, Tensor] = {}
         for match in matches:
             parts = [match.rule.way.to_ours(state[name], 0) for name in match.names("theirs")]
-            found |= _spread(parts, match.names("ours"), match.rule.shares)
-        if self.projects and "head.weight" in found:
-            found["head.bias"] = found["head.weight"].new_zeros(len(found["head.weight"]))
+            placed = _spread(parts, match.names("ours"), match.rule.shares)
+            if twice := found.keys() & placed.keys():
+                raise ValueError(f"the weights: {min(twice)} is there twice, by two of {self.name}'s names")
+            found |= placed
+        for layer in self.without_bias:
+            # Before a norm of the tokens our patches have no bias either.
+            if layer == "patch_embed.proj" and "norm_pre.weight" in found:
+                continue
+            if (weight := found.get(f"{layer}.weight")) is not None:
+                found.setdefault(f"{layer}.bias", weight.new_zeros(len(weight)))
         return found, coverage
 
     def to_theirs(self, ours: Mapping[str, Tensor], heads: int) -> tuple[dict[str, Tensor], Coverage]:
         """The tensors under their names, and what became of each of ours."""
         state = self.last(dict(ours)) if self.last else dict(ours)
-        found, used, missing = {}, set(), []
-        if self.projects and "head.bias" in state and not state["head.bias"].any():
-            used.add("head.bias")
+        found, missing = {}, _gaps(set(state), self.needs)
+        biases = [f"{layer}.bias" for layer in self.without_bias]
+        used = {name for name in biases if name in state and not state[name].any()}
         for match in _matches((rule for rule in self.rules if not rule.only_read), "ours", state):
             names = match.names("ours")
             lacking = [name for name in names if name not in state]
@@ -194,7 +209,7 @@ def _spread(parts: list[Tensor], names: list[str], shares: tuple[int, ...]) -> d
     return {name: part.contiguous() for name, part in zip(names, whole.split(sizes))}
 
 
-# What every block of every layout has, and what stands outside of them.
+# What every block of every layout has.
 _OF_A_BLOCK = (
     *("norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.proj.weight"),
     *("norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc2.weight"),
@@ -207,11 +222,13 @@ def _gaps(ours: set[str], needs: tuple[str, ...]) -> list[str]:
     for name in ours:
         if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
             blocks.setdefault(int(match[1]), set()).add(match[2])
-    every = set(_OF_A_BLOCK).union(*blocks.values())
+    of_a_block = {name.removeprefix("blocks.{i}.") for name in needs if name.startswith("blocks.{i}.")}
+    every = of_a_block.union(_OF_A_BLOCK, *blocks.values())
     depth = min(max(blocks, default=0), len(ours)) + 1  # a name may have any number: fewer blocks than names are whole
     gaps = [f"blocks.{i}.{name}" for i in range(depth) for name in sorted(every - blocks.get(i, set()))]
     norm = "fc_norm" if "fc_norm.weight" in ours or "fc_norm.bias" in ours else "norm"
-    needed = ("patch_embed.proj.weight", *needs, f"{norm}.weight", f"{norm}.bias")
+    outside = (name for name in needs if not name.startswith("blocks."))
+    needed = ("patch_embed.proj.weight", *outside, f"{norm}.weight", f"{norm}.bias")
     heads = [f"{head}.weight" for head in ("head", "head_dist") if f"{head}.bias" in ours]
     return gaps + [name for name in (*needed, *heads) if name not in ours]
 
@@ -226,11 +243,20 @@ def fold_class_position(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_positions_of(*tokens: str) -> Callable[[dict], dict]:
-    """A step before writing: these tokens get a position of zero where ours have none, which a square number tells."""
+    """A step before writing: these tokens get a position of zero where ours have none, which a square number tells.
+
+    It refuses registers with positions of their own where they are not among these tokens: theirs have none.
+    """
 
     def step(state: dict[str, Tensor]) -> dict[str, Tensor]:
         position = state.get("pos_embed")
         count = sum(state[name].shape[1] for name in tokens if name in state)
+        if position is not None and "reg_token" in state and "reg_token" not in tokens:
+            if not _is_square(position.shape[1]):
+                raise ValueError(
+                    f"pos_embed: got {position.shape[1]} positions beside registers, takes a square number, of patches "
+                    "alone: the library has no positions for registers"
+                )
         if position is None or not count or not _is_square(position.shape[1]) or _is_square(position.shape[1] - count):
             return state
         without = ", ".join(tokens)

@@ -1,15 +1,24 @@
 """open_clip's vision tower, which is OpenAI's, and its tower of timm's."""
 
-from vit_fast.weights.layout import TABLE, TOKEN, TRANSPOSED, Layout, Rule, with_positions_of
+from vit_fast.weights.layout import (
+    BIASES,
+    QKV_BIAS,
+    TABLE,
+    TOKEN,
+    TOKENS,
+    TRANSPOSED,
+    Layout,
+    Rule,
+    with_positions_of,
+)
 from vit_fast.weights.timm import NAMES
 
 _BLOCK = "transformer.resblocks.{i}."
-# The text tower beside it, with the prefix and without.
+# The text towers beside it. Its own names are the tower's too, so that they count outside the prefix alone.
 _TEXT = (
-    *("logit_scale", "logit_bias", "text_projection", "text.*", "attn_mask"),
-    *("token_embedding.*", "positional_embedding", "transformer.resblocks.*", "ln_final.*"),
+    *("/logit_scale", "/logit_bias", "/text_projection", "/text.*", "/text_decoder.*", "/attn_mask"),
+    *("/token_embedding.*", "/positional_embedding", "/transformer.resblocks.*", "/ln_final.*"),
 )
-
 
 OPEN_CLIP = Layout(
     "open_clip",
@@ -32,17 +41,18 @@ OPEN_CLIP = Layout(
     last=with_positions_of("cls_token"),
     prefix="visual.",
     dropped=_TEXT,
-    projects=True,
+    without_bias=("head", "patch_embed.proj"),
+    needs=(*TOKENS, *BIASES, QKV_BIAS),
 )
 
 OPEN_CLIP_TIMM = Layout(
     "open_clip with a tower of timm's",
     (
-        *(Rule(name, name) for name in NAMES if not name.startswith("head")),
-        Rule("head.weight", "/visual.head.proj.weight"),
+        *(Rule(name, name) for name in NAMES),  # their head, too, where it is what projects
+        Rule("head.{p}", "/visual.head.proj.{p}"),
     ),
     prefix="visual.trunk.",
     needs=(),
     dropped=_TEXT,
-    projects=True,
+    without_bias=("head",),
 )

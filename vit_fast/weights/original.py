@@ -1,9 +1,12 @@
 """DINOv2's own repository: timm's names but for registers, SwiGLU and blocks in chunks (blocks.0.3.norm1)."""
 
-from vit_fast.weights.layout import Layout, Rule, fold_class_position, with_positions_of, zero_token
+from vit_fast.weights.layout import TOKENS, Layout, Rule, fold_class_position, with_positions_of, zero_token
 from vit_fast.weights.timm import NAMES
 
-_NOT_THEIRS = ("attn_pool", "dist_token", "fc_norm", "head_dist", "norm_pre", "pre_logits")
+_NOT_THEIRS = (
+    *("attn_pool", "dist_token", "fc_norm", "head_dist", "norm_pre", "pre_logits"),
+    *(f"blocks.{{i}}.{name}" for name in ("attn.q_norm", "attn.k_norm", "attn.norm", "mlp.norm")),
+)
 _OTHERS = {
     "reg_token": "register_tokens",
     "blocks.{i}.mlp.fc1.{p}": "blocks.{i}.mlp.w12.{p}",
@@ -25,6 +28,7 @@ def _layout(name: str, gated: bool) -> Layout:
         made={"mask_token": zero_token},
         first=_first,
         last=with_positions_of("cls_token"),
+        needs=TOKENS,  # each of its biases is an argument
     )
 
 

@@ -17,13 +17,8 @@ NAMES = (
 TIMM = Layout(
     "timm",
     tuple(Rule(name, name) for name in NAMES),
-    # DINO's checkpoints hold the module that DDP wrapped; MAE's hold the decoder, and both a token for what is masked.
-    # torch.compile puts what it wrapped, a model or a block of it, under a name of its own.
-    aliases=(
-        (r"\b_orig_mod\.", ""),
-        (r"^(module\.)?(backbone\.)?", ""),
-        (r"^head\.(mlp|last_layer)\.", r"dino_head.\1."),
-    ),
+    # DINO's checkpoints hold the backbone and a head; MAE's hold the decoder, and both a token for what is masked.
+    aliases=((r"^backbone\.", ""), (r"^head\.(mlp|last_layer)\.", r"dino_head.\1.")),
     dropped=("mask_token", "decoder_*", "dino_head.*"),
     needs=(),
 )

@@ -1,6 +1,6 @@
 """torchvision's vit_*, as they are named now and as they were before 0.14."""
 
-from vit_fast.weights.layout import Layout, Rule, with_positions_of
+from vit_fast.weights.layout import BIASES, QKV_BIAS, TOKENS, Layout, Rule, with_positions_of
 
 _BLOCK = "encoder.layers.encoder_layer_{i}."
 
@@ -21,5 +21,6 @@ TORCHVISION = Layout(
         Rule("head.{p}", "heads.head.{p}"),
     ),
     last=with_positions_of("cls_token"),
+    needs=(*TOKENS, *BIASES, QKV_BIAS),
     aliases=((r"mlp\.linear_1\.", "mlp.0."), (r"mlp\.linear_2\.", "mlp.3.")),
 )

@@ -5,7 +5,18 @@ The tables have the names that its files have. Those that version 5 has in memor
 
 from typing import Any
 
-from vit_fast.weights.layout import TABLE, TOKEN, Layout, Rule, fold_class_position, with_positions_of, zero_token
+from vit_fast.weights.layout import (
+    BIASES,
+    QKV_BIAS,
+    TABLE,
+    TOKEN,
+    TOKENS,
+    Layout,
+    Rule,
+    fold_class_position,
+    with_positions_of,
+    zero_token,
+)
 
 _PARTS = ("query", "key", "value")
 _TO_DISK = (
@@ -44,7 +55,7 @@ VIT = Layout(
     (*_VIT, _HEAD),
     prefix="vit.",
     aliases=_ALL_TO_DISK,
-    dropped=("pooler.dense.*", "embeddings.mask_token", "decoder.*"),
+    dropped=("pooler.dense.*", "embeddings.mask_token", "/decoder.*"),
     last=_POSITIONED,
 )
 IJEPA = Layout(
@@ -53,7 +64,7 @@ IJEPA = Layout(
     prefix="ijepa.",
     aliases=_ALL_TO_DISK,
     dropped=("pooler.dense.*", "embeddings.mask_token"),
-    needs=("pos_embed",),
+    needs=("pos_embed", *BIASES),
 )
 _DEIT: dict[str, Any] = {
     **{"prefix": "deit.", "aliases": _ALL_TO_DISK},
@@ -77,11 +88,11 @@ DEIT_ONE_HEAD = Layout(
     last=with_positions_of("cls_token", "reg_token"),
     **_DEIT,
 )
+_LAYER_SCALE = ("blocks.{i}.ls1.gamma", "blocks.{i}.ls2.gamma")
 _DINOV2 = (
     *_COMMON,
     *(Rule(f"blocks.{{i}}.{name}.{{p}}", f"{_BLOCK}{name}.{{p}}") for name in ("norm1", "norm2")),
-    Rule("blocks.{i}.ls1.gamma", _BLOCK + "layer_scale1.lambda1"),
-    Rule("blocks.{i}.ls2.gamma", _BLOCK + "layer_scale2.lambda1"),
+    *(Rule(name, f"{_BLOCK}layer_scale{number}.lambda1") for number, name in enumerate(_LAYER_SCALE, 1)),
     _HEAD,
 )
 _PLAIN_MLP = tuple(Rule(f"blocks.{{i}}.mlp.{name}.{{p}}", f"{_BLOCK}mlp.{name}.{{p}}") for name in ("fc1", "fc2"))
@@ -117,6 +128,7 @@ def _dinov2(gated: bool, registers: bool) -> Layout:
         made={"embeddings.mask_token": zero_token},
         first=_fold if registers else None,
         last=_POSITIONED,
+        needs=(*TOKENS, *BIASES, *_LAYER_SCALE),
     )
 
 
@@ -133,7 +145,7 @@ _TOWERS = (
     *(Rule(f"blocks.{{i}}.mlp.{name}.{{p}}", f"{_TOWER}mlp.{name}.{{p}}") for name in ("fc1", "fc2")),
     Rule("norm.{p}", "post_layernorm.{p}"),
 )
-_TEXT = ("text_model.*", "text_projection.weight", "logit_scale", "logit_bias", "embeddings.position_ids")
+_DROPPED = ("/text_model.*", "/text_projection.weight", "/logit_scale", "/logit_bias", "embeddings.position_ids")
 CLIP = Layout(
     "transformers CLIP",
     (
@@ -143,9 +155,10 @@ CLIP = Layout(
         Rule("head.weight", "/visual_projection.weight"),
     ),
     prefix="vision_model.",
-    dropped=_TEXT,
-    projects=True,
+    dropped=_DROPPED,
+    without_bias=("head",),
     last=_POSITIONED,
+    needs=(*TOKENS, *BIASES, QKV_BIAS),
 )
 SIGLIP = Layout(
     "transformers SigLIP",
@@ -158,6 +171,6 @@ SIGLIP = Layout(
         *(Rule(f"attn_pool.mlp.{name}.{{p}}", f"head.mlp.{name}.{{p}}") for name in ("fc1", "fc2")),
     ),
     prefix="vision_model.",
-    dropped=_TEXT,
-    needs=("pos_embed",),
+    dropped=_DROPPED,
+    needs=("pos_embed", *BIASES, QKV_BIAS),
 )
