@@ -3,9 +3,12 @@
 Where a library cannot be installed its published names are written down here, apart from the tables under test.
 """
 
+import copy
+import functools
 import json
 import os
 import shlex
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -23,6 +26,7 @@ from tests.error_rule import relative_error
 from tests.small_runs import drawn, equal_states
 from vit_fast import cli, pretrained, weights
 from vit_fast.positions import resample_positions
+from vit_fast.weights import settings
 
 SIZES = {
     **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
@@ -799,19 +803,124 @@ def test_a_head_of_eighty_in_an_npz(tmp_path):
     assert ours.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
 
 
+def _loaded(theirs: nn.Module, config: dict, folder) -> nn.Module:
+    """From a folder as open_clip writes it."""
+    before = "" if hasattr(theirs, "visual") else "visual."
+    state = {f"{before}{name}": tensor for name, tensor in _of(theirs)}
+    safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return vit_fast.load(folder)
+
+
 def test_open_clips_config(tmp_path):
-    vision = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 32}
-    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
-    theirs = drawn(open_clip.model.CLIP(24, vision, text, quick_gelu=True))
-    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
-    model = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text, "quick_gelu": True}
+    theirs = _open_clip({**OPEN_CLIP, "head_width": 32}, quick_gelu=True)
+    model = {"embed_dim": 24, "vision_cfg": {**OPEN_CLIP, "head_width": 32}, "quick_gelu": True}
     config = {"model_cfg": model, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1]}}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    ours, x = vit_fast.load(tmp_path), images()
+    ours, x = _loaded(theirs, config, tmp_path), images()
     assert relative_error(ours(x), theirs.encode_image(x)) < CLOSE
     assert ours.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
     with pytest.raises(ValueError, match="the projection of a CLIP, which has no classes"):
         ours.predict(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
+    assert _loaded(theirs, {"model_cfg": model}, tmp_path).pretrained_cfg["mean"][0] == 0.48145466  # open_clip's own
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"pool_type": "avg"},
+        {"pool_type": "none"},
+        {"final_ln_after_pool": True},
+        {"pool_type": "avg", "final_ln_after_pool": True},
+        {"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True},
+        {"no_ln_pre": True},
+        {"norm_kwargs": {"eps": 1e-2}},
+        {"act_kwargs": {"approximate": "tanh"}},
+        {"patch_dropout": 0.5, "block_type": "custom", "pos_embed_type": "sin_cos_2d", "qk_norm": False},
+    ],
+)
+def test_settings_of_open_clips_tower(more, tmp_path):
+    theirs, x = _open_clip({**OPEN_CLIP, **more}), images()
+    ours = _loaded(theirs, {"model_cfg": {"vision_cfg": {**OPEN_CLIP, **more}}}, tmp_path)
+    assert relative_error(ours(x), theirs.encode_image(x)) < CLOSE
+    ours.save_pretrained(tmp_path / "ours")
+    assert torch.equal(vit_fast.load(tmp_path / "ours")(x), ours(x))
+
+
+@pytest.mark.parametrize(
+    ("vision", "more", "says"),
+    [
+        ({"scale_heads": True}, {}, "scale_heads: got True, takes False"),
+        ({"attentional_pool": "parallel"}, {}, "attentional_pool: got 'parallel', takes False"),
+        ({"new_part": 0}, {}, "vision_cfg: got 'new_part', takes layers, width, "),
+        ({"pool_type": "max"}, {}, "pool_type: got 'max', takes tok, avg, none"),
+        ({"norm_kwargs": {"eps": 1e-5, "bias": False}}, {}, "norm_kwargs: got .*'bias': False.*, takes 'eps' alone"),
+        ({"act_kwargs": {"inplace": True}}, {}, "act_kwargs: got {'inplace': True}, takes 'approximate'"),
+        ({"act_kwargs": {"approximate": "tanh"}}, {"quick_gelu": True}, "act_kwargs: got"),
+        ({"timm_model_name": "vit_tiny_patch16_224", "timm_proj": "mlp"}, {}, "timm_proj: got 'mlp', takes"),
+        ({"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "rot_attn"}, {}, "global_pool: got 'rot_attn'"),
+    ],
+)
+def test_settings_of_open_clips_tower_that_are_refused(vision, more, says, tmp_path):
+    theirs = _open_clip(OPEN_CLIP)
+    with pytest.raises(ValueError, match=says):
+        _loaded(theirs, {"model_cfg": {"vision_cfg": {**OPEN_CLIP, **vision}, **more}}, tmp_path)
+
+
+def test_open_clips_pictures_that_are_padded_are_refused(tmp_path):
+    config = {"model_cfg": {"vision_cfg": OPEN_CLIP}, "preprocess_cfg": {"resize_mode": "longest"}}
+    with pytest.raises(ValueError, match="resize_mode: got 'longest', takes 'shortest' or 'squash'"):
+        _loaded(_open_clip(OPEN_CLIP), config, tmp_path)
+
+
+def _shipped() -> list[dict]:
+    """open_clip's own configs with a tower of its own, of one small block; but one of those that are then alike."""
+    found = {}
+    for file in Path(open_clip.__file__).parent.glob("model_configs/*.json"):
+        config = json.loads(file.read_text())
+        vision = config["vision_cfg"]
+        if "timm_model_name" not in vision and isinstance(vision["layers"], int):
+            vision |= {"layers": 1, "width": vision.get("head_width", 64), "patch_size": 8, "image_size": 16}
+            config = {"vision_cfg": vision, "quick_gelu": config.get("quick_gelu", False)}
+            found[json.dumps(config, sort_keys=True)] = config
+    return list(found.values())
+
+
+def test_every_config_that_open_clip_ships(tmp_path):
+    """Its answers, or a refusal: of an attention pool alone."""
+    x, refused = torch.randn(1, 3, 16, 16), []
+    for config in _shipped():
+        theirs = open_clip.model._build_vision_tower(24, **copy.deepcopy(config))
+        try:
+            ours = _loaded(drawn(theirs), {"model_cfg": config}, tmp_path)
+        except ValueError:
+            refused.append(config["vision_cfg"])
+            continue
+        answer = theirs(x)
+        expected = answer[0] if isinstance(answer, tuple) else answer
+        assert relative_error(ours(x), expected) < CLOSE, config
+    assert len(refused) == 1
+    assert refused[0]["attentional_pool"]
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {},
+        {"timm_pool": "token", "timm_proj": None},  # MobileCLIP2-L-14
+        {"timm_pool": "avg", "timm_proj": ""},
+        {"timm_pool": "", "timm_proj": "linear", "timm_proj_bias": True},
+        {"timm_pool": "token", "timm_proj": "none", "timm_drop": 0.1},
+        {"timm_pool": "", "timm_proj": "none"},
+    ],
+)
+def test_settings_of_open_clips_tower_of_timms(vision, tmp_path, monkeypatch):
+    name, build = "vit_tiny_patch16_224", settings.build  # whose sizes no config can change
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, **TINY))
+    monkeypatch.setattr(settings, "build", lambda name, classes, args: build(name, classes, {**args, **TINY}))
+    said = {key.removeprefix("timm_"): value for key, value in vision.items()}
+    theirs, x = drawn(open_clip.timm_model.TimmModel(name, 24, **said)), images()
+    ours = _loaded(theirs, {"model_cfg": {"vision_cfg": {"timm_model_name": name, **vision}}}, tmp_path)
+    assert relative_error(ours(x), theirs(x)) < CLOSE
 
 
 def test_timm_builds_what_came_from_transformers(tmp_path):

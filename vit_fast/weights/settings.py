@@ -244,36 +244,6 @@ def from_timm(config: dict, names: Mapping[str, Tensor]) -> Settings:
     )
 
 
-def from_open_clip(config: dict, names: Mapping[str, Tensor]) -> Settings:
-    """Of open_clip_config.json: its own vision tower, or one of timm's.
-
-    Raises:
-        ValueError: for a tower with parts that are not here.
-    """
-    model, pictures = config["model_cfg"], config.get("preprocess_cfg", {})
-    vision = model["vision_cfg"]
-    taken = {name: pictures[name] for name in ("mean", "std", "interpolation") if name in pictures}
-    taken |= {"crop_pct": 1.0, "crop_mode": "squash" if pictures.get("resize_mode") == "squash" else "center"}
-    count = len(names["head.weight"]) if "head.weight" in names else 0
-    if "timm_model_name" in vision:
-        return Settings({"num_classes": count}, taken, vision["timm_model_name"], projection=True)
-    args = {
-        "img_size": vision["image_size"],
-        "patch_size": vision["patch_size"],
-        "embed_dim": vision["width"],
-        "depth": vision["layers"],
-        "num_heads": vision["width"] // vision.get("head_width", 64),
-        "mlp_ratio": _ratio(names, vision["width"]),
-        "init_values": vision.get("ls_init_value"),
-        "act_layer": "quick_gelu" if model.get("quick_gelu") else "gelu",
-        "norm_eps": 1e-5,
-        "pre_norm": True,
-        "num_classes": count,
-    }
-    _agree("layers", vision["layers"], _depth(names))
-    return Settings(args, taken, projection=True)
-
-
 _SHELL = {"device": "meta", "weight_init": "skip"}
 _NO_WORD = (
     "model: a part is somebody's own, for which config.json has no word ({}); safetensors.torch.save_model keeps the "
@@ -389,6 +359,96 @@ def _ratio(names: Mapping[str, Tensor], width: int) -> float:
     hidden = len(names["blocks.0.mlp.fc1.weight"]) if "blocks.0.mlp.fc1.weight" in names else 4 * width
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
+# ---- open_clip
+
+# What open_clip's vision_cfg is where it does not say it, of what is read here.
+_VISION = {
+    **{"layers": 12, "width": 768, "head_width": 64, "patch_size": 16, "image_size": 224, "ls_init_value": None},
+    **{"no_ln_pre": False, "final_ln_after_pool": False, "pool_type": "tok", "act_kwargs": None, "norm_kwargs": None},
+    **{"timm_model_name": None, "timm_pool": "avg", "timm_proj": "linear"},
+}
+# Of training alone, or shown by the weights, or of a part that is refused.
+_UNREAD = (
+    *("mlp_ratio", "patch_dropout", "pos_embed_type", "output_tokens", "block_type"),
+    *("attn_pooler_queries", "attn_pooler_heads"),
+    *("timm_model_pretrained", "timm_proj_bias", "timm_drop", "timm_drop_path"),
+)
+_NOT_HERE = (
+    *("attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads"),
+    *("scale_attn_inner", "scale_attn", "scale_fc"),
+)
+_POOLED = {"tok": "token", "avg": "avg", "none": ""}
+# By whether it is a QuickGELU, and what else open_clip gives it.
+_GELU = {
+    (True, ()): "quick_gelu",
+    (False, ()): "gelu",
+    (False, (("approximate", "none"),)): "gelu",
+    (False, (("approximate", "tanh"),)): "gelu_tanh",
+}
+
+
+def from_open_clip(config: dict, names: dict[str, Tensor]) -> Settings:
+    """Of open_clip_config.json: its own vision tower, or one of timm's.
+
+    Args:
+        names: the weights under our names. Only the config says that a norm stands behind a pool of all tokens: that
+            one is renamed here.
+
+    Raises:
+        ValueError: for a tower with parts that are not here, or settings that nobody knows.
+    """
+    model, pictures = config["model_cfg"], config.get("preprocess_cfg", {})
+    for name, value in model["vision_cfg"].items():
+        if name in _NOT_HERE and value:
+            raise ValueError(f"{name}: got {value!r}, takes False: there is no such part here")
+        if name not in (*_VISION, *_UNREAD, *_NOT_HERE):
+            raise ValueError(f"vision_cfg: got {name!r}, takes {', '.join((*_VISION, *_UNREAD))}")
+    vision: dict[str, Any] = {**_VISION, **model["vision_cfg"]}
+    if pictures.get("resize_mode") not in (None, "shortest", "squash"):
+        raise ValueError(f"resize_mode: got {pictures['resize_mode']!r}, takes 'shortest' or 'squash'")
+    taken = {name: pictures[name] for name in ("mean", "std", "interpolation") if name in pictures}
+    taken = {**OF_CLIP, "interpolation": "bicubic", **taken, "crop_pct": 1.0}
+    taken["crop_mode"] = "squash" if pictures.get("resize_mode") == "squash" else "center"
+    args: dict[str, Any] = {"num_classes": len(names["head.weight"]) if "head.weight" in names else 0}
+    if vision["timm_model_name"]:
+        pool, projection = vision["timm_pool"], vision["timm_proj"]
+        if projection not in (None, "", "none", "linear"):
+            raise ValueError(f"timm_proj: got {projection!r}, takes 'linear', 'none' or null")
+        if pool or (pool == "" and projection != "linear"):  # else that of the architecture
+            args["global_pool"] = pool
+        # With a projection of open_clip's own the pool is changed behind the norm, which stays where it was.
+        args["fc_norm"] = "fc_norm.weight" in names
+        return Settings(args, taken, vision["timm_model_name"], projection=True)
+    _agree("layers", vision["layers"], _depth(names))
+    if vision["pool_type"] not in _POOLED:
+        raise ValueError(f"pool_type: got {vision['pool_type']!r}, takes {', '.join(_POOLED)}")
+    activation = _GELU.get((bool(model.get("quick_gelu")), tuple((vision["act_kwargs"] or {}).items())))
+    if activation is None:
+        raise ValueError(f"act_kwargs: got {vision['act_kwargs']!r}, takes 'approximate' of a GELU: 'tanh' or 'none'")
+    norm = {"eps": 1e-5, **(vision["norm_kwargs"] or {})}
+    if len(norm) > 1:
+        raise ValueError(f"norm_kwargs: got {vision['norm_kwargs']!r}, takes 'eps' alone")
+    behind = bool(vision["final_ln_after_pool"]) and vision["pool_type"] == "avg"  # of one token it is the same
+    if behind:
+        for name in [name for name in names if name.startswith("norm.")]:
+            names[f"fc_{name}"] = names.pop(name)
+    args |= {
+        "img_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        "embed_dim": vision["width"],
+        "depth": vision["layers"],
+        "num_heads": vision["width"] // vision["head_width"],
+        "mlp_ratio": _ratio(names, vision["width"]),
+        "init_values": vision["ls_init_value"],
+        "act_layer": activation,
+        "norm_eps": norm["eps"],
+        "pre_norm": not vision["no_ln_pre"],
+        "global_pool": _POOLED[vision["pool_type"]],
+        "fc_norm": behind,
+    }
+    return Settings(args, taken, projection=True)
 
 
 # ---- nothing but weights
