@@ -763,6 +763,9 @@ def test_a_config_beside_a_file_counts(tmp_path):
         lambda: hf.DeiTImageProcessor(size={"height": 40, "width": 40}, crop_size={"height": 32, "width": 32}),
         lambda: hf.SiglipImageProcessor(size={"height": 32, "width": 32}, do_normalize=False),
         lambda: hf.BitImageProcessor(size={"shortest_edge": 36}, crop_size=32, resample=2),
+        lambda: hf.ViTImageProcessor(size={"height": 32, "width": 32}, rescale_factor=1 / 127.5),
+        lambda: hf.ViTImageProcessor(size={"height": 32, "width": 32}, do_rescale=False),
+        lambda: hf.ViTImageProcessor(size={"height": 32, "width": 32}, rescale_factor=1 / 127.5, do_normalize=False),
     ],
 )
 def test_pictures_are_those_of_transformers_processor(tmp_path, processor):
@@ -783,6 +786,53 @@ def test_pictures_are_those_of_transformers_processor(tmp_path, processor):
     levels = (ours - expected).abs().max() * min(settings["std"]) * 255
     assert levels <= 4, "of 256: two ways to resize"
     assert (ours - expected).abs().mean() * min(settings["std"]) * 255 < 0.5
+
+
+def test_a_picture_that_a_processor_leaves_as_it_is(tmp_path):
+    """A DINOv2 would take pictures of the size that it does not resize to."""
+    theirs = drawn(TRANSFORMERS["DINOv2"]())
+    theirs.save_pretrained(tmp_path)
+    processor = hf.ViTImageProcessor(size={"height": 40, "width": 40}, do_resize=False)
+    processor.save_pretrained(tmp_path)
+    pixels = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8)
+    expected = theirs(**processor(pixels[0].permute(2, 0, 1), return_tensors="pt")).logits.softmax(-1)
+    assert relative_error(vit_fast.load(tmp_path).predict(pixels), expected) < CLOSE
+
+
+@pytest.mark.parametrize("size", [{"shortest_edge": 93}, {"height": 93, "width": 93}])
+def test_a_crop_of_a_picture_of_the_very_size(size, tmp_path):
+    """32 / (32 / 93) is less than 93 in floating point."""
+    from vit_fast.inference import _scaled_size
+
+    _saved(tmp_path)
+    hf.DeiTImageProcessor(size=size, crop_size=32).save_pretrained(tmp_path)
+    settings = vit_fast.load(tmp_path).pretrained_cfg
+    assert _scaled_size((200, 200), (32, 32), settings["crop_pct"], settings["crop_mode"]) == (93, 93)
+
+
+@pytest.mark.parametrize(
+    ("processor", "says"),
+    [
+        ({"do_resize": False, "crop_size": 32, "do_center_crop": True}, "do_resize: got False with a crop, takes True"),
+        (
+            {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 36}, "do_center_crop": True},
+            "crop_size: got 32 x 36 of a picture of 40 x 40, takes a square",
+        ),
+        (
+            {"size": {"height": 40, "width": 64}, "crop_size": 32, "do_center_crop": True},
+            "crop_size: got 32 x 32 of a picture of 40 x 64, takes the same ratio of sides",
+        ),
+        ({"size": 32, "crop_size": 40, "do_center_crop": True}, "crop_size: got 40 of a picture of 32, takes no more"),
+        ({"resample": 4}, "resample: got 4, takes 0, 1, 2, 3"),
+        ({"rescale_factor": 0}, "a config lacks a field, or one is of another kind"),
+        ({"rescale_factor": -1}, "std: got .* takes a list of numbers above 0"),
+    ],
+)
+def test_a_processor_that_our_pictures_cannot_follow(processor, says, tmp_path):
+    _saved(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    with pytest.raises(ValueError, match=says):
+        vit_fast.load(tmp_path)
 
 
 def test_dinov2_takes_pictures_of_its_processors_size(tmp_path):

@@ -117,7 +117,8 @@ def from_transformers(config: dict, processor: dict, names: Mapping[str, Tensor]
     _agree("hidden_size", config["hidden_size"], len(names["patch_embed.proj.weight"]))
     labels = config.get("id2label") or {}
     classes = tuple(str(labels[key]) for key in sorted(labels, key=int)) if args["num_classes"] == len(labels) else ()
-    pictures = {**_NORMALISED_BY.get(kind, {}), **_of_processor(processor)}
+    half = (0.5,) * names["patch_embed.proj.weight"].shape[1]
+    pictures = _of_processor(processor, _NORMALISED_BY.get(kind, {"mean": half, "std": half}))
     return Settings(args, pictures, "", classes, how, projection=kind == "clip_vision_model")
 
 
@@ -180,30 +181,51 @@ def _of_deit(names: Mapping[str, Tensor]) -> dict:
     return {"distilled": True} if "dist_token" in names else {"reg_tokens": 1}
 
 
-def _of_processor(processor: dict) -> dict:
-    """What a processor of transformers does to pictures, as `pretrained_cfg` says it."""
+def _of_processor(processor: dict, usual: dict) -> dict:
+    """What a processor of transformers does to pictures, as `pretrained_cfg` says it.
+
+    Args:
+        usual: mean and std where it has none.
+
+    Raises:
+        ValueError: for what `preprocess` cannot do, where the pictures would differ.
+    """
     processor = processor.get("image_processor", processor)  # as a processor of pictures and text nests it
-    given = (name for name in ("mean", "std") if f"image_{name}" in processor)
-    found: dict[str, Any] = {name: tuple(processor[f"image_{name}"]) for name in given}
     if processor.get("do_normalize") is False:
-        found |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    if processor.get("resample") in RESAMPLE:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    else:
+        mean, std = (tuple(processor.get(f"image_{name}", usual[name])) for name in ("mean", "std"))
+    # Ours are of pixels from 0 to 1, theirs of pixels from 0 to 255 times a factor.
+    scale = 255 * (1 if processor.get("do_rescale") is False else processor.get("rescale_factor", 1 / 255))
+    found: dict[str, Any] = {"mean": tuple(m / scale for m in mean), "std": tuple(s / scale for s in std)}
+    if processor.get("resample") is not None:
+        if processor["resample"] not in RESAMPLE:
+            raise ValueError(f"resample: got {processor['resample']!r}, takes {', '.join(map(str, RESAMPLE))}")
         found["interpolation"] = RESAMPLE[processor["resample"]]
+    crop: Any = processor.get("crop_size") if processor.get("do_center_crop", False) else None
+    if processor.get("do_resize") is False:
+        if crop:
+            raise ValueError("do_resize: got False with a crop, takes True: pictures are resized before it")
+        return {**found, "crop_pct": 1.0, "crop_mode": "squash"}  # of the model's size, which this leaves as they are
     size: Any = processor.get("size")
-    crop: Any = processor.get("crop_size")
     kind = processor.get("image_processor_type") or processor.get("feature_extractor_type") or ""
     if isinstance(size, int):  # a number is the shorter side for a CLIP, both sides for the others
         size = {"shortest_edge": size} if "CLIP" in kind else {"height": size, "width": size}
-    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
     if not size:
         return found
-    side = size.get("shortest_edge") or size["height"]
-    cuts = bool(crop) and processor.get("do_center_crop", False)
-    if cuts and crop["height"] > side:
-        raise ValueError(f"crop_size: got {crop['height']} of a picture of {side}, takes no more than there is")
-    found["crop_pct"] = crop["height"] / side if cuts else 1.0
-    found["crop_mode"] = "center" if "shortest_edge" in size else "squash"
-    found["input_size"] = (crop["height"], crop["width"]) if cuts else (side, size.get("width", side))
+    keeps_ratio = bool(size.get("shortest_edge"))
+    rows, columns = (size["shortest_edge"],) * 2 if keeps_ratio else (size["height"], size.get("width", size["height"]))
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    high, wide = (crop["height"], crop["width"]) if crop else (rows, columns)
+    if high > rows:
+        raise ValueError(f"crop_size: got {high} of a picture of {rows}, takes no more than there is")
+    if high * columns != wide * rows:
+        takes = "a square" if keeps_ratio else "the same ratio of sides"
+        raise ValueError(f"crop_size: got {high} x {wide} of a picture of {rows} x {columns}, takes {takes}")
+    exact = all(math.floor(side / (high / rows)) == whole for side, whole in ((high, rows), (wide, columns)))
+    found["crop_pct"] = high / rows if exact else math.nextafter(high / rows, 0)  # or the picture is a row short
+    found["crop_mode"] = "center" if keeps_ratio else "squash"
+    found["input_size"] = (high, wide)
     return found
 
 
