@@ -455,17 +455,25 @@ def load_weights(
     model.load_state_dict(weights, strict=not partial)
 
 
-def _check_fit(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], name: str, partial: Sequence[str]) -> None:
-    def known(key: str) -> bool:
-        return any(fnmatch.fnmatchcase(key, pattern) for pattern in partial)
+def matches_any(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of these shell patterns fits."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
+
+def shortened(names: Sequence[str]) -> str:
+    """Names for an error: the first of them, and how many more."""
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _check_fit(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], name: str, partial: Sequence[str]) -> None:
     for key in wanted:
         if key in weights and weights[key].dtype not in DTYPES:
             got, *takes = (str(dtype).removeprefix("torch.") for dtype in (weights[key].dtype, *DTYPES))
             raise ValueError(f"{name}: {key} is of {got}, takes {', '.join(takes)}; convert quantised weights back")
     problems = {
-        "missing": [key for key in wanted if key not in weights and not known(key)],
-        "left over": [key for key in weights if key not in wanted and not known(key)],
+        "missing": [key for key in wanted if key not in weights and not matches_any(key, partial)],
+        "left over": [key for key in weights if key not in wanted and not matches_any(key, partial)],
         "of another shape": [
             f"{key} {list(weights[key].shape)}, the model has {list(wanted[key].shape)}"
             for key in wanted
@@ -476,6 +484,5 @@ def _check_fit(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], name
         lines = [f"{name}: the weights are of another architecture"]
         for problem, keys in problems.items():
             if keys:
-                more = f", and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-                lines.append(f"{len(keys)} {problem}: {', '.join(keys[:SHOWN])}{more}")
+                lines.append(f"{len(keys)} {problem}: {shortened(keys)}")
         raise ValueError("; ".join(lines))

@@ -8,10 +8,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
+from vit_fast.checkpoint import matches_any, shortened
 from vit_fast.ops.backend import one_of
 from vit_fast.weights import jax, open_clip, original, timm, torchvision, transformers
 from vit_fast.weights.files import read, write
-from vit_fast.weights.layout import Coverage, Layout, is_gated, matches_any, shortened
+from vit_fast.weights.layout import Coverage, Layout, is_gated
 
 __all__ = ["LAYOUTS", "TARGETS", "convert", "read", "recognise", "to_ours", "write"]
 

@@ -5,23 +5,20 @@ or "bias". Of the names that a library puts behind a prefix of its own, patterns
 begins with "/" is of names that never have it. What torch.compile and DDP put before a name counts for nothing.
 """
 
-import fnmatch
 import functools
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vit_fast.checkpoint import uncompiled
+from vit_fast.checkpoint import matches_any, shortened, uncompiled
 
 log = logging.getLogger("vit_fast")
-
-SHOWN = 5  # names listed in an error
 
 
 class Way(NamedTuple):
@@ -68,16 +65,6 @@ class Coverage(NamedTuple):
             if names:
                 told += f"; {len(names)} {what}: {shortened(names)}"
         return told
-
-
-def matches_any(name: str, patterns: Sequence[str]) -> bool:
-    """Whether one of these shell patterns fits."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def shortened(names: Sequence[str]) -> str:
-    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 @functools.cache

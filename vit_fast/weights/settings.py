@@ -102,7 +102,7 @@ def from_transformers(config: dict, processor: dict, names: Mapping[str, Tensor]
         "qkv_bias": "blocks.0.attn.qkv.bias" in names,
         "act_layer": activation,
         "norm_eps": config["layer_norm_eps"],
-        "num_classes": len(names["head.weight"]) if "head.weight" in names else 0,
+        "num_classes": len(names.get("head.weight", ())),
         **ours,
     }
     how = "plain"
@@ -251,7 +251,7 @@ def from_timm(config: dict, names: Mapping[str, Tensor]) -> Settings:
     for name in held.keys() & args.keys():
         _agree(name, args[name], held[name])
     labels = config.get("label_names") or ()
-    count = len(names["head.weight"]) if "head.weight" in names else 0
+    count = len(names.get("head.weight", ()))
     classes = tuple(map(str, labels)) if isinstance(labels, list) and len(labels) == count else ()
     pictures = {name: value for name, value in pictures.items() if value is not None}
     if pictures.get("crop_mode") not in CROP_MODES:
@@ -433,7 +433,7 @@ def from_open_clip(config: dict, names: dict[str, Tensor]) -> Settings:
     taken = {name: pictures[name] for name in ("mean", "std", "interpolation") if name in pictures}
     taken = {**OF_CLIP, "interpolation": "bicubic", **taken, "crop_pct": 1.0}
     taken["crop_mode"] = "squash" if pictures.get("resize_mode") == "squash" else "center"
-    args: dict[str, Any] = {"num_classes": len(names["head.weight"]) if "head.weight" in names else 0}
+    args: dict[str, Any] = {"num_classes": len(names.get("head.weight", ()))}
     if vision["timm_model_name"]:
         pool, projection = vision["timm_pool"], vision["timm_proj"]
         if projection not in (None, "", "none", "linear"):
@@ -527,7 +527,7 @@ def from_shapes(names: Mapping[str, Tensor], coverage: Coverage, num_heads: int 
         "final_norm": "norm.weight" in names or "fc_norm.weight" in names,
         "fc_norm": "fc_norm.weight" in names,
         "global_pool": pooled,
-        "num_classes": len(names["head.weight"]) if "head.weight" in names else 0,
+        "num_classes": len(names.get("head.weight", ())),
         "distilled": distilled,
         "representation_size": len(names["pre_logits.fc.weight"]) if "pre_logits.fc.weight" in names else None,
         "norm_eps": EPS[library],
