@@ -1,5 +1,6 @@
 """accelerate: somebody else's models on the fused ops: the cells of docs/matrix.md, the report, what must not fit."""
 
+import collections
 import copy
 import functools
 import gc
@@ -236,17 +237,44 @@ def test_a_model_that_cannot_run_so_goes_back(monkeypatch):
     assert not any(isinstance(module, Fused) for module in model.modules())
 
 
-@pytest.mark.parametrize("given_as", ["tensor", "tuple", "dict"])
+def test_a_model_that_cannot_run_with_its_convolution_keeps_its_own():
+    """What stands behind it takes what it returns for granted; the blocks are on the ops all the same."""
+
+    class Picky(nn.Module):
+        def forward(self, x):
+            assert type(model.patch_embed.proj) is nn.Conv2d, "somebody else's convolution"
+            return x
+
+    model = _timm()
+    model.norm_pre = Picky()
+    report = vit_fast.accelerate(model, example=torch.randn(1, 3, 32, 32))
+    assert [line.op for line in report] == ["", "block", "block"]
+    assert "the model as a whole raised AssertionError: somebody else's convolution" in report[0].reason
+    model(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("given_as", ["tensor", "tuple", "list", "dict", "mapping"])
 def test_example(given_as):
     model, images = _timm(), torch.randn(1, 3, 32, 32)
     seen = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((*args, *kwargs.values())), with_kwargs=True
     )
-    example = {"tensor": images, "tuple": (images,), "dict": {"x": images}}[given_as]
+    example = {
+        "tensor": images,
+        "tuple": (images,),
+        "list": [images],
+        "dict": {"x": images},
+        "mapping": collections.UserDict(x=images),  # as a processor of transformers returns
+    }[given_as]
     assert vit_fast.accelerate(model, example=example).verification.startswith("3 verified")
     assert all(one[0] is images for one in seen)
     assert len(seen) == 2  # before, and after
+
+
+def test_an_example_of_another_kind():
+    with pytest.raises(TypeError, match="example: got str, takes a tensor, a tuple or list of arguments, or a mapping"):
+        vit_fast.accelerate(_timm(), example="image.jpg")
 
 
 def test_verification_leaves_no_trace():
@@ -326,9 +354,11 @@ def test_a_class_of_the_same_name_is_told_by_its_library():
     assert model.blocks[0].attention_aside() == "attn.qkv is a wrappers Linear"
 
 
-def test_only_convolutions_that_cut_patches_are_told_of():
+@pytest.mark.parametrize("more", [{"kernel_size": 3, "padding": 1}, {"kernel_size": 2, "stride": 2}])
+def test_only_convolutions_that_cut_patches_are_told_of(more):
+    """Code behind another whose kernel is its stride may want its output contiguous, which a kernel's is not."""
     model = _timm()
-    model.neck = nn.Conv2d(48, 48, 3, padding=1)
+    model.neck = nn.Conv2d(48, 48, **more)
     assert [line.name for line in vit_fast.accelerate(model)] == ["patch_embed.proj", "blocks.0", "blocks.1"]
 
 

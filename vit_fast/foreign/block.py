@@ -37,8 +37,9 @@ class Fused(Module):
         raise NotImplementedError
 
     @classmethod
-    def concerns(cls, module: nn.Module) -> bool:
-        """Whether a module of the library's class is of the sort at all, and worth a line of the report."""
+    def concerns(cls, module: nn.Module, inside: tuple[nn.Module, ...]) -> bool:
+        """Whether a module of the library's class, inside these others, is of the sort at all, and worth a line of the
+        report."""
         return True
 
     def never(self, inside: tuple[nn.Module, ...] = ()) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,9 +37,9 @@ class Result(NamedTuple):
 def runs_of(model: nn.Module, example) -> list[Run]:
     """The calls that show what each module of the model reads: on the example, or on random images."""
     if example is not None:
-        if isinstance(example, dict):
-            return [Run(model, (), example)]
-        return [Run(model, example if isinstance(example, tuple) else (example,), {})]
+        if isinstance(example, Mapping):
+            return [Run(model, (), dict(example))]
+        return [Run(model, tuple(example) if isinstance(example, (tuple, list)) else (example,), {})]
     runs, inside = [], set()
     model = getattr(model, "_orig_mod", model)  # of a compiled one: a run of it would compile
     for module in model.modules():

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vit_fast import ops
+from vit_fast.foreign import HOMES
 from vit_fast.foreign.block import AttentionHalf, Fused, FusedBlock, MlpHalf, named_activation
 from vit_fast.layers import DROPOUT, LINEAR, NORM, readable, why_aside
 from vit_fast.ops.backend import traced_to_onnx
@@ -90,6 +91,19 @@ class TransformerEncoderLayer(FusedBlock, nn.TransformerEncoderLayer):
         return self._ff_block(self.norm2(x))
 
 
+# Where the classes are defined in which such a convolution cuts patches: they take tokens of any strides from it, as
+# not everything does that stands behind one elsewhere. DINO and DINOv2 have theirs wherever their user has put it.
+_EMBEDDINGS = HOMES.keys() - {"timm.models.vision_transformer"} | {
+    "timm.layers.hybrid_embed",
+    "timm.layers.patch_embed",
+}
+
+
+def _cuts_patches(conv: Any) -> bool:
+    plain = conv.padding in ((0, 0), "valid") and (conv.dilation, conv.groups) == ((1, 1), 1)
+    return plain and conv.kernel_size == conv.stride and min(conv.kernel_size) > 1
+
+
 class Conv2d(Fused, nn.Conv2d):
     """The patch projection of every library: a convolution whose stride is its kernel is one product."""
 
@@ -97,10 +111,10 @@ class Conv2d(Fused, nn.Conv2d):
         return "patch_embed"
 
     @classmethod
-    def concerns(cls, module: nn.Module) -> bool:
-        conv: Any = module
-        plain = conv.padding in ((0, 0), "valid") and (conv.dilation, conv.groups) == ((1, 1), 1)
-        return plain and conv.kernel_size == conv.stride and min(conv.kernel_size) > 1
+    def concerns(cls, module: nn.Module, inside: tuple[nn.Module, ...]) -> bool:
+        kinds = type(inside[-1]).__mro__ if inside else ()
+        embeds = any(kind.__module__ in _EMBEDDINGS or kind.__name__ == "PatchEmbed" for kind in kinds)
+        return embeds and _cuts_patches(module)
 
     def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
         if type(self._parameters.get("weight")) not in (nn.Parameter, Tensor):
@@ -109,7 +123,7 @@ class Conv2d(Fused, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         plain = isinstance(input, Tensor) and input.dim() == 4 and not traced_to_onnx()  # torch.fx has symbols
-        if not plain or not self.concerns(self) or self.never():
+        if not plain or not _cuts_patches(self) or self.never():
             return super().forward(input)
         rows, columns = input.shape[2] // self.stride[0], input.shape[3] // self.stride[1]
         images = input[:, :, : rows * self.stride[0], : columns * self.stride[1]]  # what fills no patch is left out
