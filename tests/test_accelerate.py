@@ -4,6 +4,7 @@ import collections
 import copy
 import functools
 import gc
+import importlib
 import json
 import logging
 import pickle
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import types
 
+import open_clip
 import pytest
 import timm
 import torch
@@ -18,6 +20,8 @@ import torchvision
 import transformers as hf
 from torch import nn
 from torch.nn.utils import parametrizations
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 import vit_fast
 from tests import matrix
@@ -456,24 +460,115 @@ def test_a_forward_that_somebody_set():
     assert lines["blocks.1"].replaced
 
 
-def test_a_class_that_somebody_patched():
+@pytest.mark.parametrize(
+    ("attention", "build", "ops"),
+    [
+        (
+            "timm.layers.Attention",
+            'timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=48)',
+            ["patch_embed", "mlp", "mlp"],
+        ),
+        (
+            "transformers.models.vit.modeling_vit.ViTAttention",
+            "transformers.ViTModel(transformers.ViTConfig(**SIZES))",
+            ["patch_embed", "mlp", "", "mlp", ""],
+        ),
+    ],
+    ids=["timm", "transformers"],
+)
+def test_a_class_that_somebody_patched(attention, build, ops):
     """Before accelerate has met it: another process, since forwards are noted at the first look."""
-    code = """
-from tests.mend_torchvision import mend
-mend()
-import timm, torch, vit_fast
-calls, forward = [], timm.layers.Attention.forward
+    code = f"""
+import functools
+from tests.matrix import SIZES
+import timm, torch, transformers, vit_fast
+calls, forward = [], {attention}.forward
+@functools.wraps(forward)
 def patched(self, *args, **kwargs):
     calls.append(1)
     return forward(self, *args, **kwargs)
-timm.layers.Attention.forward = patched
-model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=48).eval()
+{attention}.forward = patched
+model = {build}.eval()
 report = vit_fast.accelerate(model, verify=False)
-assert [line.op for line in report][1:] == ["mlp", "mlp"], str(report)
+assert [line.op for line in report] == {ops}, str(report)
 model(torch.randn(1, 3, 32, 32))
 assert len(calls) == 2
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _doubled(function):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        output = function(*args, **kwargs)
+        return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "patched"),
+    [
+        ("timm", "vit_tiny_patch16_224", "timm.models.vision_transformer.Block.forward"),
+        ("transformers", "ViTModel", "transformers.models.vit.modeling_vit.ViTLayer.forward"),
+        ("transformers", "ViTModel", "transformers.models.vit.modeling_vit.ViTAttention.forward"),
+        ("torchvision", "vit_b_16", "torchvision.models.vision_transformer.EncoderBlock.forward"),
+        ("torchvision", "vit_b_16", "torch.nn.Conv2d.forward"),
+        ("open_clip", "ViT-B-16", "open_clip.transformer.ResidualAttentionBlock.forward"),
+        ("open_clip", "ViT-B-16", "open_clip.transformer.ResidualAttentionBlock.attention"),
+        ("torch.nn", "TransformerEncoder, F.gelu", "torch.nn.TransformerEncoderLayer.forward"),
+        ("torch.nn", "TransformerEncoder, F.gelu", "torch.nn.TransformerEncoderLayer._sa_block"),
+        ("torch.nn", "TransformerEncoder, F.gelu", "torch.nn.TransformerEncoderLayer._ff_block"),
+    ],
+)
+def test_a_class_that_somebody_patches_afterwards(monkeypatch, library, name, patched):
+    """Every call asks, a compiled one too; and goes back to the ops when the patch does."""
+    model = matrix.build(library, name)
+    model = model.visual if library == "open_clip" else model
+    x = torch.randn(2, 5, 48) if library == "torch.nn" else torch.randn(2, 3, 32, 32)
+    original = copy.deepcopy(model)
+    vit_fast.accelerate(model, verify=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    home, kind, method = patched.rsplit(".", 2)
+    kind = getattr(importlib.import_module(home), kind)
+    with torch.no_grad():
+        before = matrix.flat(compiled(x))
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, method, _doubled(getattr(kind, method)))
+            expected = matrix.flat(original(x))
+            assert relative_error(expected, before) > 1e-3
+            for run in (model, compiled):
+                assert relative_error(matrix.flat(run(x)), expected) < 1e-5
+        calls = _counting(monkeypatch)
+        for run in (model, compiled):
+            assert relative_error(matrix.flat(run(x)), before) < 1e-5
+        assert calls
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "helper", "other"),
+    [
+        ("open_clip", "ViT-B-16", "attention", "mlp"),
+        ("torch.nn", "TransformerEncoder, F.gelu", "_sa_block", "mlp"),
+        ("torch.nn", "TransformerEncoder, F.gelu", "_ff_block", "attention"),
+    ],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_helper_that_somebody_set(library, name, helper, other, when):
+    """A method that the library's forward calls."""
+    model = matrix.build(library, name)
+    model = model.visual if library == "open_clip" else model
+    x = torch.randn(2, 5, 48) if library == "torch.nn" else torch.randn(2, 3, 32, 32)
+    original = copy.deepcopy(model)
+    if when == "after":
+        vit_fast.accelerate(model)
+    for one in (model, original):
+        block = one.transformer.resblocks[0] if library == "open_clip" else one.layers[0]
+        setattr(block, helper, types.MethodType(_doubled(getattr(block, helper).__func__), block))
+    line = next(line for line in vit_fast.accelerate(model) if "0" in line.name)
+    assert (line.op, line.reason) == (other, f"somebody has given it, or its class, another {helper}")
+    assert relative_error(model(x), original(x)) < 1e-5
 
 
 def test_heads_pruned_afterwards():
@@ -486,6 +581,91 @@ def test_heads_pruned_afterwards():
     ours = model(x)
     vit_fast.restore(model)
     assert relative_error(ours, model(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"is_causal": True}, "attention is causal"),
+        ({"head_dim": 8, "scaling": 8**-0.5}, ""),
+        ({"head_dim": 8}, "attention.scaling is changed"),
+    ],
+)
+def test_what_attention_of_transformers_is_told_afterwards(changes, reason):
+    model, x = _vit(attn_implementation="sdpa"), torch.randn(2, 3, 32, 32)
+    original = copy.deepcopy(model)
+    vit_fast.accelerate(model)
+    for one in (model, original):
+        for layer in one.layers:
+            for name, value in changes.items():
+                setattr(layer.attention, name, value)
+    assert model.layers[0].attention_aside() == reason
+    for _ in range(2):
+        assert relative_error(matrix.flat(model(x)), matrix.flat(original(x))) < 1e-5
+        for layer in model.layers:  # now the attention module itself is called
+            layer.attention.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("known_as", ["mine", "sdpa"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_attention_function_that_somebody_registers(monkeypatch, known_as, when):
+    model, x = _vit(attn_implementation="sdpa"), torch.randn(2, 3, 32, 32)
+    original = copy.deepcopy(model)
+    if when == "after":
+        vit_fast.accelerate(model)
+    if known_as == "mine":
+        monkeypatch.setitem(AttentionInterface._global_mapping, "mine", _doubled(sdpa_attention_forward))
+    else:
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", _doubled(sdpa_attention_forward))
+    for one in (model, original):
+        one.set_attn_implementation(known_as)
+    line = _lines(vit_fast.accelerate(model))["layers.0"]
+    assert (line.op, line.reason) == ("mlp", f"attention implementation {known_as!r} is none of transformers' own")
+    assert relative_error(matrix.flat(model(x)), matrix.flat(original(x))) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flash_attention_2", "vit_fast"])
+def test_attention_functions_that_are_known(implementation):
+    vit_fast.register_transformers()
+    model = _vit()
+    model.config._attn_implementation = implementation
+    assert _lines(vit_fast.accelerate(model, verify=False))["layers.0"].op == "block"
+
+
+@pytest.mark.parametrize("name", ["ViTModel", "Dinov2Model", "CLIPVisionModel"])
+def test_a_hook_sees_the_call_of_the_library(name):
+    model, x = matrix.build("transformers", name), torch.randn(2, 3, 32, 32)
+    seen = []
+    for one in (copy.deepcopy(model), model):
+        if one is model:
+            vit_fast.accelerate(one, verify=False)
+        attention = next(module for module in one.modules() if type(module).__name__.endswith("Attention"))
+        attention.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append((len(args), sorted(kwargs))), with_kwargs=True
+        )
+        one(x)
+    assert seen[0] == seen[1]
+
+
+def _own_tower() -> nn.Module:
+    return nn.Sequential(nn.Linear(48, 48), open_clip.transformer.Transformer(48, 1, 3))
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: matrix.open_clip_model(layers=1).visual.transformer, ""),
+        (lambda: matrix.open_clip_model(layers=1).visual.transformer.resblocks, ""),
+        (_own_tower, ""),
+        (lambda: open_clip.transformer.TextTransformer(8, 50, 48, 3, 1), "it reads text"),
+        (lambda: open_clip.transformer.MultimodalTransformer(48, 1, 3), "it reads text"),
+    ],
+    ids=["transformer", "resblocks", "own tower", "text", "multimodal"],
+)
+def test_parts_of_open_clip(build, reason):
+    line = next(iter(vit_fast.accelerate(build().eval())))
+    assert line.replaced == (not reason)
+    assert line.reason.startswith(reason)
 
 
 def test_a_patch_projection_with_a_weight_of_another_class():

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from vit_fast.foreign import check, fused_class
-from vit_fast.foreign.block import Fused, FusedBlock
-from vit_fast.layers import Block, is_genuine
+from vit_fast.foreign.block import OTHER_FORWARD, Fused, FusedBlock
+from vit_fast.layers import Block
 from vit_fast.ops.backend import DTYPES
 
 log = logging.getLogger("vit_fast")
@@ -205,8 +205,8 @@ def _assess(name: str, module: nn.Module, fused: type[Fused], inside: tuple[nn.M
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return _stays(name, kind, f"its parameters are {names}: the kernels take one of float32, float16 and bfloat16")
-    if "forward" in vars(module) or not is_genuine(kind):
-        return _stays(name, kind, "somebody has given it, or its class, another forward")
+    if "forward" in vars(module) or fused.why_rewritten():
+        return _stays(name, kind, OTHER_FORWARD)
     module.__class__ = fused
     try:
         changed: Any = module

@@ -660,10 +660,16 @@ _PLAIN_TENSORS = (nn.Parameter, Tensor, type(None))
 HOLDERS = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
 
 
-def is_genuine(kind: type) -> bool:
-    """Whether a class has the forward that its library wrote: one that somebody set comes from another module."""
-    home = next(one for one in kind.__mro__ if "forward" in vars(one))
-    return vars(home)["forward"].__module__ == home.__module__
+def is_genuine(kind: type, method: str = "forward") -> bool:
+    """Whether a class has the method that its library wrote: one that somebody set comes from another module."""
+    home = next(one for one in kind.__mro__ if method in vars(one))
+    function = vars(home)[method]
+    return function.__module__ == home.__module__ and package_of(function) == home.__module__.split(".")[0]
+
+
+def package_of(function: Callable) -> str:
+    """The package in which a function is written; its `__module__` may be of what it replaces, by functools.wraps."""
+    return getattr(function, "__globals__", {}).get("__name__", "").split(".")[0]
 
 
 def readable(*kinds: type[nn.Module]) -> tuple[type, ...]:
@@ -671,6 +677,11 @@ def readable(*kinds: type[nn.Module]) -> tuple[type, ...]:
     for kind in kinds:
         _FORWARD.setdefault(kind, kind.forward if is_genuine(kind) else None)
     return kinds
+
+
+def has_its_forward(kind: type[nn.Module]) -> bool:
+    """Whether one of the `readable` kinds still has the forward that its library wrote."""
+    return kind.forward is _FORWARD[kind]
 
 
 def _why_other(name: str, module: nn.Module, kinds: tuple[type, ...]) -> str:

@@ -7,6 +7,7 @@ a LoRA wrapper, a quantised weight, active dropout) that half runs by the librar
 does it, and one log line says why.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_fast import ops
+from vit_fast.layers import has_its_forward, is_genuine, readable
 from vit_fast.ops.backend import cast, compute_dtype, say_aside, use_triton
 
 if TYPE_CHECKING:
@@ -21,16 +23,40 @@ if TYPE_CHECKING:
 else:
     Module = object  # the library's class, which comes behind it, is one
 
+OTHER_FORWARD = "somebody has given it, or its class, another forward"
 SYMBOL = "torch.fx traces it by symbols, which no op takes"
 
 
 class Fused(Module):
     """Mixed in before the class of a library whose forward the subclass replaces."""
 
+    _original: type[nn.Module]
+    helpers: tuple[str, ...] = ()  # the library's methods, beside forward, that an op stands for
+    _written: dict[str, Callable | None]  # those as their library wrote them
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for kind in cls.__mro__:
+            if not issubclass(kind, Fused) and issubclass(kind, nn.Module):
+                (cls._original,) = readable(kind)
+                cls._written = {n: getattr(kind, n) if is_genuine(kind, n) else None for n in cls.helpers}
+                break
+
     @classmethod
     def original(cls) -> type:
         """The library's class."""
-        return next(kind for kind in cls.__mro__ if not issubclass(kind, Fused) and issubclass(kind, nn.Module))
+        return cls._original
+
+    @classmethod
+    def why_rewritten(cls) -> str:
+        """Why the forward of the library's class is to run, which somebody has replaced, or ""; asked in every call."""
+        return "" if has_its_forward(cls._original) else OTHER_FORWARD
+
+    def why_helper(self, name: str) -> str:
+        """The same of one of `helpers`, the module's own or its class's."""
+        getattr(self, name)  # as in `layers.why_aside`, for torch.compile
+        other = name in self.__dict__ or getattr(self._original, name) is not self._written[name]
+        return f"somebody has given it, or its class, another {name}" if other else ""
 
     def op(self) -> str:
         """What of vit_fast.ops runs, in evaluation mode."""
@@ -107,7 +133,8 @@ class FusedBlock(Fused):
         raise NotImplementedError
 
     def asides(self) -> tuple[str, str]:
-        return self.attention_aside(), self.mlp_aside()
+        reason = self.why_rewritten()
+        return (reason, reason) if reason else (self.attention_aside(), self.mlp_aside())
 
     def asides_of(self, x: Tensor) -> tuple[str, str]:
         """`asides` of a call; both halves are where torch.fx traces."""

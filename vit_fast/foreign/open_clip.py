@@ -1,6 +1,6 @@
 """open_clip: the residual attention block of its own vision towers (those of timm have timm's block)."""
 
-from open_clip import transformer
+from open_clip import model, transformer
 from torch import Tensor, nn
 
 from vit_fast.foreign.block import AttentionHalf, FusedBlock, MlpHalf, named_activation
@@ -14,12 +14,19 @@ _ACTIVATIONS = (nn.GELU, *readable(*_ACTIVATION))
 _SCALE = (nn.Identity, *readable(transformer.LayerScale))
 
 
+_TEXT = (transformer.TextTransformer, transformer.MultimodalTransformer)
+
+
 class ResidualAttentionBlock(FusedBlock, transformer.ResidualAttentionBlock):
+    helpers = ("attention",)
+
     def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
         if hasattr(self, "ln_1_kv"):
             return "it attends across"
-        seen = not inside or any(isinstance(parent, transformer.VisionTransformer) for parent in inside)
-        return "" if seen else "it reads text: a mask is given in every call"
+        # Of the model with one class for both towers, `transformer` is that of the text.
+        text = [parent.transformer for parent in inside if isinstance(parent, model.CLIP)]
+        reads = any(isinstance(parent, _TEXT) or parent in text for parent in inside)
+        return "it reads text: a mask is given in every call" if reads else ""
 
     def forward(
         self,
@@ -35,15 +42,17 @@ class ResidualAttentionBlock(FusedBlock, transformer.ResidualAttentionBlock):
         return self.fused(q_x, asides)
 
     def attention_aside(self) -> str:
-        return why_own_attention("attn", self.attn) or why_aside(
-            ("ln_1", self.ln_1, _NORM), ("ls_1", self.ls_1, _SCALE)
+        return (
+            self.why_helper("attention")
+            or why_own_attention("attn", self.attn)
+            or why_aside(("ln_1", self.ln_1, _NORM), ("ls_1", self.ls_1, _SCALE))
         )
 
     def attention_half(self) -> AttentionHalf:
         return packed_half(self.ln_1, self.attn, getattr(self.ls_1, "gamma", None))
 
     def own_attention(self, x: Tensor) -> Tensor:
-        return self.ls_1(self.attention(self.ln_1(x)))
+        return self.ls_1(self.attention(q_x=self.ln_1(x), k_x=None, v_x=None, attn_mask=None))
 
     def mlp_aside(self) -> str:
         mlp = self.mlp

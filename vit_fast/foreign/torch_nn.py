@@ -38,6 +38,8 @@ def packed_half(norm: nn.LayerNorm, attention: nn.MultiheadAttention, scale: Ten
 
 
 class TransformerEncoderLayer(FusedBlock, nn.TransformerEncoderLayer):
+    helpers = ("_sa_block", "_ff_block")
+
     def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
         if not self.norm_first:
             return "norm_first is False"
@@ -58,18 +60,20 @@ class TransformerEncoderLayer(FusedBlock, nn.TransformerEncoderLayer):
         return self.fused(src, asides)
 
     def attention_aside(self) -> str:
-        return why_own_attention("self_attn", self.self_attn) or why_aside(
-            ("norm1", self.norm1, NORM), ("dropout1", self.dropout1, DROPOUT)
+        return (
+            self.why_helper("_sa_block")
+            or why_own_attention("self_attn", self.self_attn)
+            or why_aside(("norm1", self.norm1, NORM), ("dropout1", self.dropout1, DROPOUT))
         )
 
     def attention_half(self) -> AttentionHalf:
         return packed_half(self.norm1, self.self_attn)
 
     def own_attention(self, x: Tensor) -> Tensor:
-        return self._sa_block(self.norm1(x), None, None)
+        return self._sa_block(self.norm1(x), None, None, is_causal=False)
 
     def mlp_aside(self) -> str:
-        reason = why_aside(
+        reason = self.why_helper("_ff_block") or why_aside(
             ("norm2", self.norm2, NORM),
             ("linear1", self.linear1, LINEAR),
             ("dropout", self.dropout, DROPOUT),
@@ -123,7 +127,7 @@ class Conv2d(Fused, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         plain = isinstance(input, Tensor) and input.dim() == 4 and not traced_to_onnx()  # torch.fx has symbols
-        if not plain or not _cuts_patches(self) or self.never():
+        if not plain or not _cuts_patches(self) or self.never() or self.why_rewritten():
             return super().forward(input)
         rows, columns = input.shape[2] // self.stride[0], input.shape[3] // self.stride[1]
         images = input[:, :, : rows * self.stride[0], : columns * self.stride[1]]  # what fills no patch is left out

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch.nn as nn
 from torch import Tensor
 from transformers import activations
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vit_fast import ops
 from vit_fast.foreign.block import AttentionHalf, Fused, FusedBlock, MlpHalf
-from vit_fast.layers import DROPOUT, LINEAR, NORM, readable, why_aside
-from vit_fast.transformers_attention import records_attention
+from vit_fast.layers import DROPOUT, LINEAR, NORM, has_its_forward, package_of, readable, why_aside
+from vit_fast.transformers_attention import attention_forward, records_attention
 
 _ACTIVATION = {
     activations.GELUActivation: "gelu",
@@ -23,6 +24,8 @@ _ACTIVATION = {
 }
 _ACTIVATIONS = readable(*_ACTIVATION)
 _GATE = readable(activations.SiLUActivation, nn.SiLU)
+# The attention functions that compute what the ops do; somebody may register others, by other names and by these.
+_OWN = {attention_forward, *(one for one in ALL_ATTENTION_FUNCTIONS.values() if package_of(one) == "transformers")}
 
 
 class _Names(NamedTuple):
@@ -32,10 +35,10 @@ class _Names(NamedTuple):
     norm1: str
     attention: str
     norm2: str
-    heads: str
     proj: str
     scaling: str
     dropout: str
+    by_place: int  # how many of attention's arguments the layer does not name
 
 
 _VIT = _Names(
@@ -43,13 +46,13 @@ _VIT = _Names(
     "layernorm_before",
     "attention",
     "layernorm_after",
-    "num_attention_heads",
     "o_proj",
     "scaling",
     "attention_dropout",
+    2,
 )
-_DINO = _VIT._replace(norm1="norm1", norm2="norm2")
-_CLIP = _Names("EncoderLayer", "layer_norm1", "self_attn", "layer_norm2", "num_heads", "out_proj", "scale", "dropout")
+_DINO = _VIT._replace(norm1="norm1", norm2="norm2", by_place=1)
+_CLIP = _Names("EncoderLayer", "layer_norm1", "self_attn", "layer_norm2", "out_proj", "scale", "dropout", 0)
 # The prefix of a model's classes: the folder that it is in, its names.
 _MODELS = {
     "CLIP": ("clip", _CLIP),
@@ -92,7 +95,8 @@ def __getattr__(name: str) -> type:
 def _why_called(name: str, attention: nn.Module, kinds: tuple[type, ...]) -> str:
     """Why the attention module must be called itself, or ""."""
     attention.forward  # noqa: B018  as in `layers.why_aside`
-    if type(attention) not in kinds or "forward" in attention.__dict__:
+    kind = attention.original() if isinstance(attention, Fused) else type(attention)
+    if type(attention) not in kinds or not has_its_forward(kind) or "forward" in attention.__dict__:
         return f"{name} is a {type(attention).__name__} or has a forward of its own"
     if attention._forward_pre_hooks or attention._backward_hooks or attention._backward_pre_hooks:
         return f"{name} has a hook"
@@ -109,6 +113,17 @@ def _asks_more(kwargs: dict) -> bool:
     )
 
 
+def _why_other(attention: nn.Module) -> str:
+    """Why an attention module computes what no op does, or by a function that is not transformers' own, or ""."""
+    if getattr(attention, "is_causal", False):
+        return "attention is causal"
+    name = attention.config._attn_implementation
+    function = ALL_ATTENTION_FUNCTIONS.get(name)
+    if function is None:  # "eager" is not in the table, unless somebody has put it there
+        return "" if name in (None, "eager") else f"transformers knows no attention implementation {name!r}"
+    return "" if function in _OWN else f"attention implementation {name!r} is none of transformers' own"
+
+
 class _Attention(Fused):
     """softmax(q·kᵀ)·v as one op; the weights, exact, where they are recorded, whichever implementation is set."""
 
@@ -118,12 +133,13 @@ class _Attention(Fused):
     names: _Names
 
     def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
-        return _why_never(self)
+        return _why_never(self) or _why_other(self)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
         names = self.names
         dropping = self.training and getattr(self, names.dropout)
-        if attention_mask is not None or dropping or _asks_more(kwargs) or self.config._attn_implementation == "eager":
+        asks_more = attention_mask is not None or dropping or _asks_more(kwargs)
+        if asks_more or self.config._attn_implementation == "eager" or self.why_rewritten() or _why_other(self):
             return super().forward(hidden_states, attention_mask, **kwargs)
         scale = getattr(self, names.scaling)
         q, k, v = (
@@ -181,7 +197,7 @@ class _Layer(FusedBlock):
     def attention_aside(self) -> str:
         names = self.names
         attention = self._modules[names.attention]
-        reason = _why_called(names.attention, attention, self.attention_kinds)
+        reason = _why_called(names.attention, attention, self.attention_kinds) or _why_other(attention)
         if reason:
             return reason
         if attention.training and getattr(attention, names.dropout):
@@ -203,15 +219,17 @@ class _Layer(FusedBlock):
             self._modules[names.norm1],
             (q.weight, k.weight, v.weight),
             (q.bias, k.bias, v.bias),
-            getattr(attention, names.heads),
+            len(q.weight) // attention.head_dim,
             attention._modules[names.proj],
             *self._end(1),
         )
 
     def own_attention(self, x: Tensor, **kwargs) -> Tensor:
         names = self.names
-        x = self._modules[names.attention](self._modules[names.norm1](x), attention_mask=None, **kwargs)[0]
-        return self._own_end(1, x)
+        named = {"hidden_states": self._modules[names.norm1](x), "attention_mask": None}
+        # As the library calls it: a hook sees which arguments have names.
+        placed = [named.pop(name) for name in list(named)[: names.by_place]]
+        return self._own_end(1, self._modules[names.attention](*placed, **named, **kwargs)[0])
 
     def mlp_aside(self) -> str:
         mlp = self.mlp
