@@ -19,7 +19,7 @@ import torch
 import torchvision
 import transformers as hf
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune, weight_norm
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -844,6 +844,44 @@ def test_a_wrapped_half_keeps_its_code(wrap, half, when):
     with torch.no_grad():
         ours, theirs = matrix.flat(model(x)), matrix.flat(original(x))
     assert relative_error(ours, theirs) < 1e-5
+
+
+def _pruned(parent: nn.Module, name: str) -> nn.Module:
+    return prune.l1_unstructured(getattr(parent, name), "weight", 0.3)
+
+
+def _normed(parent: nn.Module, name: str) -> nn.Module:
+    return weight_norm(getattr(parent, name))
+
+
+def _quantised(parent: nn.Module, name: str) -> nn.Module:
+    linear = nn.Sequential(getattr(parent, name))
+    (quantised,) = torch.ao.quantization.quantize_dynamic(linear)
+    setattr(parent, name, quantised)
+    return quantised
+
+
+@pytest.mark.filterwarnings("ignore")  # two of the three are deprecated
+@pytest.mark.parametrize("wrap", [_pruned, _normed, _quantised])
+@pytest.mark.parametrize("half", HALVES)
+def test_a_wrapped_half_is_no_bar_to_the_comparison_of_the_other(wrap, half):
+    """A weight with a history, which deepcopy refuses, and a Linear that takes no fp64."""
+    build, place, name, other = HALVES[half]
+    model = build().train(wrap is not _quantised)
+    wrap(*place(model))
+    line = _lines(vit_fast.accelerate(model))[name]
+    assert (line.op, line.replaced) == (other, True), line.reason
+    assert line.error > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_half_that_is_compared_alone_can_fail(monkeypatch):
+    build, place, name, _ = HALVES["transformers mlp"]
+    model = build()
+    _quantised(*place(model))
+    attention = foreign_block._attention
+    monkeypatch.setattr(foreign_block, "_attention", lambda x, half: 1.0001 * attention(x, half))
+    assert "is further from fp64" in _lines(vit_fast.accelerate(model))[name].reason
 
 
 @pytest.mark.parametrize("kept", ["buffer", "attribute"])

@@ -159,8 +159,15 @@ class FusedBlock(Fused):
             attention, mlp = self.attention_half(), self.mlp_half()
             if _is_whole(attention, mlp) and _joins(attention.weights, x):
                 return _block(x, attention, mlp)
-        x = x + self.own_attention(x, **kwargs) if attention_reason else _attention(x, self.attention_half())
-        if not mlp_reason and _joins((mlp := self.mlp_half()).weights, x):
+        return self.second(self.first(x, attention_reason, **kwargs), mlp_reason)
+
+    def first(self, x: Tensor, aside: str, **kwargs) -> Tensor:
+        """The attention half: on the ops, or, where something is against it, by the library's modules."""
+        return x + self.own_attention(x, **kwargs) if aside else _attention(x, self.attention_half())
+
+    def second(self, x: Tensor, aside: str) -> Tensor:
+        """The other half, so too."""
+        if not aside and _joins((mlp := self.mlp_half()).weights, x):
             return _mlp(x, mlp)
         return x + self.own_mlp(x)
 
