@@ -160,13 +160,16 @@ def add_turned_product(sums, x, weights, PRECISION: tl.constexpr):
 def probabilities(s, lse, scale_log2):
     """2^(scale·s − lse) of scores and a log-sum-exp that broadcasts to them."""
     if lse.dtype == tl.float64:
-        # In the units of the scores lse is near to them, so that their difference is exact, however large they are.
+        # In the units of the scores, so that large ones are near to lse and their difference is exact.
         reference = lse / scale_log2
         high = reference.to(tl.float32)
-        difference = s - high - (reference - high).to(tl.float32)
-        # An exponent of -5 is rounded to 2⁻²², 2^ of it by as much: what rounding took goes back into the result.
+        difference = s - high
+        # An exponent of -5 is rounded to 2⁻²², 2^ of it by as much: what the difference (Knuth's sum of two numbers)
+        # and the product lost goes back into the result.
+        shift = difference - s
+        rest = (s - (difference - shift)) - (high + shift) - (reference - high).to(tl.float32)
         exponent = difference * scale_log2
-        lost = tl.fma(difference, scale_log2, -exponent)
+        lost = tl.fma(difference, scale_log2, -exponent) + rest * scale_log2
         p = tl.exp2(exponent)
         p = tl.where(p > 0, p + p * (lost * LN2), p)  # of a masked key, at −∞, no difference is left
     else:
@@ -258,7 +261,8 @@ def _forward_streaming_kernel(
     k_view, v_view = head_view(k, b, h, HEAD), head_view(v, b, h, HEAD)
     LSE_DTYPE: tl.constexpr = tl.float64 if q_tile[0].dtype == tl.float32 else tl.float32
     highest = tl.full([BLOCK_M], LOWEST, tl.float32)  # not −∞, from which scores that are −∞ have no difference
-    total = tl.zeros([BLOCK_M], tl.float32)
+    # In float64 for float32, as lse: of hundreds of tiles each sum is rounded, and P of the whole row with the last.
+    total = tl.zeros([BLOCK_M], LSE_DTYPE)
     sums = zero_head(BLOCK_M, HEAD)
     for start in range(0, Tk, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
@@ -272,10 +276,10 @@ def _forward_streaming_kernel(
         sums = scale_head(sums, shrink[:, None])
         sums = add_product(sums, p, load_head(v_view, keys, Tk, HEAD), PRECISION)
         highest = higher
-    o_tile = scale_head(sums, (1.0 / total)[:, None])
+    o_tile = scale_head(sums, (1.0 / total).to(tl.float32)[:, None])
     store_head(head_view(o, b, h, HEAD), o_tile, rows, Tq, HEAD)
     if lse_ptr is not None:
-        lse = highest.to(LSE_DTYPE) * scale_log2 + tl.log2(total.to(LSE_DTYPE))
+        lse = highest.to(LSE_DTYPE) * scale_log2 + tl.log2(total)
         tl.store(lse_ptr + head * Tq + rows, lse, mask=rows < Tq)
 
 

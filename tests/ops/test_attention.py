@@ -75,7 +75,7 @@ SEPARATE = [
     Case("last query of a tile", shaped(1, 32, 2, 32)),
     Case("first query of a second tile", shaped(1, 33, 1, 32)),
     Case("last key of a tile", shaped(9, 4, 3, 16, keys=16)),
-    Case("first key of a second tile", shaped(4, 3, 2, 16, keys=17)),
+    Case("first key of a second tile", shaped(8, 3, 2, 16, keys=17)),
     Case("many queries on one key", shaped(3, 40, 1, 16, keys=1), **FLAT),
     Case("a scale of its own", shaped(2, 7, 2, 48, keys=9), {"scale": 0.1}),
     Case("scores around ten thousand", shaped(2, 19, 2, 16, keys=21, offset=1e4)),

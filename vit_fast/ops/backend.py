@@ -142,7 +142,7 @@ def differentiates_forward() -> bool:
 
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation runs: an op of ours has no rule for either."""
-    return differentiates_forward() or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 # torch.compile takes what these return as constants and does not trace them. It would trace past functools.cache, with
