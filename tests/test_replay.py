@@ -5,7 +5,9 @@ import ctypes
 import itertools
 import os
 import random
+import threading
 import types
+import weakref
 
 import pytest
 import torch
@@ -81,6 +83,13 @@ def sums(x, others, scale):
     return first, (second, None)
 
 
+def copy_of(x):
+    """By one launch, in memory of its own."""
+    out = torch.empty(len(x))
+    _add[(1,)](x_ptr=x, pair=(None, None, 1.0), out_ptr=out, n=len(x))
+    return out
+
+
 def drawn(n: int = 9) -> tuple:
     return torch.randn(n), (torch.randn(n - 2), None), 0.5
 
@@ -112,7 +121,7 @@ def test_a_call_made_again_reads_and_writes_its_own_tensors(compiled):
         (torch.randn(8), (torch.randn(6), None), 0.5),
         (torch.randn(9), (torch.randn(7), None), 0.25),
         (torch.randn(18)[::2], (torch.randn(7), None), 0.5),
-        (torch.randn(10)[1:], (torch.randn(7), None), 0.5),
+        (torch.randn(11)[2:], (torch.randn(7), None), 0.5),  # by 8 bytes, and triton asks by 16
         (torch.randn(9), (torch.randn(7).double(), None), 0.5),
     ],
     ids=["shape", "setting", "stride", "alignment", "dtype"],
@@ -131,6 +140,46 @@ def test_another_tile_is_another_plan(compiled):
     assert len(replay._plans) == 2
 
 
+def test_another_function_is_another_plan(compiled):
+    @replay.replayed
+    def first_only(x, others, scale):
+        return copy_of(x)
+
+    sums(*(call := drawn()))
+    torch.testing.assert_close(first_only(*call), call[0])
+
+
+def test_another_device_is_another_plan():
+    one = torch.empty(3)
+    other = one.to("meta")
+    assert one.data_ptr() % 16 == other.data_ptr() % 16
+    assert replay._key(sums, [one]) != replay._key(sums, [other])
+
+
+def test_a_call_made_again_is_on_the_stream_of_its_device(compiled, monkeypatch):
+    sums(*drawn())
+    asked = []
+    active = types.SimpleNamespace(get_current_stream=lambda index: asked.append(index) or 77)
+    monkeypatch.setattr(replay, "driver", types.SimpleNamespace(active=active))
+    sums(*(call := drawn()))
+    assert asked == [call[0].device.index]
+
+
+def test_a_call_made_again_has_memory_for_descriptors(compiled, monkeypatch):
+    sums(*drawn())
+    launched = []
+
+    @contextlib.contextmanager
+    def scratch():
+        launched.append(len(compiled.launched))
+        yield
+        launched.append(len(compiled.launched))
+
+    monkeypatch.setattr(replay, "scratch_memory", scratch)
+    sums(*drawn())
+    assert launched == [3, 6], "begun before the first launch, left behind the last"
+
+
 def test_who_wants_to_see_every_launch_does(compiled, monkeypatch):
     sums(*drawn())
     seen = []
@@ -143,6 +192,78 @@ def test_who_wants_to_see_every_launch_does(compiled, monkeypatch):
     monkeypatch.setattr(JITFunction, "run", noting)
     assert_right(sums(*(call := drawn())), *call)
     assert seen == [_add] * 3
+
+
+def test_a_tool_that_comes_during_the_first_call_stays(compiled):
+    run = JITFunction.run
+
+    def tool(kernel, **given):
+        return run(kernel, **given)
+
+    @replay.replayed
+    def copied(x):
+        out = copy_of(x)
+        JITFunction.run = tool
+        return out
+
+    copied(torch.randn(4))
+    assert JITFunction.run is tool
+
+
+def test_who_keeps_what_notes_keeps_nothing_alive(compiled):
+    kept = []
+
+    @replay.replayed
+    def copied(x):
+        kept.append(JITFunction.run)
+        return copy_of(x)
+
+    copied(torch.randn(4))
+    out = torch.empty(4)
+    kept[0](_add, grid=(1,), warmup=False, x_ptr=out, pair=(None, None, 1.0), out_ptr=out, n=4)
+    compiled.launched.clear()
+    gone = weakref.ref(out)
+    del out
+    assert gone() is None
+
+
+def test_what_another_thread_launches_is_not_noted(compiled):
+    @replay.replayed
+    def copied(x):
+        thread = threading.Thread(target=copy_of, args=(torch.ones(4),))
+        thread.start()
+        thread.join()
+        return copy_of(x)
+
+    copied(torch.randn(4))
+    (plan,) = replay._plans.values()
+    assert len(plan.steps) == 1
+
+
+def test_first_calls_of_two_threads_take_turns(compiled, monkeypatch):
+    """One that began to note while another did would take the other's later launches from its plan."""
+    noting, begun, key = threading.Event(), threading.Event(), replay._key
+    other = threading.Thread(target=replay.replayed(copy_of), args=(torch.randn(5),))
+
+    def late(function, flat):  # past the question who is noting
+        if threading.current_thread() is other:
+            begun.set()
+            noting.wait(5)
+        return key(function, flat)
+
+    @replay.replayed
+    def copied_twice(x):
+        between = copy_of(x)
+        noting.set()
+        other.join(0.3)
+        return copy_of(between)
+
+    monkeypatch.setattr(replay, "_key", late)
+    other.start()
+    begun.wait(5)
+    copied_twice(torch.randn(4))
+    other.join()
+    torch.testing.assert_close(copied_twice(x := torch.randn(4)), x)
 
 
 @pytest.mark.parametrize("hook", [types.SimpleNamespace(calls=[print]), print], ids=["in a chain", "alone"])
@@ -185,6 +306,27 @@ def test_the_same_tensor_twice_is_never_a_plan(compiled):
     assert list(replay._plans.values()) == [None]
     y = torch.randn(5)
     torch.testing.assert_close(doubled(x, y), x + y)
+
+
+def test_a_call_without_a_launch_is_never_a_plan(compiled):
+    @replay.replayed
+    def zeros(x):
+        return torch.zeros(len(x))
+
+    for _ in range(2):
+        assert torch.equal(zeros(torch.randn(4)), torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"n": 0}, "an argument has no name"),
+        ({"x_ptr": 0, "pair": ((None,), None, 1.0), "out_ptr": 0, "n": 0}, "a tuple in a tuple"),
+    ],
+)
+def test_arguments_of_no_plan(given, says, compiled):
+    with pytest.raises(replay.NoPlan, match=says):
+        replay.plan_of([], None, [(compiled, _add, (1,), given)])
 
 
 @pytest.mark.parametrize("what", ["an input", "part of memory", "the same twice"])
