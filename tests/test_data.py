@@ -4,12 +4,15 @@ import collections
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.small_runs import colour_folder, picture
 from vit_fast.data import ShuffledBatches, load_data, load_digits, split
+from vit_fast.inference import open_image, to_pixels
 
 SMALL = {"input_size": (1, 8, 8), "crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "center"}
 COLOUR = {"input_size": (3, 8, 8), "crop_pct": 0.9, "interpolation": "bicubic", "crop_mode": "center"}
+SQUASHED = {"crop_pct": 0.8, "interpolation": "bilinear", "crop_mode": "squash"}  # none is the default of `to_pixels`
 
 
 def test_a_fifth_of_each_digit_is_held_out_and_never_trained_on():
@@ -36,8 +39,13 @@ def test_the_split_depends_on_names_alone():
 
 
 def test_digits_at_another_size_and_in_colour():
-    data = load_data("digits", {**SMALL, "input_size": (3, 16, 16)})
-    assert data.train.pixels.shape == (1438, 3, 16, 16)
+    """As `predict` would see files of them, the same in every channel."""
+    data = load_data("digits", {"input_size": (3, 16, 12), **SQUASHED})
+    images, labels = load_digits()
+    for part, indices in zip((data.train, data.held_out), split([str(i) for i in range(1797)], labels.tolist())):
+        first = to_pixels(Image.fromarray(images[indices[0]].numpy()), (16, 12), *SQUASHED.values())
+        assert part.pixels.shape == (len(indices), 3, 16, 12)
+        assert torch.equal(part.pixels[0], first.expand(3, -1, -1))
 
 
 def test_digits_are_not_mirrored_and_folders_are(tmp_path):
@@ -64,12 +72,40 @@ def test_a_folder(tmp_path):
     assert data.held_out.__getitems__([0, 3])[0].shape == (2, 3, 8, 8)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_held_out_files_are_read_as_predict_reads_them(tmp_path, channels):
+    held_out = load_data(str(colour_folder(tmp_path)), {"input_size": (channels, 8, 6), **SQUASHED}).held_out
+    Image.fromarray(torch.randint(256, (10, 12, 3), dtype=torch.uint8).numpy()).save(held_out.paths[0])
+    expected = to_pixels(open_image(held_out.paths[0], channels), (8, 6), *SQUASHED.values())
+    assert torch.equal(held_out.__getitems__([0])[0][0], expected)
+
+
+def test_a_model_whose_input_is_no_square(tmp_path):
+    data = load_data(str(colour_folder(tmp_path)), {**COLOUR, "input_size": (3, 8, 16)})
+    images = data.train.__getitems__([0])[0]
+    assert images.shape == (1, 3, 10, 19), "room for a crop, a seventh more on each side"
+    assert data.augment(images.float() / 255).shape == (1, 3, 8, 16)
+    assert data.held_out.__getitems__([0])[0].shape == (1, 3, 8, 16)
+
+
+def test_a_crop_is_a_third_of_the_picture_or_more(tmp_path):
+    """Of a picture whose channels say where a pixel lies."""
+    place = torch.stack(torch.meshgrid(*[torch.linspace(0, 1, 37)] * 2, indexing="ij"))
+    place = torch.cat([place, place[:1]]).expand(200, -1, -1, -1)
+    crops = load_data(str(colour_folder(tmp_path)), {**COLOUR, "input_size": (3, 32, 32)}).augment(place)
+    area = (crops.amax((2, 3)) - crops.amin((2, 3)))[:, :2].prod(1)
+    assert 0.3 < area.min() < 0.45
+    assert area.max() > 0.9
+
+
 def test_a_folder_that_is_split_already(tmp_path):
     colour_folder(tmp_path / "train", 3)
     colour_folder(tmp_path / "val", 2)
     colour_folder(tmp_path / "test", 5)  # is read by nobody
     data = load_data(str(tmp_path), COLOUR)
     assert (len(data.train), len(data.held_out), data.classes) == (6, 4, ("green", "red"))
+    picture(tmp_path / "val" / "red" / "more.png")
+    assert load_data(str(tmp_path), COLOUR).digest != data.digest, "a run does not go on with others held out"
     picture(tmp_path / "val" / "blue" / "a.png")
     with pytest.raises(ValueError, match="only one of them has blue"):
         load_data(str(tmp_path), COLOUR)
