@@ -1,5 +1,6 @@
 """Training: it learns, it is what the settings say, and it goes on from any step to the same bits."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -7,10 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 
 import vit_fast
 from tests.small_runs import TINY_FLAGS, colour_folder, equal_states, tiny_config, without_speed
@@ -94,6 +97,21 @@ def test_ctrl_c_leaves_a_good_checkpoint(tmp_path):
         )
 
 
+def test_ctrl_c_while_held_out_pictures_are_measured(tmp_path, monkeypatch):
+    """The epoch does not count: of the pictures a part was measured."""
+    evaluate = training.evaluate
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*args)
+
+    monkeypatch.setattr(training, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(tiny_config(tmp_path))
+    state = checkpoint.load_training(tmp_path)[2]
+    assert (state["epoch"], state["batch"], state["history"]) == (0, STEPS, [])
+
+
 def test_a_folder_is_learned(tmp_path):
     data = colour_folder(tmp_path / "data")
     config = training.Config(
@@ -134,6 +152,52 @@ def test_the_record_of_an_epoch_is_what_the_model_does(tmp_path):
     assert [record["step"] for record in result.history] == [6, 12, 18]
 
 
+def test_the_mean_loss_is_over_pictures_and_not_over_batches(tmp_path):
+    """The last batch of an epoch is smaller: 1,438 digits are 5 batches of 256 and one of 158."""
+    steps = []
+    result = training.train(tiny_config(tmp_path), on_step=steps.append)
+    mean = sum(step.loss * step.images for step in steps) / sum(step.images for step in steps)
+    assert result.history[0]["train_loss"] == pytest.approx(mean)
+
+
+def test_the_model_of_a_result_is_in_evaluation_mode(uninterrupted):
+    assert not any(module.training for module in uninterrupted[0].model.modules())
+
+
+def test_a_step_is_what_the_settings_say(tmp_path, monkeypatch):
+    """Smoothed labels, a clipped gradient, AdamW with its decay at the rate of the schedule."""
+    config = tiny_config(tmp_path, epochs=2, drop_path=0.0, smoothing=0.2, clip_grad=0.3, lr=0.01, weight_decay=0.3)
+    run = training._Run(config)
+    monkeypatch.setattr(run.data.augment, "forward", lambda images: images)
+    twin = copy.deepcopy(run.model)
+    optimiser = torch.optim.AdamW(training.parameter_groups(twin, 0.3), fused=True)
+    for step, (images, labels) in enumerate(run.batches()):
+        for group in optimiser.param_groups:
+            group["lr"] = training.learning_rate(config, step, STEPS)
+        twin.zero_grad()
+        F.cross_entropy(twin(run._normalise(images.float() / 255)), labels, label_smoothing=0.2).backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.3)
+        optimiser.step()
+        run.train_step(images, labels)
+    for ours, expected in zip(run.model.parameters(), twin.parameters()):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_run_has_the_drop_path_and_the_mirrors_of_its_settings(tmp_path):
+    run = training._Run(tiny_config(tmp_path, drop_path=0.3, hflip=0.25))
+    assert run.model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
+    assert run.data.augment[-1].p == 0.25
+
+
+def test_pictures_are_augmented_before_they_are_normalised(tmp_path, monkeypatch):
+    """What an affine map brings in from outside is black, which is 0 before and the mean behind."""
+    run, seen = training._Run(tiny_config(tmp_path)), []
+    monkeypatch.setattr(run.data.augment, "forward", lambda images: seen.append(images) or images)
+    run.train_step(*next(iter(run.batches())))
+    assert seen[0].dtype == torch.float32
+    assert (seen[0].min(), seen[0].max()) == (0, 1)
+
+
 def test_the_schedule_of_the_learning_rate():
     config = training.Config("digits", "", epochs=10, lr=1.0, min_lr=0.1, warmup_lr=0.01, warmup_epochs=2)
     rates = [training.learning_rate(config, step, 5) for step in range(51)]
@@ -172,6 +236,13 @@ def test_no_decay_on_norms_biases_positions_and_tokens():
 
 
 def test_mixed_precision(tmp_path):
+    """Of the model, where it is trained and where it is measured; its weights and its losses are in fp32."""
+    run, seen = training._Run(tiny_config(tmp_path, amp=True)), []
+    run.model.head.register_forward_hook(lambda module, args, logits: seen.append(logits.dtype))
+    run.train_step(*next(run.batches()))
+    held_out = next(run.held_out(types.SimpleNamespace(wanted=False)))
+    training.evaluate(run.model, [held_out], run.device, run.amp)
+    assert seen == [torch.bfloat16] * 2
     result = training.train(tiny_config(tmp_path, amp=True))
     assert all(parameter.dtype == torch.float32 for parameter in result.model.parameters())
     assert math.isfinite(result.history[0]["train_loss"])
@@ -209,8 +280,8 @@ def test_what_a_run_refuses(tmp_path, uninterrupted):
     config = tiny_config(whole.output, epochs=2)
     with pytest.raises(ValueError, match="holds a checkpoint already"):
         training.train(config)
-    with pytest.raises(ValueError, match=r"lr was 0\.001, got 0\.5; seed was 42, got 7"):
-        training.train(dataclasses.replace(config, lr=0.5, seed=7), whole.output)
+    with pytest.raises(ValueError, match=r"lr was 0\.001, got 0\.5; seed was 42, got 7; amp was None, got True"):
+        training.train(dataclasses.replace(config, lr=0.5, seed=7, amp=True), whole.output)
     other = dataclasses.replace(config, data=str(colour_folder(tmp_path / "data")))
     with pytest.raises(ValueError, match="not the data that"):
         training.train(dataclasses.replace(other, output=str(tmp_path / "new")), whole.output)
@@ -268,6 +339,7 @@ def test_what_a_run_refuses(tmp_path, uninterrupted):
                 *(("history", [1, 2]), ("history", [{}, {}])),
             ]
         ),
+        (lambda tensors, state: state["settings"].pop("smoothing"), r"smoothing was None, got 0\.1"),
         (lambda tensors, state: state.update(epoch=3), "no place in this run"),
         (lambda tensors, state: state.update(epoch=1), "no place in this run with 2 epochs behind it"),
         (lambda tensors, state: state.update(epoch=1, history=state["history"][:1], batch=5), "no place in this run"),
