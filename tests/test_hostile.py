@@ -359,6 +359,7 @@ def test_a_config_of_gigabytes(good, tmp_path):
     ("changes", "says"),
     [
         ({"mean": "abc"}, "mean: got 'abc'"),
+        ({"mean": [1e300, 0.5, 0.5]}, "mean: got"),
         ({"std": [0.0, 1.0, 1.0]}, "std: got"),
         ({"crop_pct": "1"}, "crop_pct: got '1'"),
         ({"crop_pct": 0}, "crop_pct: got 0"),

@@ -40,10 +40,11 @@ def test_a_picture_becomes_what_timm_makes_of_it(rows, columns, img_size, crop_p
     assert torch.allclose(preprocess(image, **settings)[0], theirs, atol=1e-6)
 
 
+@pytest.mark.parametrize("crop_pct", [0.8, 1.0])
 @pytest.mark.parametrize("interpolation", ["nearest", "bicubic", "bilinear"])
-def test_a_tensor_of_pictures_is_within_two_levels_of_pillow(interpolation):
+def test_a_tensor_of_pictures_is_within_two_levels_of_pillow(interpolation, crop_pct):
     image = noise(50, 70)
-    settings = {**SETTINGS, "mean": (0.0,), "std": (1.0,), "interpolation": interpolation}
+    settings = {**SETTINGS, "mean": (0.0,), "std": (1.0,), "interpolation": interpolation, "crop_pct": crop_pct}
     one, other = preprocess(image, **settings), preprocess(np.asarray(image)[None], **settings)
     assert (one - other).abs().max() <= 2.01 / 255
 
@@ -156,9 +157,11 @@ def test_the_limit_of_pixels_is_a_limit(tmp_path):
     [
         (torch.zeros(1, 3, 8, 8), {}, TypeError, r"uint8 \[B, rows, columns, 3\]"),
         (torch.zeros(8, 8, 3, dtype=torch.uint8), {}, TypeError, "uint8"),
+        (torch.zeros(1, 1, 300, 3, dtype=torch.uint8), {}, ValueError, "images: refused, 300 x 1 pixels"),
         (3, {}, TypeError, "got int"),
         ([], {"interpolation": "cubic"}, ValueError, "takes one of nearest"),
         ([], {"crop_pct": 0.0}, ValueError, "crop_pct: got 0.0"),
+        ([], {"crop_pct": 1.5}, ValueError, "crop_pct: got 1.5"),
         ([], {"in_chans": 4}, ValueError, "in_chans: got 4"),
         ([], {"mean": (0.1, 0.2)}, ValueError, "mean: got 2 values"),
     ],
@@ -180,9 +183,17 @@ def test_predict_takes_every_kind_of_picture(tmp_path):
     assert torch.allclose(model.predict(np.asarray(image)[None])[0], answer[0], atol=1e-2)  # resized by torch
 
 
+def test_predict_squashes_where_the_model_says_so():
+    model = vit_fast.VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1, num_classes=3)
+    model.pretrained_cfg |= {"crop_mode": "squash", "crop_pct": 1.0}
+    image = noise(20, 60)
+    assert torch.equal(model.predict(image), model.predict(image.resize((16, 16), Image.Resampling.BICUBIC)))
+
+
 def test_find_images(tmp_path):
     one, two = picture(tmp_path / "b" / "x.PNG"), picture(tmp_path / "a.jpg")
     (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "folder.png").mkdir()
     picture(tmp_path / "._a.jpg")  # a hidden file, as some systems leave them
     assert find_images([tmp_path]) == [two, one]
     assert find_images([one, two]) == [one, two]
