@@ -171,6 +171,15 @@ def test_set_input_size(change, tokens):
     assert close(ours(images), theirs(images))
 
 
+def test_what_is_frozen_stays_frozen_at_another_size():
+    model = small()
+    model.pos_embed.requires_grad_(False)
+    model.patch_embed.proj.requires_grad_(False)
+    model.set_input_size((16, 12), patch_size=2)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not trained & {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+
+
 @pytest.mark.parametrize(
     "change", [{"patch_size": 64}, {"img_size": 2}, {"img_size": "x", "patch_size": 2}, {"patch_size": True}], ids=str
 )
@@ -573,7 +582,7 @@ PARTS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["forward", "pre", "backward"])
+@pytest.mark.parametrize("kind", ["forward", "pre", "backward", "backward pre"])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_hook_fires_and_what_it_changes_counts(part, kind):
     theirs, ours = twins(init_values=0.1, drop_path_rate=0.1, qk_norm=True)
@@ -591,6 +600,10 @@ def test_a_hook_fires_and_what_it_changes_counts(part, kind):
         calls.append(part)
         return tuple(None if grad is None else grad * 1.5 for grad in grad_input)
 
+    def backward_pre_hook(module, grad_output):
+        calls.append(part)
+        return tuple(grad * 1.5 for grad in grad_output)
+
     results = []
     for model in (theirs.eval(), ours.eval()):
         module = model.blocks[1].get_submodule(part)
@@ -598,8 +611,10 @@ def test_a_hook_fires_and_what_it_changes_counts(part, kind):
             module.register_forward_hook(forward_hook)
         elif kind == "pre":
             module.register_forward_pre_hook(pre_hook)
-        else:
+        elif kind == "backward":
             module.register_full_backward_hook(backward_hook)
+        else:
+            module.register_full_backward_pre_hook(backward_pre_hook)
         results.append(run(model, images))
     assert calls == [part, part]
     assert_same(*results)
@@ -726,11 +741,13 @@ def test_an_overridden_position_embedding_is_called():
 
 
 @pytest.mark.parametrize(
-    "option", [{"padding": 1}, {"stride": 3}, {"kernel_size": 2}, {"kernel_size": 2, "dilation": 2}], ids=str
+    "option",
+    [{"padding": 1}, {"stride": 3}, {"kernel_size": 2}, {"kernel_size": 2, "dilation": 2}, {"groups": 3}],
+    ids=str,
 )
 def test_a_projection_that_cuts_no_patches_is_called_as_it_is(option):
-    theirs, ours = twins()
-    projection = nn.Conv2d(3, 32, **{"kernel_size": 4, "stride": 4, "dtype": torch.float64, **option})
+    theirs, ours = twins(embed_dim=48)
+    projection = nn.Conv2d(3, 48, **{"kernel_size": 4, "stride": 4, "dtype": torch.float64, **option})
     theirs.patch_embed.proj = ours.patch_embed.proj = projection
     assert ours.embed_aside() == "patch_embed.proj is no plain patch projection"
     images = pictures()
@@ -865,6 +882,13 @@ def test_explain_of_a_block_in_two_places_tells_of_the_first():
     model.blocks[-1] = model.blocks[0]
     found = {line.name: line.op for line in vit_fast.explain(model) if line.op.startswith("attention")}
     assert found == {"blocks.0.attn": "attention_qkv", "blocks.1.attn": "attention_qkv"}
+
+
+def test_explain_of_a_last_block_that_computes_every_token():
+    model = small()
+    model.norm.register_forward_hook(lambda *_: None)
+    names = [line.op for line in vit_fast.explain(model) if line.name == "blocks.2.attn"]
+    assert names == ["ln_linear", "attention_qkv", "linear_residual"]
 
 
 def test_explain_gives_the_reason():
@@ -1133,6 +1157,22 @@ def test_layers_by_class_and_name(layer, eps):
     )
     assert model.norm.eps == model.blocks[0].norm1.eps == eps
     assert type(model.blocks[0].mlp.act) is layers.QuickGELU
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"global_pool": "map"}, {"mlp_layer": "swiglu", "act_layer": "silu", "scale_attn_norm": True}],
+    ids=str,
+)
+def test_every_norm_has_its_own_eps(options):
+    """As in a model whose modules are called one by one."""
+    model, images = small(**options, dtype=torch.float64), pictures()
+    for index, norm in enumerate(module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+        norm.eps = 0.1 * (index + 1)
+    logits = model(images)
+    for _, module in list(model.named_modules())[1:]:
+        module.register_forward_hook(lambda *_: None)
+    assert close(logits, model(images))
 
 
 def test_an_empty_batch_gives_an_empty_answer():
