@@ -201,6 +201,13 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path):
     assert torch.equal(checkpoint.read_tensors(path)[0]["w"], torch.ones(2))
 
 
+def test_weights_of_any_strides_are_written(tmp_path):
+    model = CONFIG.build().to(memory_format=torch.channels_last)
+    assert not model.patch_embed.proj.weight.is_contiguous()
+    checkpoint.write_weights(tmp_path / "a.safetensors", model)
+    assert equal_states(checkpoint.read_tensors(tmp_path / "a.safetensors")[0], model.state_dict())
+
+
 def test_weights_of_lower_precision_are_taken():
     model = CONFIG.build()
     weights = {
@@ -222,6 +229,14 @@ def test_weights_of_no_dtype_of_weights(saved, dtype):
         ValueError, match=rf"head\.weight is of {str(dtype)[6:]}, takes float16, bfloat16, float32, float64"
     ):
         checkpoint.load(folder)
+
+
+def test_a_file_and_its_name_are_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(checkpoint, "_flush", lambda path: flushed.append((path.name, (tmp_path / "a.txt").exists())))
+    checkpoint.write_text(tmp_path / "a.txt", "x")
+    assert [there for _, there in flushed] == [False, True], "the file under another name, then the folder"
+    assert flushed[1][0] == tmp_path.name
 
 
 def test_an_output_that_cannot_be_written(tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 
 import vit_fast
 from tests.error_rule import relative_error
-from tests.test_model import RATES, SMALL, Timm, _after, pictures, twins
+from tests.test_model import RATES, SMALL, Timm, _after, pictures, small, twins
 from tests.test_parity import assert_same, draw, pair_of, run, small_images
 from vit_fast import layers, reference
 
@@ -261,6 +261,13 @@ def test_what_is_masked_is_not_read(options, checkpointing):
     assert torch.equal(model.forward_masked(others, 0.5, noise)[0], latent)
     seen = torch.where(hidden, images, torch.randn_like(images))
     assert not torch.allclose(model.forward_masked(seen, 0.5, noise)[0], latent)
+
+
+@pytest.mark.parametrize("options", [{}, {"pre_norm": True}], ids=str)
+def test_nothing_masked_is_every_token(options):
+    model, images = small(**options).eval(), pictures(dtype=torch.float32)
+    latent, _, _ = model.forward_masked(images, 0.0, torch.arange(6.0).expand(2, -1))
+    torch.testing.assert_close(latent, model.forward_features(images))
 
 
 def test_what_a_mask_may_not_be():

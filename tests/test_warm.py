@@ -193,6 +193,13 @@ def test_a_frozen_model_has_no_backward_pass():
     assert not passes[0].grad
 
 
+def test_a_parameter_that_no_pass_reads():
+    model = small().train()
+    model.unread = torch.nn.Parameter(torch.zeros(1))
+    pass_over(model, (1, 3, 32, 32))
+    assert model.unread.grad is None
+
+
 @pytest.mark.parametrize(
     ("sizes", "says"),
     [
