@@ -981,6 +981,118 @@ def test_timm_builds_what_came_from_transformers(tmp_path):
     assert relative_error(theirs(x), ours(x)) < CLOSE
 
 
+# ---- what a config leaves open, and what shapes show
+
+
+def test_a_loaded_model_is_ready_and_where_it_should_be(tmp_path):
+    _saved(tmp_path)
+    assert not any(module.training for module in vit_fast.load(tmp_path).modules())
+    assert vit_fast.load(tmp_path, device="meta").head.weight.is_meta
+
+
+def test_what_is_missing_is_drawn(state, tmp_path):
+    del state["blocks.1.mlp.fc1.weight"]
+    safetensors.torch.save_file(state, tmp_path / "a.safetensors")
+    weight = vit_fast.load(tmp_path / "a.safetensors", partial=["blocks.1.mlp.fc1.weight"]).blocks[1].mlp.fc1.weight
+    assert 0.01 < weight.std() < 0.03
+
+
+def test_a_config_beside_any_other_file_does_not_count(state, tmp_path):
+    safetensors.torch.save_file(state, tmp_path / "a.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert equal_states(vit_fast.load(tmp_path / "a.safetensors").state_dict(), state)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_heads": 4, "qk_norm": True},
+        {"global_pool": "avg"},
+        {"global_pool": "token_avg"},
+        {"no_embed_class": True},
+        {"embed_dim": 11, "mlp_ratio": 15.5 / 11},  # whose hidden width is not int(11 * (15 / 11))
+    ],
+    ids=str,
+)
+def test_what_the_shapes_alone_show(options, tmp_path):
+    model, x = drawn(vit_fast.create_model("vit_tiny_patch16_224", num_classes=5, **{**TINY, **options})), images()
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "a.safetensors")
+    assert torch.equal(vit_fast.load(tmp_path / "a.safetensors")(x), model(x))
+
+
+def test_a_file_of_dinov2s_own_resamples_as_its_repository(tmp_path):
+    model = drawn(timm.create_model("vit_small_patch14_dinov2", **TINY))
+    safetensors.torch.save_file(_published_dinov2(model.state_dict(), False, True), tmp_path / "a.safetensors")
+    ours = vit_fast.load(tmp_path / "a.safetensors")
+    assert ours.pos_interpolation == "offset"
+    ours.save_pretrained(tmp_path)
+    assert vit_fast.load(tmp_path).pos_interpolation == "offset"
+
+
+def test_an_npz_of_columns_first_with_heads_that_are_given(tmp_path):
+    """Fortran's order, and another number than that of the arrays, whose heads are joined in any case."""
+    theirs, x = drawn(timm.create_model("vit_tiny_patch16_224", num_classes=5, **TINY)), images()
+    published = _published_jax(theirs.state_dict(), heads=2)
+    np.savez(tmp_path / "a.npz", **{name: np.asfortranarray(array) for name, array in published.items()})
+    assert relative_error(vit_fast.load(tmp_path / "a.npz", num_heads=1)(x), theirs(x)) < CLOSE
+
+
+@pytest.mark.parametrize("to", [to for to in weights.TARGETS if to != "open_clip"])
+def test_converted_weights_can_be_written(to, state, tmp_path):
+    converted = weights.convert(state, to)
+    weights.write(tmp_path / "a.safetensors", converted)
+    assert equal_states(weights.read(tmp_path / "a.safetensors"), converted)
+
+
+def test_classes_are_in_the_order_of_their_numbers(tmp_path):
+    labels = {index: f"class {index}" for index in range(12)}
+    drawn(hf.ViTForImageClassification(hf.ViTConfig(**SIZES, id2label=labels))).save_pretrained(tmp_path)
+    assert vit_fast.load(tmp_path).label_names == tuple(labels.values())
+
+
+def test_a_masked_autoencoder_without_a_processor(tmp_path):
+    drawn(TRANSFORMERS["ViT-MAE"]()).save_pretrained(tmp_path)
+    assert vit_fast.load(tmp_path).pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        ({"feature_extractor_type": "CLIPFeatureExtractor", "size": 40, "crop_size": 32}, (0.8, "center")),
+        ({"feature_extractor_type": "ViTFeatureExtractor", "size": 40, "crop_size": 32}, (0.8, "squash")),
+        ({"size": {"shortest_edge": 40}, "crop_size": 32, "do_center_crop": False}, (1.0, "center")),
+    ],
+)
+def test_processors_of_older_versions_of_transformers(processor, expected, tmp_path):
+    """Whose sizes are one number: the shorter side for a CLIP, both for the others."""
+    _saved(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_center_crop": True, **processor}))
+    pictures = vit_fast.load(tmp_path).pretrained_cfg
+    assert (pictures["crop_pct"], pictures["crop_mode"]) == expected
+
+
+def test_the_pool_that_timms_config_says(tmp_path):
+    options = {**TINY, "fc_norm": False}
+    theirs = drawn(timm.create_model("vit_tiny_patch16_224", num_classes=5, global_pool="avg", **options))
+    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "global_pool": "avg", "model_args": options}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert relative_error(vit_fast.load(tmp_path)(x := images()), theirs(x)) < CLOSE
+
+
+def test_layer_scale_and_squashed_pictures_of_open_clips_config(tmp_path):
+    vision = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 32, "ls_init_value": 0.5}
+    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
+    theirs = drawn(open_clip.model.CLIP(24, vision, text))
+    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
+    model = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    config = {"model_cfg": model, "preprocess_cfg": {"resize_mode": "squash"}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    ours, x = vit_fast.load(tmp_path), images()
+    assert relative_error(ours(x), theirs.encode_image(x)) < CLOSE
+    assert ours.pretrained_cfg["crop_mode"] == "squash"
+
+
 # ---- the Hub, and the command line
 
 
