@@ -1104,3 +1104,48 @@ def test_nothing_is_left_behind():
             before = count()
     # Not as many: what tests before this one have left may go meanwhile.
     assert all(now <= then for now, then in zip(count(), before, strict=True)), (before, count())
+
+
+# ---- what no op computes
+
+
+def _encoder_layer(**more) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(48, 3, 96, 0.0, "gelu", norm_first=True, batch_first=True)
+    layer.self_attn = nn.MultiheadAttention(48, 3, batch_first=True, **more)
+    return layer
+
+
+def _gate_behind_its_value() -> nn.Module:
+    block = timm.models.vision_transformer.Block(48, 3)
+    block.mlp = timm.layers.GluMlp(48, 96, act_layer=nn.SiLU, gate_last=True)
+    return block
+
+
+def _patches_in_groups() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(4, 48, 4, 4, groups=2), nn.Flatten(2), _encoder_layer())
+
+
+def _open_clips_block() -> nn.Module:
+    from open_clip.transformer import ResidualAttentionBlock
+
+    return ResidualAttentionBlock(48, 3)
+
+
+# What builds it, the shape of what it is called with, and whatever else.
+NO_OP = {
+    "a key of zeros": (lambda: _encoder_layer(add_zero_attn=True), (2, 5, 48), {}),
+    "a key that is a bias": (lambda: _encoder_layer(add_bias_kv=True), (2, 5, 48), {}),
+    "a gate behind its value": (_gate_behind_its_value, (2, 5, 48), {}),
+    "patches cut in groups": (_patches_in_groups, (2, 4, 24, 32), {}),
+    "open_clip, a mask": (_open_clips_block, (2, 5, 48), {"attn_mask": torch.ones(5, 5, dtype=torch.bool).triu(1)}),
+}
+
+
+@pytest.mark.parametrize("name", NO_OP)
+def test_what_no_op_computes_the_library_does(name):
+    """Though nobody compares."""
+    build, shape, more = NO_OP[name]
+    module, x = drawn(build()), torch.randn(shape)
+    expected = module(x, **more)
+    vit_fast.accelerate(module, verify=False)
+    torch.testing.assert_close(module(x, **more), expected)
