@@ -394,6 +394,8 @@ def test_maps_from_lse(form):
         _, lse = torch.ops.vit_fast.attention_train(q, k, v, 0.25)
         rows = attention_maps(q, k, queries, lse=lse)
         assert torch.equal(rows, attention_maps(q, k, queries))
+        strided = lse.transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(attention_maps(q, k, lse=strided), attention_maps(q, k))
         torch.testing.assert_close(attention_maps(q, k, queries, lse=lse + 1), rows / 2)
     scores = q.double().transpose(1, 2) @ k.double().permute(0, 2, 3, 1) * 0.25
     torch.testing.assert_close(lse, scores.logsumexp(-1) * math.log2(math.e), rtol=0, atol=1e-6)

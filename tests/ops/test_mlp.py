@@ -98,6 +98,21 @@ def test_inference_keeps_nothing():
         assert mlp(**inputs).grad_fn is not None
 
 
+def hold_the_draw_to_its_gradient(op, inputs: dict) -> None:
+    """The kernels have none for it, and say so; PyTorch has."""
+    args = {name: t.float() for name, t in inputs.items()}
+    args["drop"].requires_grad_()
+    with use_backend("triton"), pytest.raises(ValueError, match="drop requires a gradient"):
+        op(**args)
+    op(**args).sum().backward()
+    assert args["drop"].grad.any()
+
+
+@pytest.mark.interpret
+def test_a_gradient_of_the_draw_is_never_lost():
+    hold_the_draw_to_its_gradient(mlp, shaped(2, 3, 16, hidden=32)())
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize("full", [True, False])
 def test_opcheck(full):

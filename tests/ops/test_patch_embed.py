@@ -130,6 +130,7 @@ REJECTED = {
     "no batch": ({"images": torch.randn(3, 8, 8)}, ValueError, r"images: got shape \[3, 8, 8\], takes \[B, C, H, W\]"),
     "four channels": ({"images": torch.randn(2, 4, 8, 8)}, ValueError, "images: got 4 channels, takes 3"),
     "half a patch": ({"images": torch.randn(2, 3, 8, 10)}, ValueError, "got 8 x 10 pixels, takes multiples of 4 x 4"),
+    "no rows": ({"images": torch.randn(2, 3, 0, 8)}, ValueError, "got 0 x 8 pixels, takes multiples of 4 x 4"),
     "positions for more": (
         {"position": torch.randn(7, 16)},
         ValueError,

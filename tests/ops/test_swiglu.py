@@ -83,6 +83,11 @@ def test_inference_equals_training():
 
 
 @pytest.mark.interpret
+def test_a_gradient_of_the_draw_is_never_lost():
+    test_mlp.hold_the_draw_to_its_gradient(swiglu, shaped(2, 3, 16, hidden=32)())
+
+
+@pytest.mark.interpret
 @pytest.mark.parametrize(("full", "trained"), [(True, True), (False, True), (True, False)])
 def test_opcheck_of_backward(full, trained):
     drawn = shaped(2, 3, 16, hidden=8, bias=full, layer_scale=full, drop=full)()
