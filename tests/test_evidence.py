@@ -123,6 +123,21 @@ def test_what_the_user_switched_off_stays_off(monkeypatch):
             assert runs_kernels(call, arguments)
 
 
+def test_what_the_user_switched_off_is_no_second_choice_either(monkeypatch):
+    says(monkeypatch, FOUND._replace(form="sdpa math"))
+    asked, chosen = [], torch.nn.attention.sdpa_kernel
+
+    def noted(backends, set_priority):
+        asked.append(backends)
+        return chosen(SDPBackend.MATH)
+
+    monkeypatch.setattr(attention, "sdpa_kernel", noted)
+    q = torch.randn(2, 5, 2, 16)
+    with chosen([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        ops.attention(q, q, q)
+    assert asked == [[SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]]
+
+
 def block_operands(requires_grad):
     def draw(*shape):
         return torch.randn(*shape, requires_grad=requires_grad)
@@ -197,6 +212,22 @@ def test_explain_says_when(monkeypatch):
     lines = {(line.name, line.op): line for line in vit_fast.explain(model)}
     assert lines["blocks.0.mlp", "mlp"].reason.endswith("; but the block is one op")
     assert "the block is one op in training" in lines["blocks.0.attn", "attention"].reason
+
+
+def test_explain_counts_every_token_and_knows_autocast_and_whose_choice_it_is(monkeypatch):
+    says(monkeypatch, FOUND._replace(shape=(197, 197, 64), dtype=torch.bfloat16, reason="faster"))
+    monkeypatch.setitem(vit_fast.explain.__globals__, "findings", backend.findings)
+    monkeypatch.setattr(backend, "_why_not_forced", lambda device: "")
+    model = vit_fast.create_model("vit_tiny_patch16_224", embed_dim=128, num_heads=2, depth=2)
+
+    def told() -> set:
+        return {(line.name, line.op) for line in vit_fast.explain(model) if line.reason.endswith("; but faster")}
+
+    assert not told(), "in fp32 nothing was measured"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert told() == {("blocks.0.attn", "attention_qkv")}
+        with use_backend("triton"):
+            assert not told()
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------

@@ -315,10 +315,27 @@ def test_a_call_against_the_formula(name, recorded, calls):
     assert bool(calls) == fits
 
 
-def test_attention_sinks_are_rejected():
+def test_a_query_that_sees_no_key_gets_numbers():
     q, k, v = torch.randn(3, 2, 3, 7, 16).unbind(0)
-    with pytest.raises(ValueError, match="s_aux: got attention sinks, takes None"):
-        attention_forward(_Module(), q, k, v, None, s_aux=torch.randn(3))
+    mask = torch.ones(2, 1, 7, 7, dtype=torch.bool)
+    mask[:, :, 2] = False
+    output, weights = attention_forward(_Module(), q, k, v, mask, output_attentions=True)
+    assert output.isfinite().all()
+    torch.testing.assert_close(weights[:, :, 2], torch.full((2, 3, 7), 1 / 7))
+
+
+def test_a_module_that_does_not_say_is_causal():
+    """As transformers' own "sdpa" takes it."""
+    q, k, v = torch.randn(3, 2, 3, 7, 16).unbind(0)
+    output, _ = attention_forward(nn.Module(), q, k, v, None)
+    torch.testing.assert_close(output, _truth(q, k, v, is_causal=True)[0])
+
+
+@pytest.mark.parametrize("name", ["s_aux", "sinks"])
+def test_attention_sinks_are_rejected(name):
+    q, k, v = torch.randn(3, 2, 3, 7, 16).unbind(0)
+    with pytest.raises(ValueError, match=f"{name}: got attention sinks, takes None"):
+        attention_forward(_Module(), q, k, v, None, **{name: torch.randn(3)})
 
 
 def test_dropout_in_training():
@@ -334,6 +351,13 @@ def test_dropout_in_training():
         assert (error > 0).all()
     assert torch.isclose(drawn, 2 * weights).logical_xor(drawn == 0).all()
     assert relative_error(output, (drawn @ v).transpose(1, 2)) < 1e-6
+
+
+def test_no_dropout_of_recorded_weights_in_evaluation():
+    q, k, v = torch.randn(3, 2, 3, 7, 16).unbind(0)
+    found = attention_forward(_Module().eval(), q, k, v, None, dropout=0.5, output_attentions=True)
+    for one, truth in zip(found, _truth(q, k, v)):
+        torch.testing.assert_close(one, truth)
 
 
 @pytest.mark.parametrize("name", ["ViT", "CLIP text, causal and padded"])
