@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import vit_fast
 from tests.small_runs import TINY_FLAGS, bomb, colour_folder, picture
-from vit_fast import checkpoint, cli, inference, training
+from vit_fast import checkpoint, cli, inference, training, weights
 
 ZOO_MODEL = "test_vit"  # the smallest there is
 
@@ -230,6 +230,20 @@ def test_resume(tmp_path):
     assert (tmp_path / "two" / checkpoint.WEIGHTS).read_bytes() == (tmp_path / "one" / checkpoint.WEIGHTS).read_bytes()
     code, _, errors = run("train", "digits", "--resume", tmp_path / "one", "--seed", 4)
     assert (code, errors) == (1, "error: resume: a run goes on with its own settings: seed was 3, got 4")
+
+
+def test_no_limit_of_the_gradient(tmp_path):
+    code, _, errors = run("train", "digits", *TINY_FLAGS.split(), "--epochs", 1, "--clip-grad", 0, "--output", tmp_path)
+    assert (code, errors) == (0, "")
+    assert training.read_settings(tmp_path)["clip_grad"] is None
+
+
+def test_convert_takes_the_number_of_heads(zoo_weights, tmp_path):
+    path, model = zoo_weights
+    code, _, errors = run("convert", path, tmp_path / "a.npz", "--to", "jax", "--num-heads", 4)
+    assert (code, errors) == (0, "")
+    query = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
+    assert weights.read(tmp_path / "a.npz")[query].shape == (model.embed_dim, 4, model.embed_dim // 4)
 
 
 def test_models():
