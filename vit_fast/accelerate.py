@@ -16,8 +16,8 @@ from torch import nn
 
 from vit_fast.foreign import check, fused_class
 from vit_fast.foreign.block import OTHER_FORWARD, Fused, FusedBlock
-from vit_fast.layers import Block
-from vit_fast.ops.backend import DTYPES
+from vit_fast.layers import Block, evaluating
+from vit_fast.ops.backend import DTYPES, dtype_name
 
 log = logging.getLogger("vit_fast")
 
@@ -186,7 +186,7 @@ def _op_and_reason(module: Fused) -> tuple[str, str]:
     if not isinstance(module, FusedBlock):
         return module.op(), ""
     now = module.asides()
-    with _evaluating(module):
+    with evaluating(module):
         op, reason = module.op(), next(filter(None, module.asides()), "")
     in_training = next((aside for aside in now if aside), "")
     return op, reason or (f"its own code in training: {in_training}" if in_training else "")
@@ -203,7 +203,7 @@ def _assess(name: str, module: nn.Module, fused: type[Fused], inside: tuple[nn.M
     kind = type(module)
     dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        names = ", ".join(sorted(map(dtype_name, dtypes)))
         return _stays(name, kind, f"its parameters are {names}: the kernels take one of float32, float16 and bfloat16")
     if "forward" in vars(module) or fused.why_rewritten():
         return _stays(name, kind, OTHER_FORWARD)
@@ -217,21 +217,6 @@ def _assess(name: str, module: nn.Module, fused: type[Fused], inside: tuple[nn.M
     return Line(name, _kind(module), True, op, half_reason) if op else _stays(name, kind, reason or half_reason)
 
 
-class _evaluating:
-    """A block in which a module and its children are in evaluation mode; each gets its own mode back."""
-
-    def __init__(self, module: nn.Module):
-        self.modes = [(one, one.training) for one in module.modules()]
-
-    def __enter__(self):
-        for module, _ in self.modes:
-            module.training = False
-
-    def __exit__(self, *_):
-        for module, training in self.modes:
-            module.training = training
-
-
 def _verify(model: nn.Module, new: dict, lines: dict, example) -> str:
     """Compare each module in both forms, correct its line, and say what was compared."""
     if not new:
@@ -240,7 +225,7 @@ def _verify(model: nn.Module, new: dict, lines: dict, example) -> str:
         return "not verified: parameters on meta have no values"
     training = model.training
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
-    with torch.inference_mode(False), torch.random.fork_rng(devices=devices), _evaluating(model):
+    with torch.inference_mode(False), torch.random.fork_rng(devices=devices), evaluating(model):
         runs = check.runs_of(model, example)
         runs = check.those_that_run(runs) if example is None else runs
         inputs, before = check.run(runs, {name: module for name, (module, _) in new.items()})

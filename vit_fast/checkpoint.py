@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from vit_fast.inference import check_pictures
 from vit_fast.model import VisionTransformer
+from vit_fast.ops.backend import dtype_name
 from vit_fast.zoo import build
 
 try:
@@ -469,7 +470,7 @@ def shortened(names: Sequence[str]) -> str:
 def _check_fit(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], name: str, partial: Sequence[str]) -> None:
     for key in wanted:
         if key in weights and weights[key].dtype not in DTYPES:
-            got, *takes = (str(dtype).removeprefix("torch.") for dtype in (weights[key].dtype, *DTYPES))
+            got, *takes = map(dtype_name, (weights[key].dtype, *DTYPES))
             raise ValueError(f"{name}: {key} is of {got}, takes {', '.join(takes)}; convert quantised weights back")
     problems = {
         "missing": [key for key in wanted if key not in weights and not matches_any(key, partial)],

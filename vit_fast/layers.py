@@ -12,9 +12,10 @@ or where dropout is active, that half calls its submodules one by one instead, a
 Letters: B batch, C channels, P patch side, N patches, T tokens, D width, H heads, d = D/H head width.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,19 @@ ACTIVATIONS = {
     "quick_gelu": QuickGELU,
     "silu": nn.SiLU,  # of SwiGLU's gate alone
 }
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A block in which a module and its children are in evaluation mode; each gets its own mode back."""
+    modes = [(one, one.training) for one in module.modules()]
+    try:
+        for one, _ in modes:
+            one.training = False
+        yield
+    finally:
+        for one, training in modes:
+            one.training = training
 
 
 class LayerScale(nn.Module):
@@ -562,8 +576,8 @@ def _branch_end(scale: nn.Module, path: nn.Module, x: Tensor) -> tuple[Tensor | 
 
 
 def activation_of(module: nn.Module) -> str:
-    """The name by which the ops know an activation module of `ACTIVATION`."""
-    if type(module) is QuickGELU:
+    """The name by which the ops know an activation module: QuickGELU of ours, or a GELU by its `approximate`."""
+    if isinstance(module, QuickGELU):
         return "quick_gelu"
     return "gelu_tanh" if module.approximate == "tanh" else "gelu"
 
@@ -644,7 +658,8 @@ NORM = (nn.LayerNorm,)
 LINEAR = (nn.Linear,)
 DROPOUT = (nn.Dropout, nn.Identity)
 MLP = (Mlp, SwiGLUPacked)
-ACTIVATION = (nn.GELU, QuickGELU)
+GELU = (nn.GELU,)
+ACTIVATION = (*GELU, QuickGELU)
 GATE = (nn.SiLU,)
 NORM_OR_NONE = (nn.Identity, nn.LayerNorm)
 SCALE_OR_NONE = (nn.Identity, LayerScale)

@@ -40,6 +40,7 @@ from vit_fast.layers import (
     PatchDropout,
     PatchEmbed,
     SwiGLUPacked,
+    evaluating,
     why_aside,
 )
 from vit_fast.ops.backend import chosen_backend, one_of, say_aside, use_backend
@@ -714,18 +715,6 @@ class VisionTransformer(nn.Module):
     # --- what people ask of a trained model
 
     @contextlib.contextmanager
-    def _looking(self):
-        """Evaluation mode without gradients; each module gets its own mode back."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
-    @contextlib.contextmanager
     def _per_layer(self, images: Tensor):
         """(index, block, the tokens that it reads) for each block in turn."""
 
@@ -735,7 +724,7 @@ class VisionTransformer(nn.Module):
                 yield index, block, x
                 x = block(x)
 
-        with self._looking():
+        with evaluating(self), torch.no_grad():
             yield walk()
 
     def attention_maps(
@@ -831,7 +820,7 @@ class VisionTransformer(nn.Module):
             crop_mode=config["crop_mode"],
             in_chans=self.in_chans,
         )
-        with self._looking():
+        with evaluating(self), torch.no_grad():
             return self(pixels.to(**self._dd())).float().softmax(dim=-1)
 
     @property

@@ -17,7 +17,7 @@ import torch
 
 from vit_fast import ops, verify
 from vit_fast.checkpoint import replacing
-from vit_fast.ops.backend import use_triton
+from vit_fast.ops.backend import dtype_name, use_triton
 
 MARGIN = 0.02  # how much faster an entry must be to take another's place
 ROUNDS = 20
@@ -269,8 +269,8 @@ class Tuner:
                     torch.cuda.synchronize(self.device)  # raises where the device can do no more: nothing counts then
                 return spilled, Rejection(entry, verify.in_a_line(raised), False)
             if not agrees:
-                dtype = str(trial.tensors[0].dtype).removeprefix("torch.")
-                return spilled, Rejection(entry, f"wrong numbers: error {error:.1e} in {dtype}", True)
+                wrong = f"wrong numbers: error {error:.1e} in {dtype_name(trial.tensors[0].dtype)}"
+                return spilled, Rejection(entry, wrong, True)
             spilled += sum(kernel.n_spills for kernel in kernels)
             if spilled > allowed:
                 return spilled, Rejection(entry, f"spills {spilled} registers, {allowed} allowed", False)

@@ -8,7 +8,6 @@ entry of the tile table in force, at sizes that fill tiles and go past them.
 import collections
 import contextlib
 import functools
-import importlib.util
 import itertools
 import json
 import math
@@ -23,7 +22,14 @@ import torch
 from torch import Tensor
 
 from vit_fast import ops
-from vit_fast.ops.backend import float32_precision, interpreting, use_triton, why_not_triton
+from vit_fast.ops.backend import (
+    dtype_name,
+    float32_precision,
+    interpreting,
+    triton_is_missing,
+    use_triton,
+    why_not_triton,
+)
 
 LIMIT = 300  # seconds for the child process
 FEWEST_ROWS = 8
@@ -199,12 +205,8 @@ def verify(device: str | torch.device, cases: list[Case] = SMALL) -> list[dict]:
             with ops.use_backend("triton"):
                 output = trial.forward()
                 error, agrees = trial.judge([output, *trial.backward(output)])
-            lines.append({"op": case.op, "dtype": _name(dtype), "error": error, "agrees": agrees})
+            lines.append({"op": case.op, "dtype": dtype_name(dtype), "error": error, "agrees": agrees})
     return lines
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def verify_entries(
@@ -256,7 +258,7 @@ def verify_entries(
                 if isinstance(origin, dict):
                     origin = "measured on {device}, {date}, triton {triton}, torch {torch}".format(**origin)
                 worst = max(found[kernel, dtype_class, shape, dtype], key=_badness, default=missed)
-                lines.append({"kernel": kernel, "shape": shape, "dtype": _name(dtype), "origin": origin, **worst})
+                lines.append({"kernel": kernel, "shape": shape, "dtype": dtype_name(dtype), "origin": origin, **worst})
     return lines
 
 
@@ -304,7 +306,7 @@ def report(device: str | torch.device) -> tuple[list[dict], str]:
         RuntimeError: where the kernels should run in the interpreter and do not, with the last line of why.
     """
     device = torch.device(device)
-    if importlib.util.find_spec("triton") is None:
+    if triton_is_missing():
         return [], "triton is not installed, everything runs in PyTorch"
     if device.type != "cpu":
         reason = why_not_triton(device)

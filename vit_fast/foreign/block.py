@@ -268,8 +268,3 @@ def _mlp(x: Tensor, half: MlpHalf) -> Tensor:
         hidden = half.inner(half.act(ops.ln_linear(*first, norm.eps)))
         return ops.linear_residual(hidden, *last, x, *end)
     return ops.mlp(*first, *last, *end, half.activation, norm.eps)
-
-
-def named_activation(names: dict[type, str], act) -> str:
-    """The name by which the ops know an activation module; `names` has those whose class says it all."""
-    return names.get(type(act)) or ("gelu_tanh" if act.approximate == "tanh" else "gelu")

@@ -3,9 +3,9 @@
 from open_clip import model, transformer
 from torch import Tensor, nn
 
-from vit_fast.foreign.block import AttentionHalf, FusedBlock, MlpHalf, named_activation
+from vit_fast.foreign.block import AttentionHalf, FusedBlock, MlpHalf
 from vit_fast.foreign.torch_nn import packed_half, why_own_attention
-from vit_fast.layers import LINEAR, NORM, readable, why_aside
+from vit_fast.layers import LINEAR, NORM, activation_of, readable, why_aside
 
 _NORM = (*NORM, *readable(transformer.LayerNorm))
 _MLP = readable(nn.Sequential)
@@ -66,7 +66,7 @@ class ResidualAttentionBlock(FusedBlock, transformer.ResidualAttentionBlock):
 
     def mlp_half(self) -> MlpHalf:
         fc1, act, fc2 = self.mlp
-        activation = named_activation(_ACTIVATION, act)
+        activation = _ACTIVATION.get(type(act)) or activation_of(act)
         return MlpHalf(self.ln_2, (fc1.weight,), (fc1.bias,), activation, fc2, getattr(self.ls_2, "gamma", None))
 
     def own_mlp(self, x: Tensor) -> Tensor:

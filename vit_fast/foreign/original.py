@@ -10,10 +10,9 @@ import functools
 
 from torch import Tensor, nn
 
-from vit_fast.foreign.block import AttentionHalf, FusedBlock, MlpHalf, named_activation
-from vit_fast.layers import DROPOUT, LINEAR, NORM, readable, why_aside
+from vit_fast.foreign.block import AttentionHalf, FusedBlock, MlpHalf
+from vit_fast.layers import DROPOUT, GELU, LINEAR, NORM, activation_of, readable, why_aside
 
-_GELU = (nn.GELU,)
 _DINO = ("norm1", "attn", "drop_path", "norm2", "mlp")
 _DINOV2 = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 _ATTENTION = {"qkv", "attn_drop", "proj", "proj_drop"}
@@ -106,7 +105,7 @@ class Block(FusedBlock):
         return why_aside(("mlp", mlp, _kinds(type(mlp), "Mlp"))) or why_aside(
             norm,
             ("mlp.fc1", mlp.fc1, LINEAR),
-            ("mlp.act", mlp.act, _GELU),
+            ("mlp.act", mlp.act, GELU),
             ("mlp.fc2", mlp.fc2, LINEAR),
             ("mlp.drop", mlp.drop, DROPOUT),
             *self._end(2),
@@ -117,7 +116,7 @@ class Block(FusedBlock):
         if set(mlp._modules) == _SWIGLU:
             fc1, activation, fc2 = mlp.w12, "swiglu", mlp.w3
         else:
-            fc1, activation, fc2 = mlp.fc1, named_activation({}, mlp.act), mlp.fc2
+            fc1, activation, fc2 = mlp.fc1, activation_of(mlp.act), mlp.fc2
         return MlpHalf(self.norm2, (fc1.weight,), (fc1.bias,), activation, fc2, *self._scale_and_path(2))
 
     def own_mlp(self, x: Tensor) -> Tensor:

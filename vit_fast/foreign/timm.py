@@ -4,8 +4,8 @@ import timm.layers
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
-from vit_fast.foreign.block import AttentionHalf, FusedBlock, MlpHalf, named_activation
-from vit_fast.layers import DROPOUT, LINEAR, NORM, readable, why_aside
+from vit_fast.foreign.block import AttentionHalf, FusedBlock, MlpHalf
+from vit_fast.layers import DROPOUT, GATE, LINEAR, NORM, activation_of, readable, why_aside
 
 _NORM = (*NORM, *readable(timm.layers.LayerNorm))
 _NORM_OR_NONE = (*_NORM, nn.Identity)
@@ -14,7 +14,6 @@ _ACTIVATIONS = (nn.GELU, *readable(*_ACTIVATION))
 _ATTENTION = readable(timm.layers.Attention)
 _MLP = readable(timm.layers.Mlp)
 _GATED = readable(timm.layers.GluMlp)
-_GATE = readable(nn.SiLU)
 _SCALE = (nn.Identity, *readable(timm.layers.LayerScale))
 _PATH = (nn.Identity, *readable(timm.layers.DropPath))
 
@@ -79,7 +78,7 @@ class Block(FusedBlock, vision_transformer.Block):
         return why_aside(("mlp", mlp, (*_MLP, *_GATED))) or why_aside(
             ("norm2", own["norm2"], _NORM),
             ("mlp.fc1", parts["fc1"], LINEAR),
-            ("mlp.act", parts["act"], _GATE if gated else _ACTIVATIONS),
+            ("mlp.act", parts["act"], GATE if gated else _ACTIVATIONS),
             ("mlp.drop1", parts["drop1"], DROPOUT),
             ("mlp.norm", parts["norm"], _NORM_OR_NONE),
             ("mlp.fc2", parts["fc2"], LINEAR),
@@ -96,7 +95,7 @@ class Block(FusedBlock, vision_transformer.Block):
             own["norm2"],
             (fc1["weight"],),
             (fc1["bias"],),
-            "swiglu" if type(mlp) in _GATED else named_activation(_ACTIVATION, act),
+            "swiglu" if type(mlp) in _GATED else _ACTIVATION.get(type(act)) or activation_of(act),
             parts["fc2"],
             getattr(own["ls2"], "gamma", None),
             own["drop_path2"],

@@ -8,13 +8,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vit_fast import ops
 from vit_fast.foreign import HOMES
-from vit_fast.foreign.block import AttentionHalf, Fused, FusedBlock, MlpHalf, named_activation
-from vit_fast.layers import DROPOUT, LINEAR, NORM, readable, why_aside
+from vit_fast.foreign.block import AttentionHalf, Fused, FusedBlock, MlpHalf
+from vit_fast.layers import DROPOUT, GELU, LINEAR, NORM, activation_of, readable, why_aside
 from vit_fast.ops.backend import traced_to_onnx
 
 _ATTENTION = readable(nn.MultiheadAttention)
 _PROJECTION = (*LINEAR, *readable(NonDynamicallyQuantizableLinear))
-_GELU = (nn.GELU,)
 
 
 def why_own_attention(name: str, attention: nn.MultiheadAttention) -> str:
@@ -83,11 +82,11 @@ class TransformerEncoderLayer(FusedBlock, nn.TransformerEncoderLayer):
         if reason or self.activation is F.gelu:
             return reason
         if isinstance(self.activation, nn.Module):
-            return why_aside(("activation", self.activation, _GELU))
+            return why_aside(("activation", self.activation, GELU))
         return f"activation is {getattr(self.activation, '__name__', self.activation)}"
 
     def mlp_half(self) -> MlpHalf:
-        activation = "gelu" if self.activation is F.gelu else named_activation({}, self.activation)
+        activation = "gelu" if self.activation is F.gelu else activation_of(self.activation)
         fc1 = self.linear1
         return MlpHalf(self.norm2, (fc1.weight,), (fc1.bias,), activation, self.linear2)
 

@@ -233,6 +233,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`weight` in `dtype`, through autocast's own cache where there is one.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vit_fast.checkpoint import uncompiled
 from vit_fast.inference import CROP_MODES
-from vit_fast.layers import LayerScale, QuickGELU, SwiGLUPacked
+from vit_fast.layers import LayerScale, SwiGLUPacked, activation_of
 from vit_fast.model import NORM_AFTER, VisionTransformer, VisionTransformerDistilled
 from vit_fast.weights.layout import Coverage, is_gated
 from vit_fast.zoo import build
@@ -365,15 +365,9 @@ def _of_block(block: Any) -> dict:
         "scale_mlp_norm": isinstance(mlp.norm, nn.LayerNorm),
         "init_values": block.ls1.init_values if isinstance(block.ls1, LayerScale) else None,
         "mlp_layer": "swiglu" if gated else None,
-        "act_layer": "silu" if gated else _activation(mlp.act),
+        "act_layer": "silu" if gated else activation_of(mlp.act),
         "norm_eps": block.norm1.eps,
     }
-
-
-def _activation(module: nn.Module) -> str:
-    if isinstance(module, QuickGELU):
-        return "quick_gelu"
-    return "gelu_tanh" if module.approximate == "tanh" else "gelu"
 
 
 def _ratio(names: Mapping[str, Tensor], width: int) -> float:
