@@ -766,6 +766,7 @@ def test_a_model_without_layers():
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_with_dynamic_shapes(dynamic):
+    torch.compiler.reset()  # its limits are for one piece of code, and all tests share theirs
     model = small(dynamic_img_size=dynamic).eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch in (2, 3):
