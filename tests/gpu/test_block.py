@@ -77,6 +77,20 @@ def test_a_call_made_again_gives_the_bits_of_triton(case, monkeypatch):
         assert all(torch.equal(one, other) for one, other in zip(ours, run()))
 
 
+@pytest.mark.parametrize("case", [CASES[2], *SIZED], ids=str)
+def test_frozen_parameters_change_no_bit_of_the_input_gradient(case):
+    """Fewer launches, and a plan of their own: the second call is made from it."""
+    drawn = case.draw()
+    args = {name: None if t is None else t.to("cuda", torch.bfloat16) for name, t in drawn.items()}
+    upstream, found = torch.randn_like(args["x"]), []
+    for trained in (True, False, True, False):
+        for name, t in args.items():
+            if t is not None:
+                t.requires_grad_(name == "x" or (trained and not name.startswith("drop")))
+        found.append(torch.autograd.grad(block(**args, **case.options), args["x"], upstream)[0])
+    assert all(torch.equal(found[0], one) for one in found[1:])
+
+
 def test_a_thread_that_never_set_an_allocator(run):
     """A new thread has none: Triton's own answer to a descriptor there is an error."""
     expected, found = run(), []
