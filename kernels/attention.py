@@ -260,7 +260,8 @@ def _forward_streaming_kernel(
     q_tile = load_head(head_view(q, b, h, HEAD), rows, Tq, HEAD)  # [BLOCK_M, d]
     k_view, v_view = head_view(k, b, h, HEAD), head_view(v, b, h, HEAD)
     LSE_DTYPE: tl.constexpr = tl.float64 if q_tile[0].dtype == tl.float32 else tl.float32
-    highest = tl.full([BLOCK_M], LOWEST, tl.float32)  # not −∞, from which scores that are −∞ have no difference
+    # Not −∞, from which scores that are −∞ have no difference, and times the scale not −∞ either.
+    highest = tl.full([BLOCK_M], 0.5 * LOWEST, tl.float32) / tl.maximum(scale_log2, 1.0)
     # In float64 for float32, as lse: of hundreds of tiles each sum is rounded, and P of the whole row with the last.
     total = tl.zeros([BLOCK_M], LSE_DTYPE)
     sums = zero_head(BLOCK_M, HEAD)
@@ -269,7 +270,7 @@ def _forward_streaming_kernel(
         s = dot_rows(q_tile, load_head(k_view, keys, Tk, HEAD), PRECISION)  # [BLOCK_M, BLOCK_N]
         s = tl.where(keys[None, :] < Tk, s, -float("inf"))
         higher = tl.maximum(highest, tl.max(s, 1))
-        reference = tl.maximum(higher.to(LSE_DTYPE) * scale_log2, LOWEST)
+        reference = higher.to(LSE_DTYPE) * scale_log2
         p = probabilities(s, reference[:, None], scale_log2)
         shrink = tl.exp2((highest - higher) * scale_log2)
         total = total * shrink + tl.sum(p, 1)
