@@ -112,10 +112,14 @@ def test_a_folder_that_is_split_already(tmp_path):
 
 
 def test_classes_with_the_names_of_parts(tmp_path):
-    for name in ("train", "val", "test"):
+    for name in ("train", "val"):
         for index in range(5):
             picture(tmp_path / name / f"{index}.png")
-    assert load_data(str(tmp_path), COLOUR).classes == ("test", "train", "val")
+    with pytest.raises(ValueError, match="train: takes two subfolders or more, one a class, found none"):
+        load_data(str(tmp_path), COLOUR)  # a split without classes is none of two classes
+    picture(tmp_path / "car" / "a.png")
+    picture(tmp_path / "car" / "b.png")
+    assert load_data(str(tmp_path), COLOUR).classes == ("car", "train", "val")
 
 
 def _one_class(folder):

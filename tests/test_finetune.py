@@ -1,17 +1,19 @@
 """Weights to train on: other classes, pictures of another size and other channels, as timm makes them of its own."""
 
+import json
 import shutil
 
 import pytest
 import timm
 import torch
+import transformers
 from typer.testing import CliRunner
 
 import vit_fast
 from tests.error_rule import relative_error
-from tests.small_runs import colour_folder, equal_states
+from tests.small_runs import colour_folder, equal_states, tiny_config
 from tests.test_parity import draw
-from vit_fast import cli, training
+from vit_fast import checkpoint, cli, training
 
 CLOSE = 2e-5
 OVERRIDES = {
@@ -64,8 +66,6 @@ def test_what_is_loaded_for_other_classes_is_saved_and_classifies(folder, tmp_pa
 
 
 def test_a_trained_checkpoint_of_ours(tmp_path):
-    from vit_fast import checkpoint
-
     kwargs = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     preprocessing = {"mean": [0.1, 0.2, 0.3], "std": [1.0] * 3, "input_size": [3, 16, 16]}
     config = checkpoint.Config("vit_tiny_patch16_224", kwargs, ("cat", "dog"), preprocessing)
@@ -88,12 +88,27 @@ def test_a_trained_checkpoint_of_ours(tmp_path):
         ({"num_classes": -1}, "num_classes: got -1"),
         ({"in_chans": 0}, "in_chans: got 0"),
         ({"img_size": 4}, "img_size: got"),
-        ({"nothing": 1}, "nothing"),
     ],
 )
 def test_what_does_not_fit_is_refused(overrides, message, folder):
     with pytest.raises(ValueError, match=message):
         vit_fast.load(folder, **overrides)
+    with pytest.raises(TypeError, match="load: got 'nothing', takes an argument of VisionTransformer"):
+        vit_fast.load(folder, nothing=1)
+
+
+@pytest.mark.parametrize("img_size", [112, 84, None])
+def test_positions_are_resampled_once(img_size, tmp_path):
+    """DINOv2 is shown smaller pictures than it has positions for: another size is made from those that it has."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 112, "patch_size": 14}
+    theirs = draw(transformers.Dinov2Model(transformers.Dinov2Config(**sizes))).eval()
+    theirs.save_pretrained(tmp_path)
+    crop = {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}}
+    transformers.BitImageProcessor(**crop).save_pretrained(tmp_path)
+    ours, side = vit_fast.load(tmp_path, img_size=img_size), img_size or 56
+    assert ours.patch_embed.img_size == (side, side)
+    x = torch.randn(1, 3, side, side)
+    assert relative_error(ours.forward_features(x), theirs(x).last_hidden_state) < CLOSE
 
 
 # ---- training from them --------------------------------------------------------------------------------------------
@@ -147,5 +162,41 @@ def test_a_projection_is_no_head_of_as_many_classes(tmp_path):
     settings = {"pretrained_path": str(tmp_path / "tower"), "epochs": 1, "workers": 0, "lr": 0.0, "warmup_lr": 0.0}
     result = training.train(training.Config(str(pictures), str(tmp_path / "run"), **settings))
     assert not torch.equal(result.model.head.weight, model.head.weight)
+    assert not torch.equal(vit_fast.load(tmp_path / "tower", num_classes=2).head.weight, model.head.weight)
     assert torch.equal(result.model.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
     assert vit_fast.load(tmp_path / "run").predict(str(next(pictures.rglob("*.png")))).shape == (1, 2)
+
+
+@pytest.mark.parametrize(("names", "keeps"), [(("green", "red"), True), (("cat", "dog"), False), ((), True)])
+def test_a_head_is_kept_for_the_classes_that_it_has(names, keeps, tmp_path):
+    """Of as many classes whose names nobody knows too, as timm keeps it."""
+    model = vit_fast.create_model("vit_tiny_patch16_224", num_classes=2, depth=1, img_size=32)
+    model.label_names, model.pos_interpolation = names, "plain"
+    model.save_pretrained(tmp_path / "start")
+    pictures = colour_folder(tmp_path / "pictures", count=5)
+    settings = {"pretrained_path": str(tmp_path / "start"), "epochs": 1, "workers": 0, "lr": 0.0, "warmup_lr": 0.0}
+    result = training.train(training.Config(str(pictures), str(tmp_path / "run"), **settings))
+    assert torch.equal(result.model.head.weight, model.head.weight) == keeps
+    assert vit_fast.load(tmp_path / "run").pos_interpolation == "plain"
+
+
+def test_a_run_from_before_there_were_weights_to_begin_with(tmp_path):
+    """What it did not write is what it was."""
+    with pytest.raises(KeyboardInterrupt):
+        training.train(tiny_config(tmp_path), on_step=stop_at_once)
+    weights, tensors, state = checkpoint.load_training(tmp_path)
+    del state["settings"]["pretrained_path"]
+    config = checkpoint.load_config(tmp_path)
+    model = config.build()
+    model.load_state_dict(weights)
+    checkpoint.save(tmp_path, model, config, tensors, state)
+    text = json.loads((tmp_path / checkpoint.CONFIG).read_text())
+    del text["pos_interpolation"]
+    (tmp_path / checkpoint.CONFIG).write_text(json.dumps(text))
+    settings = training.read_settings(tmp_path)
+    assert settings["pretrained_path"] is None
+    training.train(training.Config(**{**settings, "data": "digits", "output": str(tmp_path)}), tmp_path)
+
+
+def stop_at_once(step: training.Step) -> None:
+    raise KeyboardInterrupt

@@ -178,6 +178,24 @@ def test_timms_factory_builds_our_class():
     assert model.pretrained_cfg == {"url": ""}
 
 
+def test_a_part_of_ones_own_has_no_arguments_to_export():
+    """And what looks at every attribute, as torch.jit.trace does, is told that there are none."""
+    model = vit_fast.create_model("test_vit", depth=1, img_size=32).eval()
+    model.head = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3))
+    assert not hasattr(model, "_model_args")
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+
+
+def test_a_config_without_a_crop_mode():
+    """As DeiT's own code writes them."""
+    model = vit_fast.create_model("test_vit", depth=1, img_size=32)
+    pixels = torch.randint(256, (1, 40, 60, 3), dtype=torch.uint8)
+    expected = model.predict(pixels)
+    model.default_cfg = {name: value for name, value in model.default_cfg.items() if name != "crop_mode"}
+    assert torch.equal(model.predict(pixels), expected)
+
+
 def test_what_subclasses_of_timms_model_draw_with():
     theirs = draw(timm.create_model("test_vit", depth=2))
     ours = draw(vit_fast.create_model("test_vit", depth=2))

@@ -66,11 +66,13 @@ class Config:
     kwargs: dict  # arguments of create_model, JSON values
     classes: tuple[str, ...]
     preprocessing: dict  # input_size, mean, std, interpolation, crop_pct, crop_mode
+    pos_interpolation: str = "antialiased"  # how the weights that a run began with have positions resampled
 
     def build(self, **overrides) -> VisionTransformer:
         """The model with fresh weights."""
         model = build(self.architecture, len(self.classes), self.kwargs | overrides)
         model.pretrained_cfg = {**model.pretrained_cfg, **self.preprocessing}
+        model.pos_interpolation = self.pos_interpolation
         return model
 
 
@@ -330,11 +332,13 @@ def load_config(folder: str | Path) -> Config:
         raise ValueError(f"{folder}: no checkpoint: it holds no {CONFIG}")
     try:
         values = read_json(path)
-        config = Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
-        shape = [dict, list, dict, str]
+        usual = {"pos_interpolation": Config.pos_interpolation}  # of a folder from before it was there
+        config = Config(**{field.name: {**usual, **values}[field.name] for field in dataclasses.fields(Config)})
+        shape = [dict, list, dict, str, str]
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']!r}, this version of vit_fast reads {FORMAT}")
-        if [type(part) for part in (config.kwargs, config.classes, config.preprocessing, config.architecture)] != shape:
+        parts = (config.kwargs, config.classes, config.preprocessing, config.architecture, config.pos_interpolation)
+        if [type(part) for part in parts] != shape:
             raise TypeError("a field has the wrong type")
         check_pictures(config.preprocessing)
         return dataclasses.replace(config, classes=tuple(map(str, config.classes)))

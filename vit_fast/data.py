@@ -165,8 +165,9 @@ def _folder(folder: Path, preprocessing: dict, hflip: float) -> Data:
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "there is no such folder"
         raise ValueError(f"{folder}: {state}; DATA takes 'digits' or a folder with one subfolder of pictures a class")
-    # A class may have such a name, and then holds pictures and no folders; a folder "test" beside them is for later.
-    if all((folder / part).is_dir() and _subfolders(folder / part) for part in ("train", "val")):
+    # A folder "test" beside them is for later; beside other classes two may have such names, and hold no folders.
+    found, halves = {path.name for path in _subfolders(folder)}, ("train", "val")
+    if found.issuperset(halves) and (found <= {*halves, "test"} or any(_subfolders(folder / one) for one in halves)):
         given, val = _classes(folder / "train"), _classes(folder / "val")
         if list(given) != list(val):
             differing = ", ".join(sorted(set(given) ^ set(val))[:5])

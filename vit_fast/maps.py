@@ -36,7 +36,8 @@ def look(model, path: str | Path) -> Looked:
     """
     config = model.pretrained_cfg
     size = model.patch_embed.img_size
-    shape = {"img_size": size, **{name: config[name] for name in ("crop_pct", "crop_mode", "interpolation")}}
+    placing = ("crop_pct", "crop_mode", "interpolation")
+    shape = {"img_size": size, **{name: config[name] for name in placing if name in config}}
     image = open_image(path, model.in_chans)
     parameter = next(model.parameters())
     batch = preprocess(image, mean=config["mean"], std=config["std"], in_chans=model.in_chans, **shape)

@@ -817,7 +817,7 @@ class VisionTransformer(nn.Module):
             std=config["std"],
             interpolation=config["interpolation"],
             crop_pct=config["crop_pct"],
-            crop_mode=config["crop_mode"],
+            crop_mode=config.get("crop_mode", "center"),
             in_chans=self.in_chans,
         )
         with evaluating(self), torch.no_grad():
@@ -832,13 +832,17 @@ class VisionTransformer(nn.Module):
     def default_cfg(self, settings: dict[str, Any]) -> None:
         self.pretrained_cfg = settings
 
-    # timm's factory notes in a model what it was built with, and timm's export writes that; ours is read off the model.
+    # timm's factory notes in a model what it was built with, and timm's export writes that; ours is read off the model,
+    # and is not there where a part is somebody's own.
 
     @property
     def _model_args(self) -> dict[str, Any]:
         from vit_fast.weights.settings import to_timm
 
-        return to_timm(self, ())["model_args"]
+        try:
+            return to_timm(self, ())["model_args"]
+        except ValueError as error:
+            raise AttributeError("_model_args") from error
 
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:

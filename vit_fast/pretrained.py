@@ -1,5 +1,6 @@
 """Models from checkpoints of timm, transformers and other libraries, with their settings, and to the Hub and back."""
 
+import inspect
 import json
 import logging
 import os
@@ -61,15 +62,22 @@ def load(
     Raises:
         ValueError: for names of no layout or of two, names missing or left over, weights that do not fit the
             architecture, a file that is cut off, and a pickle, which is never opened.
+        TypeError: for an override that is no argument of VisionTransformer.
         ImportError: for a repository where huggingface_hub is not installed.
     """
     overrides = {name: value for name, value in overrides.items() if value is not None}
+    if unknown := overrides.keys() - inspect.signature(VisionTransformer).parameters.keys():
+        raise TypeError(f"load: got {min(unknown)!r}, takes an argument of VisionTransformer")
     adapted = {name: overrides.pop(name) for name in ("num_classes", "img_size", "in_chans") if name in overrides}
-    return _adapted(_load(path_or_repo, model, num_heads, partial, overrides), **adapted).to(device).eval()
+    network, shown = _load(path_or_repo, model, num_heads, partial, overrides)
+    return _adapted(network, **{"img_size": shown, **adapted}).to(device).eval()
 
 
-def _load(path_or_repo, model: str | None, num_heads: int | None, partial: Sequence[str], overrides: dict):
-    """The model of `load` with the classes, pictures and channels of the checkpoint."""
+def _load(
+    path_or_repo, model: str | None, num_heads: int | None, partial: Sequence[str], overrides: dict
+) -> tuple[VisionTransformer, Sequence[int] | None]:
+    """The model of `load` with the classes, pictures and channels of the checkpoint; the size of the pictures that it
+    is shown, where that is not the one that it has positions for."""
     path = Path(path_or_repo)
     if not path.exists():
         path = _fetched(str(path_or_repo))
@@ -78,7 +86,7 @@ def _load(path_or_repo, model: str | None, num_heads: int | None, partial: Seque
     if "format" in config and model is None:
         network, own = checkpoint.load(folder, **overrides)
         network.label_names = own.classes
-        return network
+        return network, None
     tensors = read(path)
     args = config.get("model_args")
     unnormed = isinstance(args, dict) and args.get("final_norm") is False
@@ -111,15 +119,14 @@ def _load(path_or_repo, model: str | None, num_heads: int | None, partial: Seque
     checkpoint.check_described(build, settings.args, names, str(path), partial)
     network = build()
     checkpoint.load_weights(network, names, str(path), partial)
-    size = settings.pictures.get("input_size", ())[-2:]
-    if said == "model_type" and config["model_type"].startswith("dinov2") and size:
-        if not all(
-            isinstance(side, int) and 0 < side <= MOST_SIDE for side in size
-        ):  # it makes positions for all of it
-            raise ValueError(f"size: the processor says {size}, takes 1 to {MOST_SIDE}")
-        network.set_input_size(img_size=size)  # trained on larger pictures than it is shown: it resamples positions
     network.label_names = settings.classes
-    return network
+    size = settings.pictures.get("input_size", ())[-2:]
+    if not (said == "model_type" and config["model_type"].startswith("dinov2") and size):
+        return network, None
+    # Trained on larger pictures than it is shown: it resamples positions, and makes them for all of a picture.
+    if not all(isinstance(side, int) and 0 < side <= MOST_SIDE for side in size):
+        raise ValueError(f"size: the processor says {size}, takes 1 to {MOST_SIDE}")
+    return network, size
 
 
 def _adapted(
@@ -139,7 +146,8 @@ def _adapted(
         model.pretrained_cfg |= statistics_of(model.pretrained_cfg, wanted)
     if img_size is not None:
         model.set_input_size(img_size=img_size)
-    if num_classes is not None and num_classes != model.num_classes:
+    projects = model.pretrained_cfg.get("projection")  # which is no head, of as many classes neither
+    if num_classes is not None and (num_classes != model.num_classes or projects):
         model.reset_classifier(num_classes)
     model.pretrained_cfg["input_size"] = (model.in_chans, *model.patch_embed.img_size)
     return model

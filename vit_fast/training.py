@@ -87,7 +87,9 @@ class Config:
     model_kwargs: dict = field(default_factory=dict)  # further arguments of create_model
     num_classes: int | None = None  # None is as many as the data has
     img_size: int | None = None  # None is that of the model
-    pretrained_path: str | None = None  # weights to begin with: what `vit_fast.load` reads; the head is new for others
+    pretrained_path: str | None = (
+        None  # weights to begin with: what `vit_fast.load` reads; other classes get a new head
+    )
     epochs: int = 100
     batch_size: int = 64
     lr: float = 1e-3
@@ -291,7 +293,8 @@ def pretrained(config: Config, path: str) -> tuple[checkpoint.Config, VisionTran
     model = load(path, model=config.model, drop_path_rate=config.drop_path, **_model_kwargs(config))
     said = to_timm(model, ())
     kwargs = {**said["model_args"], "global_pool": said["global_pool"]}
-    return checkpoint.Config(said["architecture"], kwargs, (), _preprocessing(config, model)), model
+    pictures = _preprocessing(config, model)
+    return checkpoint.Config(said["architecture"], kwargs, (), pictures, model.pos_interpolation), model
 
 
 def _preprocessing(config: Config, model: VisionTransformer) -> dict:
@@ -386,7 +389,11 @@ class _Run:
         torch.manual_seed(config.seed)
         if model is None:
             model = self.model_config.build(drop_path_rate=config.drop_path)
-        elif len(classes) != model.num_classes or model.pretrained_cfg.get("projection"):
+        elif (
+            len(classes) != model.num_classes
+            or model.label_names not in ((), classes)
+            or model.pretrained_cfg.get("projection")
+        ):
             model.reset_classifier(len(classes))
         self.model = model.to(self.device).train()
         fused = self.device.type in ("cpu", "cuda")
@@ -577,7 +584,7 @@ def read_settings(folder: str | Path) -> dict:
     """
     weights, _, state = checkpoint.load_training(folder)
     _check(state, {"settings": STATE["settings"]}, folder)
-    settings = state["settings"]
+    settings = {"pretrained_path": None, **state["settings"]}  # which a run from before it was there has not
     takes = {field.name: field.type for field in dataclasses.fields(Config) if field.name not in FREE_ON_RESUME}
     _check(settings, {name: functools.partial(_is_setting, kind) for name, kind in takes.items()}, folder)
     if unknown := [name for name in settings if name not in takes]:

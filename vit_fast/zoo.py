@@ -65,9 +65,9 @@ def create_model(
             pretrained=True, and what else only timm's factory does, naming what serves in its place.
         TypeError: for a `pretrained` that is a number: the class count is given by its name.
     """
+    if pretrained is not None and not isinstance(pretrained, bool):
+        raise TypeError(f"pretrained: got {pretrained!r}, takes False; num_classes is given by its name")
     if pretrained:
-        if pretrained is not True:
-            raise TypeError(f"pretrained: got {pretrained!r}, takes False; num_classes is given by its name")
         tags = entries().get(model_name, {}).get("weights") or ["TAG"]
         raise ValueError(
             "pretrained: got True, takes False; a model with weights is "
