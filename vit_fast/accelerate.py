@@ -128,10 +128,9 @@ def accelerate(model: nn.Module, *, verify: bool = True, example=None) -> Report
                 lines[name] = _stays(name, parent, f"it is a {type(module).__name__}, a class of its own")
         elif type(module) is fused:
             lines[name] = Line(name, _kind(module), True, *_op_and_reason(module))
-        elif fused.concerns(module, _inside(model, name)):
+        elif fused.concerns(module, inside := _inside(model, name)):
             candidates[name] = module, fused
-    for name, (module, fused) in candidates.items():
-        lines[name] = _assess(name, module, fused, _inside(model, name))
+            lines[name] = _assess(name, module, fused, inside)
     if not any(line.replaced for line in lines.values() if line.op != "patch_embed"):
         lines = {name: line for name, line in lines.items() if line.op != "patch_embed"}  # no Vision Transformer
     new = {name: candidates[name] for name, line in lines.items() if name in candidates and line.replaced}

@@ -331,9 +331,9 @@ def load_config(folder: str | Path) -> Config:
     if not path.is_file():
         raise ValueError(f"{folder}: no checkpoint: it holds no {CONFIG}")
     try:
-        values = read_json(path)
-        usual = {"pos_interpolation": Config.pos_interpolation}  # of a folder from before it was there
-        config = Config(**{field.name: {**usual, **values}[field.name] for field in dataclasses.fields(Config)})
+        # A folder from before it was there says nothing of how positions are resampled.
+        values = {"pos_interpolation": Config.pos_interpolation, **read_json(path)}
+        config = Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
         shape = [dict, list, dict, str, str]
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']!r}, this version of vit_fast reads {FORMAT}")

@@ -146,11 +146,17 @@ def _adapted(
         model.pretrained_cfg |= statistics_of(model.pretrained_cfg, wanted)
     if img_size is not None:
         model.set_input_size(img_size=img_size)
-    projects = model.pretrained_cfg.get("projection")  # which is no head, of as many classes neither
-    if num_classes is not None and (num_classes != model.num_classes or projects):
-        model.reset_classifier(num_classes)
+    if num_classes is not None:
+        fit_head(model, num_classes)
     model.pretrained_cfg["input_size"] = (model.in_chans, *model.patch_embed.img_size)
     return model
+
+
+def fit_head(model: VisionTransformer, num_classes: int, names: tuple[str, ...] = ()) -> None:
+    """A new head where the model's has another number of classes, others by their names, or projects, as a CLIP's."""
+    others = names and model.label_names not in ((), names)
+    if num_classes != model.num_classes or others or model.pretrained_cfg.get("projection"):
+        model.reset_classifier(num_classes)
 
 
 def _config(path: Path, name: str) -> dict:

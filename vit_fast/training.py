@@ -27,7 +27,7 @@ from vit_fast import checkpoint
 from vit_fast.data import ShuffledBatches, load_data
 from vit_fast.inference import normalise
 from vit_fast.model import VisionTransformer
-from vit_fast.pretrained import load
+from vit_fast.pretrained import fit_head, load
 from vit_fast.weights.settings import to_timm
 from vit_fast.zoo import create_model
 
@@ -389,12 +389,8 @@ class _Run:
         torch.manual_seed(config.seed)
         if model is None:
             model = self.model_config.build(drop_path_rate=config.drop_path)
-        elif (
-            len(classes) != model.num_classes
-            or model.label_names not in ((), classes)
-            or model.pretrained_cfg.get("projection")
-        ):
-            model.reset_classifier(len(classes))
+        else:
+            fit_head(model, len(classes), classes)
         self.model = model.to(self.device).train()
         fused = self.device.type in ("cpu", "cuda")
         self.optimiser = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), fused=fused)

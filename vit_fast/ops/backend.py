@@ -142,6 +142,7 @@ def differentiates_forward() -> bool:
 
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation runs: an op of ours has no rule for either."""
+    # Not by a call of the function above: this one is asked in every call of an op, whose Python calls are counted.
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
