@@ -4,6 +4,7 @@ A peer that is not installed, or does not take a case, is left out with its reas
 returns has been held to fp64.
 """
 
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -33,6 +34,12 @@ MODELS = {
     "H": (1280, 16, 5120),
     "g": (1408, 16, 6144),
     "so400m": (1152, 16, 4304),
+}
+# Side of the map, heads, and side of a window of a stage of a Swin at 224 pixels; each head is 32 wide.
+SWINS = {"tiny": (4, 2, 2)} | {
+    f"{name} {stage + 1}": (56 >> stage, heads << stage, 7)
+    for name, heads in (("Swin-T", 3), ("Swin-B", 4))
+    for stage in range(4)
 }
 # Tokens, the class token among them → pixels a side of the image, and of a patch.
 IMAGES = {17: (32, 8), 50: (224, 32), 197: (224, 16), 257: (224, 14), 577: (384, 16), 1370: (518, 14)}
@@ -117,6 +124,61 @@ def _true_block(x, g1, c1, wqkv, bqkv, wproj, bproj, *second, heads):
     return reference.mlp(x, *second, eps=EPS)
 
 
+def _cut(x: Tensor, window: int) -> Tensor:
+    """timm's window_partition: a map [B, Y, X, …] as its windows [B·windows, T, …]."""
+    B, Y, X, *others = x.shape
+    x = x.view(B, Y // window, window, X // window, window, *others).transpose(2, 3)
+    return x.reshape(-1, window * window, *others)
+
+
+def _put_back(o: Tensor, side: int, window: int, shift: int) -> Tensor:
+    """timm's window_reverse of o [B·windows, T, H·d], and rolled back."""
+    o = o.view(-1, side // window, side // window, window, window, o.shape[-1]).transpose(2, 3)
+    o = o.reshape(-1, side, side, o.shape[-1])
+    return o.roll((shift, shift), (1, 2)) if shift else o
+
+
+def _relative_bias(table: Tensor, index: Tensor) -> Tensor:
+    return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1).contiguous()  # [H, T, T]
+
+
+def _window_attention(qkv, table, window, shift, index, mask):
+    """As timm's Swin writes it. It rolls and cuts x before its product, which is a third as wide as what is here."""
+    B, side, _, _, H, d = qkv.shape
+    T = window * window
+    if shift:
+        qkv = qkv.roll((-shift, -shift), (1, 2))
+    q, k, v = _cut(qkv, window).permute(2, 0, 3, 1, 4)  # each [B·windows, H, T, d]
+    scores = q * d**-0.5 @ k.transpose(-2, -1) + _relative_bias(table, index)
+    if mask is not None:
+        scores = (scores.view(B, -1, H, T, T) + mask[:, None]).view(-1, H, T, T)
+    o = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return _put_back(o, side, window, shift)
+
+
+def _window_sdpa(qkv, table, window, shift, index, mask, backend=None):
+    """Bias and mask as SDPA's own, the same for each image, so that the windows are heads: no copy of it an image."""
+    B, side, _, _, H, d = qkv.shape
+    across, T = side // window, window * window
+    if shift:
+        qkv = qkv.roll((-shift, -shift), (1, 2))
+    qkv = qkv.view(B, across, window, across, window, 3, H, d).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    q, k, v = qkv.reshape(3, B, across**2 * H, T, d)
+    bias = _relative_bias(table, index).expand(across**2, H, T, T)
+    bias = (bias if mask is None else bias + mask[:, None]).reshape(1, -1, T, T)
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return _put_back(o.view(-1, H, T, d).transpose(1, 2).flatten(2), side, window, shift)
+
+
+def _our_windows(qkv, table, window, shift, **_):
+    return ops.window_attention(qkv, table, (window, window), (shift, shift))
+
+
+def _true_windows(qkv, table, window, shift, **_):
+    return reference.window_attention(qkv, table, (window, window), (shift, shift))
+
+
 @dataclass(frozen=True)
 class Op:
     """How an op's tensors are drawn, what the truth is, and what PyTorch does without us."""
@@ -135,9 +197,27 @@ def _sizes(case: Case) -> tuple[int, int, int, int, int]:
     return case.batch, case.tokens, *MODELS[case.model]
 
 
-def _settings(case: Case) -> dict[str, int]:
-    """What an op takes besides tensors."""
+def _settings(case: Case) -> dict:
+    """What an op takes besides the tensors that are drawn."""
+    if case.op == "window_attention":
+        return _window_settings(case)
     return {"heads": MODELS[case.model][1]} if case.op == "block" else {}
+
+
+def _window_settings(case: Case) -> dict:
+    """The window, the shift of every second block, and what timm keeps in buffers: the entry of the table for each pair
+    of tokens, and −100 for each pair that the shift brought together, or None."""
+    side, _, window = SWINS[case.model]
+    shift = window // 2 if window < side else 0
+    at = torch.arange(window, device=DEVICE)
+    apart = at[:, None] - at + window - 1
+    index = apart[:, None, :, None] * (2 * window - 1) + apart[None, :, None, :]
+    mask, at = None, torch.arange(side, device=DEVICE)
+    if shift:
+        part = (at >= side - window).int() + (at >= side - shift).int()
+        region = _cut((3 * part[:, None] + part)[None], window)
+        mask = (region[:, :, None] != region[:, None]).to(DTYPES[case.dtype]) * -100
+    return {"window": window, "shift": shift, "index": index.reshape(window**2, window**2), "mask": mask}
 
 
 def _draw_ln_linear(case, normal):
@@ -148,6 +228,11 @@ def _draw_ln_linear(case, normal):
 def _draw_attention(case, normal):
     B, T, D, H, _ = _sizes(case)
     return (normal(B, T, 3, H, D // H),)
+
+
+def _draw_window_attention(case, normal):
+    side, heads, window = SWINS[case.model]
+    return normal(case.batch, side, side, 3, heads, 32), normal((2 * window - 1) ** 2, heads)
 
 
 def _draw_mlp(case, normal):
@@ -243,6 +328,12 @@ def _sdpa_by(backend: SDPBackend) -> Callable:
     return peer
 
 
+def _window_peer(case: Case) -> Callable:
+    """On a GPU by SDPA's efficient backend, which takes a bias that wants a gradient; flash takes none."""
+    backend = None if DEVICE == "cpu" else SDPBackend.EFFICIENT_ATTENTION
+    return functools.partial(_window_sdpa, **_settings(case), backend=backend)
+
+
 def _liger(case: Case) -> Callable:
     installed("liger_kernel")
     from liger_kernel.transformers.functional import liger_layer_norm
@@ -320,6 +411,14 @@ OPS = {
             "flash-attn 3": _flash_attn_3,
             "xformers": _xformers,
         },
+    ),
+    "window_attention": Op(
+        _draw_window_attention,
+        _our_windows,
+        _true_windows,
+        _window_attention,
+        images=1,
+        peers={"sdpa": _window_peer},
     ),
     "projection": _linear_residual(of_hidden=False),
     "fc2": _linear_residual(of_hidden=True),
@@ -524,22 +623,34 @@ def measure(
     return found
 
 
-def cases(models, tokens, batches, dtypes, chosen=tuple(OPS)) -> list[Case]:
-    """Every op at every one of these."""
+OF_A_VIT = tuple(op for op in OPS if op != "window_attention")
+
+
+def cases(models, tokens, batches, dtypes, chosen=OF_A_VIT) -> list[Case]:
+    """Every op of a ViT at every one of these."""
     return [Case(*one) for one in itertools.product(chosen, models, tokens, batches, dtypes)]
+
+
+def of_swins(stages, batches, dtypes) -> list[Case]:
+    """window_attention at stages of SWINS."""
+    every = itertools.product(stages, batches, dtypes)
+    return [Case("window_attention", stage, SWINS[stage][0] ** 2, batch, dtype) for stage, batch, dtype in every]
 
 
 def cases_of(which: str) -> list[Case]:
     """Those of a set: "small" for a rehearsal, "main", "few" for small batches, "full"."""
     if which == "small":
-        return cases(["tiny"], [17], [2], ["bf16", "fp32"])
+        at = [2], ["bf16", "fp32"]
+        return [*cases(["tiny"], [17], *at), *of_swins(["tiny"], *at)]
     if which == "few":
         found = [cases(models, [tokens], [batch], ["bf16"]) for batch in (1, 8, 64) for models, tokens in SIZES]
         at_577 = cases(["B", "L"], [577], [1, 8, 64], ["bf16"], ["attention"])
-        return [*itertools.chain(*found), *at_577]
+        return [*itertools.chain(*found), *at_577, *of_swins(["Swin-T 1"], [1, 8, 64], ["bf16"])]
     if which == "full":
         models = [model for model in MODELS if model != "tiny"]
         tokens = [count for count in IMAGES if count != 17]
-        return cases(models, tokens, [1, 8, 32, 64, 256], ["bf16", "fp16", "fp32"])
+        at = [1, 8, 32, 64, 256], ["bf16", "fp16", "fp32"]
+        return [*cases(models, tokens, *at), *of_swins([stage for stage in SWINS if stage != "tiny"], *at)]
     found = [cases(models, [tokens], [256], ["bf16"]) for models, tokens in SIZES]
-    return [*itertools.chain(*found), *cases(["B"], [577], [64], ["bf16"], ["attention"])]
+    at_577 = cases(["B"], [577], [64], ["bf16"], ["attention"])
+    return [*itertools.chain(*found), *at_577, *of_swins(["Swin-T 1", "Swin-B 3"], [256], ["bf16"])]

@@ -3,7 +3,8 @@
 python -m benchmarks.gpu OUT [STEP …] [--minutes 9] [--set main|full] [--workers N] [--batch-size 256]
 
 entries    every entry of the tile table in force, held to fp64
-ops        ceilings; each op at ViT-B, L and H against SDPA, cuBLAS and PyTorch, at ViT-B compiled PyTorch too
+ops        ceilings; each op at ViT-B, L and H, that of windows at two stages of Swins, against SDPA, cuBLAS and
+           PyTorch, at ViT-B and Swin-T compiled PyTorch too
 models     ViT-B and L, inference and training step, against timm eager, in a graph and compiled
 tiles      tiles side by side in the block that launches them, to OUT/sweep.json (benchmarks/sweep.py)
 rest       models again: S, H and so400m, small batches, fp16, autocast, checkpointing; more lines of OUT/models.json
@@ -58,7 +59,8 @@ FILES = {**ADDS_TO, "tiles": "sweep"}  # of the steps whose file has another nam
 MODELS = ("tiny",) if REHEARSAL else ("B", "L", "H")
 OURS_AND_TIMMS = ("vit_fast", "vit_fast graph", "timm", "timm graph")
 COMPILED_OPS = ("flex", "compiled", "compiled max")
-SHOWN = {"B": ("flex", "compiled")}  # of those, at each of MODELS in the main set: compiling takes most of the time
+# Of those, of each model in the main set: compiling takes most of the time.
+SHOWN = dict.fromkeys(("B", "Swin-T 1"), ("flex", "compiled"))
 COMPILED = ("timm compiled", "vit_fast compiled")  # of the models of MODELS, at one batch: it takes longest
 
 
@@ -85,6 +87,8 @@ def end_where_lost(aside: dict[str, str]) -> None:
 
 
 def label(case: contenders.Case) -> str:
+    if case.op == "window_attention":
+        return case.model
     side, _ = contenders.IMAGES[case.tokens]
     return case.model if side in (32, 224) else f"{case.model} at {side}"
 

@@ -28,7 +28,7 @@ from vit_fast.ops import backend
 from vit_fast.ops.attention import HEAD_WIDTHS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPS = ("patch_embed", "ln_linear", "attention", "linear_residual", "mlp", "swiglu", "block")
+OPS = ("patch_embed", "ln_linear", "attention", "window_attention", "linear_residual", "mlp", "swiglu", "block")
 ALLOCATIONS = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
 ODD = "width 37, "  # begins the variants whose rows no vector load fits
 
@@ -235,7 +235,7 @@ def parameter(*shape, dtype: torch.dtype) -> torch.Tensor:
 
 
 def op_calls(dtype: torch.dtype, B: int, T: int, D: int, F: int, every: bool) -> Iterator[tuple]:
-    """(op, variant, function, operands) for each op but attention, block last; `every`: all activations and options."""
+    """(op, variant, function, operands) for all but attention, block last; `every`: all activations and options."""
 
     def empty(*shape):
         return parameter(*shape, dtype=dtype)
@@ -275,14 +275,26 @@ def attention_calls(dtype: torch.dtype) -> Iterator[tuple]:
                 yield "attention", variant, ops.attention_maps, *qkv.detach().unbind(2)[:2]
 
 
+def window_calls(dtype: torch.dtype) -> Iterator[tuple]:
+    """The first stage of a Swin-T at 224, its windows shifted, once with a frozen table; then the other head widths."""
+    for width, window in ((32, 7), (16, 7), (64, 8)):
+        qkv = parameter(256, 56, 56, 3, 3, width, dtype=dtype)
+        table = parameter((2 * window - 1) ** 2, 3, dtype=dtype)
+        for tables, frozen in ((table, ""), (table.detach(), ", frozen"))[: 2 if width == 32 else 1]:
+            variant = f"width {width}, windows of {window} x {window}{frozen}"
+            sides = (window, window), (window // 2, window // 2)
+            yield "window_attention", variant, ops.window_attention, qkv, tables, *sides
+
+
 def launches(chosen: list[str], arch: str, dtype: str) -> list[Launch]:
-    """Every launch that the ops make: ViT-B at 224 and batch 256, few rows and some, an odd width, autocast and tf32.
+    """Every launch that the ops make: ViT-B at 224 and batch 256, few rows and some, an odd width, autocast and tf32;
+    a Swin's windows.
 
     Where a variant makes a launch that differs from an earlier one in nothing, it is left out.
     """
     kind = DTYPES[dtype]
     main, odd = (256, 197, 768, 3072), (3, 67, 37, 111)
-    variants = [("", [*attention_calls(kind), *op_calls(kind, *main, every=True)], None, "none")]
+    variants = [("", [*attention_calls(kind), *window_calls(kind), *op_calls(kind, *main, every=True)], None, "none")]
     for batch, rows in ((2, "few"), (8, "some")):
         variants += [(f"{rows} rows, ", op_calls(kind, batch, *main[1:], every=False), None, "none")]
     variants += [(ODD, op_calls(kind, *odd, every=False), None, "none")]

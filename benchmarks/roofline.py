@@ -75,12 +75,14 @@ def _by_name(table: dict, kernel: str, default):
 
 
 def work(launch: Launch) -> Work:
-    """From the sizes of a launch: M, N and K of a product; H, Tq, Tk and d of attention; its grid."""
+    """From the sizes of a launch: M, N and K of a product; H, Tq, Tk and d of attention, or its windows; its grid."""
     sizes, name = launch.kwargs, launch.kernel.__name__
     moved = nbytes((launch.args, sizes))
     programs = math.prod(launch.grid)
     if "Tq" in sizes:
         return _attention_work(sizes, name, moved, programs)
+    if "WINDOW" in sizes and "PRECISION" in sizes:
+        return _window_work(sizes, name, moved)
     if "PRECISION" in sizes:
         return _product_work(sizes, name, moved)
     blocks = [value for key, value in sizes.items() if key.startswith("BLOCK_") and isinstance(value, int)]
@@ -128,6 +130,20 @@ def _attention_work(sizes: dict, name: str, moved: int, programs: int) -> Work:
         padded_flops=2 * products * heads * rows * keys * sum(head_pieces(width)),
         steps=steps,
         matrix_share=constant("back_to_back" if whole else "back_to_back_streaming"),
+    )
+
+
+def _window_work(sizes: dict, name: str, moved: int) -> Work:
+    """A tile is the scores of a window's head, with sides of the next power of two; a program does several."""
+    tiles, scores, products = sizes["count"] * sizes["H"], sizes["BLOCK"] ** 2, _by_name(ATTENTION_PRODUCTS, name, 0)
+    return Work(
+        moved,
+        tiles,
+        scores,
+        tiles * scores,
+        flops=2 * products * tiles * math.prod(sizes["WINDOW"]) ** 2 * sizes["HEAD"],
+        padded_flops=2 * products * tiles * scores * sizes["HEAD"],
+        matrix_share=constant("back_to_back"),
     )
 
 

@@ -10,9 +10,9 @@ measurement: the times are predictions (roofline.py, hardware.json).
 
 --check fails on a compile error; on more shared memory than a block may have; on any spill in fp16 and bf16 on sm_80,
 sm_90 and sm_100, but for an entry measured there that names a reason and as many bytes, and elsewhere on more than 64
-bytes a thread, or than the entry names; on attention, or a product of 64 rows and 4 warps or more, without wgmma on
-sm_90 in fp16 and bf16; and on an entry of a tile table that no launch reached. A width of 37, which no vector load
-fits, has to compile and to fit, not to be free of spills.
+bytes a thread, or than the entry names; on attention, also of windows, or a product of 64 rows and 4 warps or more,
+without wgmma on sm_90 in fp16 and bf16; and on an entry of a tile table that no launch reached. A width of 37, which no
+vector load fits, has to compile and to fit, not to be free of spills.
 --models prints ViT-B, L and H as the sum of their launches; --page writes the sm_90 table, the models and the MLP of
 small models into the marked parts of a page.
 """
@@ -83,14 +83,14 @@ class Row:
 def a_tile(launch: Launch, found: dict) -> dict:
     """Instructions a step of a tile and a tile besides, and special functions an element.
 
-    Of a persistent kernel what stands outside its loops is left out: it runs once a program, or, being a copy for an
-    empty sum, never.
+    Of a kernel whose programs do several tiles what stands outside its loops is left out: it runs once a program, or,
+    being a copy for an empty sum, never.
     """
     loops, special = found["loops"], found["special"]
     step = besides = 0
     if loops:
         step, besides = loops["step"], found["instructions"] - loops["step"]
-        if step and "num_programs" in launch.kernel.src:
+        if step and ("num_programs" in launch.kernel.src or "WINDOW" in launch.kwargs):
             besides, special = loops["tile"], loops["special"]
     return {
         "step_instructions": step,
@@ -182,7 +182,7 @@ def faults(r: Row) -> list[str]:
     sizes = dict(re.findall(r"([a-z])(\d+)", r.tile))
     wide = r.flops and "k" in sizes and int(sizes["m"]) >= 64 and int(sizes["w"]) >= 4
     hopper = r.arch == "sm_90" and r.dtype != "fp32"
-    if hopper and (wide or (r.flops and r.op == "attention")) and r.matrix_instruction != "HGMMA":
+    if hopper and (wide or (r.flops and r.op.endswith("attention"))) and r.matrix_instruction != "HGMMA":
         found.append("a product without wgmma")
     elif hopper and wide and r.slow_products and not r.variant.startswith(ODD):
         found.append(f"{r.slow_products} products by mma.sync or from registers, at half the rate of the others")
@@ -204,7 +204,7 @@ def not_reached(arch: str, dtypes: list[str], found: list[Launch]) -> list[str]:
 # ---- the program ---------------------------------------------------------------------------------------------------
 
 COLUMNS = {
-    "op": 15,
+    "op": 16,
     "kernel": 27,
     "variant": 34,
     "arch": 7,

@@ -44,9 +44,11 @@ from tests.ops import (
     test_mlp,
     test_patch_embed,
     test_swiglu,
+    test_window_attention,
 )
 from vit_fast import ops, reference
 from vit_fast.ops.attention import HEAD_WIDTHS
+from vit_fast.ops.window_attention import HEAD_WIDTHS as WINDOW_HEAD_WIDTHS
 
 # Of the largest true element, or of 1 where that is smaller.
 TOLERANCE = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1, "autocast": 0.1}
@@ -71,6 +73,14 @@ def _packed_case(batch: int, tokens: int, heads: int, width: int, full: bool) ->
 def _maps_case(batch: int, queries: int, keys: int, heads: int, width: int, full: bool) -> harness.Case:
     draw = test_attention.shaped_qk(batch, queries, heads, width, keys)
     return harness.Case("maps", draw, {"scale": None if full else 0.3})
+
+
+def _window_case(
+    batch: int, down: int, across: int, high: int, wide: int, heads: int, width: int, full: bool
+) -> harness.Case:
+    window, shift = (high, wide), (high // 2, (wide + 1) // 2 % wide) if full else (0, 0)
+    draw = test_window_attention.shaped(batch, down * high, across * wide, heads, width, window)
+    return harness.Case("windows", draw, {"window": window, "shift": shift, "scale": None if full else 0.3})
 
 
 def _products_case(module, *shape: int, full: bool, **named) -> harness.Case:
@@ -155,6 +165,14 @@ OPS = {
         *(ops.attention_maps, reference.attention_probabilities, _maps_case, _ATTENTION),
         ((1, 2), (1, 80), (1, 80), (1, 2), (0, 9)),
     ),
+    "window_attention": Op(
+        *(ops.window_attention, reference.window_attention, _window_case),
+        [
+            *((1, 1, 1, 1, 1, 1, 16), (2, 1, 3, 1, 2, 2, 32), (1, 2, 2, 7, 7, 1, 32), (3, 2, 1, 4, 4, 2, 16)),
+            *((1, 1, 2, 8, 8, 1, 64), (5, 1, 1, 3, 5, 1, 16), (1, 3, 1, 1, 17, 2, 16), (1, 1, 2, 2, 2, 7, 64)),
+        ],
+        ((1, 3), (1, 3), (1, 3), (1, 5), (1, 5), (1, 3), (0, 2)),
+    ),
     "block": Op(
         *(ops.block, test_block.composed(reference), _block_case),
         [
@@ -228,16 +246,18 @@ class Case:
 
     def place_operand(self, name: str, t: Tensor) -> Tensor:
         """Far apart are images, rows and the rows of weights; a vector, or a table that is packed first, is dense."""
-        if self.layout in FAR and (t.dim() < 2 or name in ("position", "prefix") or (name == "weight" and t.dim() > 2)):
+        packed = name in ("position", "prefix", "table") or (name == "weight" and t.dim() > 2)
+        if self.layout in FAR and (t.dim() < 2 or packed):
             return guarded(t, self.at_start)
         return self.place(t)
 
 
 @contextlib.contextmanager
 def _in_form(form: str) -> Iterator[None]:
-    """Where it is the form: pointers, heads streamed, four sums of a bias. In both few tokens make two spans."""
+    """Where it is the form: pointers, heads streamed, four sums of a bias, two of a table at a time. In both few tokens
+    make two spans."""
     import triton.language as tl
-    from vit_fast.kernels import attention, linear, product
+    from vit_fast.kernels import attention, linear, product, window_attention
 
     with contextlib.ExitStack() as replaced:
         replaced.enter_context(mock.patch.object(linear, "PARTIAL_TOKENS", 10))
@@ -249,6 +269,7 @@ def _in_form(form: str) -> Iterator[None]:
         replaced.enter_context(mock.patch.object(attention, "_whole", return_value=None))
         # Fewer than two spans of four columns of tiles would share.
         replaced.enter_context(mock.patch.object(linear, "MOST_SUMS", tl.constexpr(4)))
+        replaced.enter_context(mock.patch.object(window_attention, "FINISH_CHUNKS", 2))
         for module in (product, linear):
             pointers = mock.patch.object(module, "described", lambda tile, _: {**tile, "TMA": 0})
             replaced.enter_context(pointers)
@@ -321,6 +342,8 @@ def far_sizes(op: str) -> list[tuple[int, ...]]:
         return [(3, 2, 2, 2, 4, 4, 3)]
     if op == "attention_qkv":
         return [(3, 5, 2, 16)]
+    if op == "window_attention":
+        return [(3, 1, 1, 2, 3, 1, 16)]
     if op.startswith("attention"):
         return [(3, 5, 7, 2, 16)]
     return [(3, 1, 1, 16, 3)] if op == "block" else [(3, 1, 16, 3)]
@@ -334,6 +357,8 @@ def random_case():
         sizes = st.tuples(*(st.integers(low, high) for low, high in OPS[name].ranges))
         if name.startswith("attention"):
             sizes = sizes.map(lambda s: (*s[:-1], HEAD_WIDTHS[s[-1]]))
+        if name == "window_attention":
+            sizes = sizes.map(lambda s: (*s[:-1], WINDOW_HEAD_WIDTHS[s[-1]]))
         if name == "block":
             sizes = sizes.map(lambda s: (*s[:3], HEAD_WIDTHS[s[3]], s[4]))
         return st.builds(

@@ -41,12 +41,25 @@ SIZES = {
     **{"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96},
     **{"image_size": 32, "patch_size": 8},
 }
+# Maps of 8 x 8 and of 4 x 4 tokens, windows of 4 x 4, heads of 16 and of 32.
+SWIN = {"patch_size": 4, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4}
 LABELS = {"num_labels": 5}
 TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
 
 
 def _timm(name: str, **more) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, **{**TINY, **more})
+
+
+def _timm_swin(name: str, **more) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name, **{"img_size": 32, "num_classes": 5, **SWIN, **more})
+
+
+def _swin_t() -> nn.Module:
+    heads, depths = list(SWIN["num_heads"]), list(SWIN["depths"])
+    return torchvision.models.SwinTransformer(
+        [4, 4], 32, depths, heads, [4, 4], stochastic_depth_prob=0.3, num_classes=5
+    )
 
 
 def _clip() -> nn.Module:
@@ -96,6 +109,11 @@ MODELS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "vit_tiny_r_s16_p8_224": lambda: timm.create_model(
             "vit_tiny_r_s16_p8_224", img_size=64, embed_dim=48, depth=2, num_heads=3, num_classes=5
         ),
+        "swin_tiny_patch4_window7_224": _timm_swin("swin_tiny_patch4_window7_224", drop_path_rate=0.3),
+        "swin_base_patch4_window12_384, dynamic size": _timm_swin(
+            "swin_base_patch4_window12_384", dynamic_img_size=True
+        ),
+        "swin_s3_tiny_224": _timm_swin("swin_s3_tiny_224", window_size=(2, 4)),
     },
     "transformers": {
         "ViTModel": lambda: hf.ViTModel(hf.ViTConfig(**SIZES)),
@@ -121,6 +139,10 @@ MODELS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "SiglipModel": _siglip,
         "Siglip2VisionModel": _siglip2,
         "IJepaModel": lambda: hf.IJepaModel(hf.IJepaConfig(**SIZES)),
+        "SwinModel": lambda: hf.SwinModel(hf.SwinConfig(image_size=32, **SWIN, drop_path_rate=0.3)),
+        "SwinForImageClassification": lambda: hf.SwinForImageClassification(
+            hf.SwinConfig(image_size=32, **SWIN, **LABELS)
+        ),
     },
     "torchvision": {
         f"vit_{name}": (
@@ -133,7 +155,8 @@ MODELS: dict[str, dict[str, Callable[[], nn.Module]]] = {
             ("l_32", (16, 3, 3)),
             ("h_14", (4, 2, 1)),
         )
-    },
+    }
+    | {"swin_t": _swin_t},
     "open_clip": {
         "ViT-B-16": lambda: open_clip_model(layers=2),
         "ViT-B-16-quickgelu": lambda: open_clip_model(quick_gelu=True, layers=2),
@@ -429,10 +452,11 @@ def page() -> str:
     lines = [
         "# Accelerated models, and what was run with them",
         "",
-        f"{len(NAMES)} models of six libraries at tiny sizes (two blocks, 32 pixels), every parameter drawn anew, on a",
-        "CPU in fp32 through the PyTorch backend: output within 1e-5 and gradients within 1e-4, in norm, of the model",
-        "before `vit_fast.accelerate`. DDP and FSDP2 (each block sharded, then the model) ran on two CPU processes",
-        "with gloo. What each column does is in `tests/matrix.py`; `python -m tests.matrix` runs every cell and then",
+        f"{len(NAMES)} models of six libraries at tiny sizes (two blocks, of a Swin two stages of two; 32 pixels),",
+        "every parameter drawn anew, on a CPU in fp32 through the PyTorch backend: output within 1e-5 and gradients",
+        "within 1e-4, in norm, of the model before `vit_fast.accelerate`. DDP and FSDP2 (each block sharded, then the",
+        "model) ran on two CPU processes with gloo. What each column does is in `tests/matrix.py`;",
+        "`python -m tests.matrix` runs every cell and then",
         "writes this page, where none fails. Run with:",
         "",
         versions,

@@ -47,11 +47,13 @@ TESTS = {
     "kernels/swiglu.py": ["swiglu", "promises"],
     "kernels/patch_embed.py": ["patch_embed", "promises", "offsets", "guard_pages"],
     "kernels/attention.py": ["attention", "offsets", "guard_pages"],
+    "kernels/window_attention.py": ["window_attention", "offsets"],
     "kernels/block.py": ["block"],
     "vit_fast/ops/ln_linear.py": ["ln_linear", "promises"],
     "vit_fast/ops/linear_residual.py": ["linear_residual", "promises"],
     "vit_fast/ops/mlp.py": ["mlp", "promises"],
     "vit_fast/ops/attention.py": ["attention"],
+    "vit_fast/ops/window_attention.py": ["window_attention"],
     "vit_fast/ops/block.py": ["block", "promises"],
     "vit_fast/ops/patch_embed.py": ["patch_embed", "promises"],
 }

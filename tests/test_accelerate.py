@@ -37,10 +37,13 @@ from vit_fast.foreign.block import Fused
 ALWAYS = {
     "vit_tiny_patch16_224",
     "vit_small_patch14_reg4_dinov2",
+    "swin_tiny_patch4_window7_224",
     "ViTForImageClassification",
+    "SwinForImageClassification",
     "Dinov2Model, SwiGLU",
     "CLIPVisionModel",
     "vit_b_16",
+    "swin_t",
     "ViT, LayerScale",
     "TransformerEncoder, F.gelu",
     "DINO",

@@ -37,6 +37,7 @@ def operands(dtype=torch.float32, device="cpu"):
         "linear_residual": (ops.linear_residual, (x, draw(D, D), draw(D), draw(B, T, D), scale)),
         "mlp": (ops.mlp, mlp),
         "swiglu": (ops.swiglu, (x, scale, shift, draw(2 * F, D), draw(2 * F), draw(D, F), draw(D))),
+        "window_attention": (ops.window_attention, (draw(B, 2, 4, 3, H, D // H), draw(9, H), (2, 2), (1, 1))),
     }
 
 

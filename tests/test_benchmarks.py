@@ -117,6 +117,16 @@ def test_ours_and_eager_agree_with_fp64(op, batch):
         assert errors["output"] > 0
 
 
+@pytest.mark.parametrize("stage", ["tiny", "Swin-T 3", "Swin-B 4"])
+def test_every_form_of_windows_agrees_with_fp64(stage):
+    """Shifted, but for the last stage, which is one window."""
+    case = Case("window_attention", stage, 0, 2, "fp32")
+    assert contenders._settings(case)["shift"] == {"tiny": 1, "Swin-T 3": 3, "Swin-B 4": 0}[stage]
+    tensors = _with_gradients(case.op, contenders._draw(case))
+    for name in ("vit_fast", "eager", "sdpa"):
+        assert max(contenders.errors_of(case, contenders.call_of(case, name), tensors).values()) < 1e-5, name
+
+
 def test_rates_of_a_model():
     """A ViT-B's 17.6 GMACs an image, as its paper and timm's table have them; three times that in training."""
     case = whole_models.ModelCase("B", 224, 64, "bf16", "inference")

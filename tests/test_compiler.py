@@ -190,6 +190,7 @@ def a_row(**changes) -> static.Row:
         ({"matrix_instruction": "HMMA", "tile": "m64 n128 k64 w2 s3"}, ""),
         ({"matrix_instruction": "HMMA", "arch": "sm_80"}, ""),
         ({"matrix_instruction": "HMMA", "op": "attention", "tile": "n32 w4 s2"}, "without wgmma"),
+        ({"matrix_instruction": "HMMA", "op": "window_attention", "tile": "w4 s2"}, "without wgmma"),
         ({"matrix_instruction": "", "flops": 0}, ""),
         ({"error": "Pass failed"}, "Pass failed"),
     ],

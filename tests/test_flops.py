@@ -21,6 +21,7 @@ from tests.ops import (
     test_mlp,
     test_patch_embed,
     test_swiglu,
+    test_window_attention,
 )
 from tests.ops.harness import Case, run
 from vit_fast import ops
@@ -46,6 +47,10 @@ CALLS = {
     "ln_linear, bare": (ops.ln_linear, test_ln_linear.shaped(2, 3, 5, 24, features=40, bias=False), {}),
     "attention": (ops.attention, test_attention.shaped(2, 5, 3, 16, keys=7), {}),
     "attention_qkv": (ops.attention_qkv, test_attention.shaped_qkv(2, 7, 3, 16), {}),
+    "window_attention": (
+        *(ops.window_attention, test_window_attention.shaped(2, 4, 6, 3, 16, (2, 3))),
+        {"window": (2, 3), "shift": (1, 0)},
+    ),
     "linear_residual": (ops.linear_residual, test_linear_residual.shaped(2, 5, 24, features=40), {}),
     "linear_residual, bare": (ops.linear_residual, test_linear_residual.shaped(2, 5, 24, features=40, **BARE), {}),
     "mlp": (ops.mlp, test_mlp.shaped(2, 5, 24, hidden=40), {}),

@@ -54,6 +54,9 @@ def test_the_steps_run_to_the_end(tmp_path):
     lines = json.loads((tmp_path / "ops.json").read_text())["results"]
     assert [one["batch"] for one in lines] == sorted((one["batch"] for one in lines), reverse=True), "`few` adds"
     assert {(one["batch"], one["direction"]) for one in lines} == {(2, "forward"), (2, "both"), (1, "forward")}
+    windows = [one for one in lines if one["op"] == "window_attention" and one["direction"] == "both"]
+    assert windows
+    assert all({"vit_fast", "eager", "sdpa"} <= one["us"].keys() for one in windows)
 
 
 def test_without_a_step_every_step_is_meant(capsys):
@@ -277,7 +280,7 @@ def test_accelerated_models_before_and_after(tmp_path, monkeypatch):
     accelerated.main()
     found = json.loads((tmp_path / "accelerated.json").read_text())
     records.validate(found)
-    assert [line["training"] for line in found["results"]] == [False, True]
+    assert [line["training"] for line in found["results"]] == [False, True] * len(accelerated.MODELS)
     for line in found["results"]:
         assert set(line["us"]) == {"before", "after"}
         assert line["wrong"] == []

@@ -147,6 +147,17 @@ def test_where_no_peer_ran_the_tables_say_so(monkeypatch):
     assert all(line.endswith(": none") for line in report.slower_list().splitlines())
 
 
+def test_windows_stand_in_the_tables_once_they_are_measured(monkeypatch):
+    us = {"vit_fast": [1, 100, 1], "eager": [1, 300, 1], "sdpa": [1, 90, 1]}
+    lines = [{"op": "window_attention", "model": "Swin-T 1", "batch": size, "us": us} for size in (256, 64)]
+    files = {"ops": {"results": [{**line, "direction": "forward"} for line in lines]}}
+    monkeypatch.setattr(report, "results", lambda name, *folder: files.get(name) or pages.results(name, *folder))
+    assert report.ops_table().splitlines()[2:] == [
+        "| `window_attention` | Swin-T, stage 1, batch 256 | 100 | 90 sdpa | 0.90, slower | - | - | - |"
+    ]
+    assert "- ops, forward: `window_attention` of Swin-T, stage 1 (0.90 of sdpa)" in report.slower_list().splitlines()
+
+
 def test_a_case_that_was_measured_again_is_that_of_the_later_day():
     first, later = (
         {row["model"]: row for row in report.measured_models("inference", day, batch=256)} for day in report.DAYS

@@ -87,6 +87,30 @@ def test_work_of_attention(kernel, products):
     assert work.matrix_share == roofline.constant("back_to_back" if kernel == "forward" else "back_to_back_streaming")
 
 
+@pytest.mark.parametrize(("kernel", "products", "maps"), [("_forward", 2, 3 + 1), ("_grad", 5, 3 + 3 + 1)])
+def test_work_of_attention_in_windows(kernel, products, maps):
+    """Of 56 x 56 tokens in windows of 7 x 7, three heads of 32 each; a program has many, one after the other."""
+    launch = found("window_attention", kernel, variant="width 32")
+    work, windows = roofline.work(launch), 256 * 8 * 8
+    assert work.flops == 2 * products * windows * 3 * 49 * 49 * 32
+    assert work.padded_flops == 2 * products * windows * 3 * 64 * 64 * 32
+    assert (work.tiles, work.tile_elements, work.elements) == (windows * 3, 64 * 64, windows * 3 * 64 * 64)
+    partials = 4 * launch.grid[0] * 49 * 49 if kernel == "_grad" else 0  # the sums of each program, in fp32
+    assert work.bytes == 2 * (256 * 56 * 56 * maps * 96 + 13 * 13 * 3) + partials
+    assert launch.grid[0] * launch.kwargs["span"] >= work.tiles > launch.grid[0] * (launch.kwargs["span"] - 1)
+
+
+def test_what_a_program_does_once_is_no_part_of_its_windows():
+    """The bias and the sums of its gradient: a window is what stands in the loop."""
+    launch = found("window_attention", "_grad")
+    made = {"instructions": 2200, "special": 40, "threads": 128, "loops": {"step": 1000, "tile": 4, "special": 32}}
+    assert static.a_tile(launch, made) == {
+        "step_instructions": 1000,
+        "tile_instructions": 4,
+        "special_per_element": 1.0,
+    }
+
+
 def test_a_kernel_that_multiplies_unknown_products_is_an_error():
     import dataclasses
 

@@ -57,7 +57,7 @@ def test_a_file_is_canonical_and_whole(path):
             for shape, entry in classes.items():
                 assert not tile_table.fault(entry, like=entry), (kernel, dtype, shape)
                 launched = tile_table.launched(entry)
-                assert {"num_warps", "num_stages"} < launched.keys(), (kernel, dtype, shape)
+                assert {"num_warps", "num_stages"} <= launched.keys(), (kernel, dtype, shape)
                 assert isinstance(entry.get("reason", ""), str), (kernel, dtype, shape)
                 assert "spills" not in entry or entry["reason"], (kernel, dtype, shape)
 

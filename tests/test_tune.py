@@ -119,6 +119,14 @@ def test_a_persistent_kernel_varies_its_blocks_and_its_descriptors():
         assert {one["blocks_per_sm"] for one in found} == {one["TMA"] for one in found} == {1, 2}
 
 
+def test_without_a_tile_warps_stages_and_blocks_vary():
+    """As of attention in windows."""
+    found = tune.candidates({"num_warps": 4, "num_stages": 2, "blocks_per_sm": 3, "origin": "predicted"})
+    reached = {name: {entry[name] for entry in found} for name in found[0]}
+    assert reached == {"num_warps": {4, 8}, "num_stages": {1, 2, 3}, "blocks_per_sm": {2, 3, 4}}
+    assert {entry["blocks_per_sm"] for entry in tune.candidates({"num_warps": 16, "blocks_per_sm": 1})} == {1, 2}
+
+
 @pytest.mark.parametrize("architecture", sorted(path.stem for path in TILES.glob("*.json")))
 def test_every_entry_has_a_few_candidates(architecture):
     table = json.loads((TILES / f"{architecture}.json").read_text())
@@ -233,6 +241,28 @@ def test_an_entry_is_timed_where_least_runs_beside_it(monkeypatch):
     ):
         case, in_backward = mine._pass(key_of(mine, kernel))
         assert (case.op, in_backward) == (op, backward), kernel
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("kernel", ["window_attention_forward", "window_attention_grad"])
+def test_an_entry_without_a_tile_is_raced(kernel, monkeypatch, tiles):
+    """Fewer blocks on a multiprocessor are faster here, and the kernels really run with them."""
+    from vit_fast.kernels import tile_table
+
+    seen = []
+
+    def clock(run) -> float:
+        run()
+        seen.append(tile_table.residents(kernel, torch.device("cpu"), torch.float32) // 3)
+        return float(seen[-1])
+
+    mine = tune.Tuner(torch.device("cpu"), [case for case in verify.SMALL if case.op == "window_attention"], clock)
+    monkeypatch.setattr(tune, "ROUNDS", 1)
+    outcome = mine.tune((kernel, "32", "any"))
+    assert (outcome.before["blocks_per_sm"], outcome.after["blocks_per_sm"]) == (2, 1)
+    assert (outcome.seconds_before, outcome.seconds_after, outcome.rejected) == (2.0, 1.0, [])
+    assert set(seen) == {1, 2, 3}
+    assert json.loads(tiles.read_text()) == {kernel: {"32": {"any": outcome.after}}}
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------

@@ -105,6 +105,13 @@ def test_a_wrong_gradient_is_laid_on_the_backward_pass_alone(monkeypatch, factor
     assert lines["patch_embed_forward"]["agrees"] is True, "of another op, whose results are right"
 
 
+def test_the_gradient_of_a_table_counts(monkeypatch):
+    skew(monkeypatch, "window_attention", "backward", 1 + 1e-5, index=1)
+    lines = lines_of("window_attention")
+    assert lines["window_attention_forward"]["agrees"] is True
+    assert lines["window_attention_grad"]["agrees"] is False
+
+
 def test_the_worst_of_several_cases_counts(monkeypatch):
     """linear_input_grad serves both ops and is wrong in one: the order of the cases must not matter."""
     skew(monkeypatch, "ln_linear", "input_grad", 1.1)

@@ -73,3 +73,26 @@ def swiglu(
 ):
     gate, value = ln_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps).chunk(2, dim=-1)
     return linear_residual(F.silu(gate) * value, fc2_weight, fc2_bias, x, layer_scale, drop)
+
+
+def window_attention(qkv, table, window, shift=(0, 0), scale=None):
+    """As timm and the authors write it: rolled, cut into windows, masked, put together and rolled back."""
+    (batch, rows, columns, _, _, width), (high, wide) = qkv.shape, window
+    scale = width**-0.5 if scale is None else scale
+
+    def cut(x):
+        x = x.view(batch, rows // high, high, columns // wide, wide, *x.shape[3:]).transpose(2, 3)
+        return x.reshape(-1, high * wide, *x.shape[5:])
+
+    y, x = (t.flatten() for t in torch.meshgrid(torch.arange(high), torch.arange(wide), indexing="ij"))
+    entries = ((y[:, None] - y + high - 1) * (2 * wide - 1) + x[:, None] - x + wide - 1).to(table.device)
+    region = torch.zeros(batch, rows, columns, device=qkv.device)
+    region[:, rows - shift[0] :] += 1
+    region[:, :, columns - shift[1] :] += 2
+    region = cut(region)
+    mask = torch.where(region[:, None, :, None] == region[:, None, None, :], 0.0, -100.0).to(qkv.dtype)
+    q, k, v = cut(qkv.roll((-shift[0], -shift[1]), (1, 2))).permute(2, 0, 3, 1, 4)
+    scores = q * scale @ k.transpose(-1, -2) + table[entries].permute(2, 0, 1)
+    o = ((scores + mask).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    o = o.view(batch, rows // high, columns // wide, high, wide, -1).transpose(2, 3).reshape(batch, rows, columns, -1)
+    return o.roll(shift, (1, 2))

@@ -224,7 +224,7 @@ def _verify(model: nn.Module, new: dict, lines: dict, example) -> str:
         return "not verified: parameters on meta have no values"
     training = model.training
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
-    with torch.inference_mode(False), torch.random.fork_rng(devices=devices), evaluating(model):
+    with torch.inference_mode(False), torch.random.fork_rng(devices=devices), evaluating(model), check.unchanged(model):
         runs = check.runs_of(model, example)
         runs = check.those_that_run(runs) if example is None else runs
         inputs, before = check.run(runs, {name: module for name, (module, _) in new.items()})

@@ -11,6 +11,7 @@ from vit_fast.model import VisionTransformer
 from vit_fast.ops import backend
 from vit_fast.ops.attention import HEAD_WIDTHS
 from vit_fast.ops.evidence import Finding, findings
+from vit_fast.ops.window_attention import refusal as window_refusal
 
 
 class Line(NamedTuple):
@@ -113,8 +114,15 @@ def _parts(module: nn.Module, tokens: int | None, count: int | None = None) -> I
         yield _Part("mlp", "mlp", module.latent, aside, "", () if aside else tuple(module.mlp.fc2.weight.shape))
     elif isinstance(module, FusedBlock):
         tensor, asides = next(module.parameters()), module.asides()
+        half = None if asides[0] else module.attention_half()
         if all(asides):
             yield _Part("", "block", tensor, asides[0])
+        elif half is not None and half.windows is not None:
+            refusal = window_refusal(half.windows.size, half.proj.in_features // half.heads)
+            yield _Part("attention", "ln_linear", tensor, "")
+            yield _Part("attention", "window_attention", tensor, "", refusal)
+            yield _Part("attention", "linear_residual", tensor, "")
+            yield _Part("mlp", "mlp" if asides[1] else module.op().split(", ")[1], tensor, asides[1])
         else:
             yield _Part("", module.op(), tensor, "")
             yield from (_Part(name, name, tensor, aside) for name, aside in zip(("attention", "mlp"), asides) if aside)

@@ -8,6 +8,7 @@ Nothing here is optimised and the package never calls it. The tests run it in fl
     [5] Touvron et al. 2021, CaiT (LayerScale)        [6] Huang et al. 2016, Stochastic Depth
     [7] Abnar and Zuidema 2020, Quantifying Attention Flow
     [8] Shazeer 2020, GLU Variants Improve Transformer
+    [9] Liu et al. 2021, Swin Transformer
 
 Letters: B batch, C channels, P patch side, N patches, R prefix tokens, T = R + N tokens, D width, H heads, d = D/H head
 width, F hidden width, L layers.
@@ -75,6 +76,33 @@ def attention_probabilities(q: Tensor, k: Tensor, scale: float | None = None) ->
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Equation 1 of [2]. q [B, Tq, H, d], k and v [B, Tk, H, d] → heads side by side [B, Tq, H·d]."""
     return (attention_probabilities(q, k, scale) @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
+
+
+def window_attention(
+    qkv: Tensor, table: Tensor, window: tuple[int, int], shift: tuple[int, int] = (0, 0), scale: float | None = None
+) -> Tensor:
+    """Equation 4 of [9] in the windows of a map that is shifted cyclically (section 3.2), one window after the other.
+
+    qkv [B, Y, X, 3, H, d], table [(2·Wy − 1)·(2·Wx − 1), H] → [B, Y, X, H·d]. What the shift brings in from the other
+    side of the map is no neighbour of what it meets there: −100 on such a score.
+    """
+    batch, rows, columns, _, heads, width = qkv.shape
+    high, wide = window
+    scale = 1 / math.sqrt(width) if scale is None else scale
+    sides = (torch.arange(side, device=qkv.device) for side in window)
+    y, x = (t.flatten() for t in torch.meshgrid(*sides, indexing="ij"))
+    entries = (y[:, None] - y + high - 1) * (2 * wide - 1) + x[:, None] - x + wide - 1
+    bias = table[entries].permute(2, 0, 1)  # [H, T, T], of query and key
+    output = qkv.new_zeros(batch, rows, columns, heads, width)
+    for top in range(shift[0], rows + shift[0], high):
+        for left in range(shift[1], columns + shift[1], wide):
+            beyond = (top + y >= rows).long() + 2 * (left + x >= columns).long()
+            mask = (beyond[:, None] != beyond).to(qkv.dtype) * -100.0
+            tokens = slice(None), (top + y) % rows, (left + x) % columns
+            q, k, v = qkv[tokens].permute(2, 0, 3, 1, 4)  # each [B, H, T, d]
+            probabilities = torch.softmax(q @ k.transpose(-1, -2) * scale + bias + mask, -1)
+            output[tokens] = (probabilities @ v).transpose(1, 2)
+    return output.flatten(3)
 
 
 def residual_branch(branch: Tensor, residual: Tensor, layer_scale: Tensor | None, drop: Tensor | None) -> Tensor:

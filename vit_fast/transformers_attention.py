@@ -100,7 +100,7 @@ def attention_forward(
     if is_causal and (attention_mask is not None or query.shape[2] == 1):
         is_causal = False  # by a statement: a traced `and` would hand SDPA a symbol, where it takes a bool
     bias, softcap = kwargs.get("position_bias"), kwargs.get("softcap")
-    wanted = _wanted(module, kwargs.get("output_attentions"))
+    wanted = wants_weights(module, kwargs.get("output_attentions"))
     reason = _why_not(query, key, value, attention_mask, dropout, is_causal, bias, softcap)
     if not reason:
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -119,7 +119,7 @@ def attention_forward(
     )
 
 
-def _wanted(module: nn.Module, asked: bool | None) -> bool:
+def wants_weights(module: nn.Module, asked: bool | None) -> bool:
     """Whether the weights are asked for: by the call, by the model's config, or by what collects them."""
     if asked is None:
         asked = getattr(getattr(module, "config", None), "output_attentions", False)

@@ -38,6 +38,8 @@ CASES = [
     )
     for case in verify.cases(batch, grid, 16, heads, width, hidden=4 * heads * width)
 ]
+# The first stage of a Swin-T at 224.
+CASES += [verify.windows(64, (7, 7), 3, 32, across=8)]
 # Where a block holds a whole head, a table tells more widths apart.
 CASES += [verify.Case("attention_qkv", ops.attention_qkv, [(64, 197, 3, 12, width)]) for width in (16, 32, 48, 96, 128)]
 # A table's dtype class → the dtypes whose numbers count. The first is the one that is timed.
@@ -69,9 +71,9 @@ class Outcome(NamedTuple):
 def candidates(entry: dict) -> list[dict]:
     """The numbers of an entry first, then all that differ from them in two at most.
 
-    A tile's side may be halved or doubled, 16 to 256; warps are 4 or 8; the stages of a pipeline one more or fewer; a
-    persistent kernel's blocks on a multiprocessor 1 or 2, its descriptors for all matrices or for the operands alone.
-    What else an entry holds stays.
+    A tile's side may be halved or doubled, 16 to 256; warps are 4 or 8; the stages of a pipeline one more or fewer; the
+    blocks on a multiprocessor of a product that is persistent 1 or 2, of what else is one more or fewer; a product's
+    descriptors for all matrices or for the operands alone. What else an entry holds stays.
     """
     from vit_fast.kernels import tile_table
 
@@ -85,8 +87,8 @@ def candidates(entry: dict) -> list[dict]:
             others = (side for side in (value // 2, 2 * value) if 16 <= side <= 256)
         elif name == "num_warps":
             others = (4, 8)
-        elif name == "num_stages":
-            others = (stages for stages in (value - 1, value + 1) if stages)
+        elif name == "num_stages" or (name == "blocks_per_sm" and "PIECES" not in entry):
+            others = (count for count in (value - 1, value + 1) if count)
         elif name == "blocks_per_sm" or (name == "TMA" and value and "PIECES" in entry):
             others = (1, 2)
         choices.append([value, *(other for other in others if other != value)])

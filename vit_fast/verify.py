@@ -50,8 +50,16 @@ def _block(num_heads: int, x: Tensor, *t: Tensor) -> Tensor:
     return ops.block(x, *t[:7], None, *t[7:], None, num_heads)  # type: ignore[arg-type, call-arg]  # t has fourteen
 
 
+def windows(batch: int, window: tuple[int, int], heads: int, head_width: int, across: int = 2) -> Case:
+    """`ops.window_attention` in shifted windows, so many across and down a map."""
+    high, wide = window
+    call = functools.partial(ops.window_attention, window=window, shift=(high // 2, wide // 2))
+    qkv = (batch, across * high, across * wide, 3, heads, head_width)
+    return Case("window_attention", call, [qkv, ((2 * high - 1) * (2 * wide - 1), heads)])
+
+
 def cases(batch: int, grid: int, patch: int, heads: int, head_width: int, hidden: int) -> list[Case]:
-    """Every op once, as a ViT calls it on square images of grid x grid patches, with one class token."""
+    """Every op of a ViT once, as it calls it on square images of grid x grid patches, with one class token."""
     tokens, width = 1 + grid * grid, heads * head_width
     x, head = (batch, tokens, width), (batch, tokens, heads, head_width)
     vector, images = (width,), (batch, 3, grid * patch, grid * patch)
@@ -78,7 +86,7 @@ def cases(batch: int, grid: int, patch: int, heads: int, head_width: int, hidden
     ]
 
 
-SMALL = cases(batch=2, grid=2, patch=2, heads=2, head_width=16, hidden=48)
+SMALL = [*cases(batch=2, grid=2, patch=2, heads=2, head_width=16, hidden=48), windows(2, (2, 3), 2, 16)]
 # What a table tells apart: few rows of tokens and many, sequences that fit a block and longer ones, widths of a head.
 # Five steps of 64 through K fill a pipeline. Every count that a kernel takes as an argument is a multiple of 16 in all
 # of these or in none: a kernel is compiled again for the other kind.
@@ -101,6 +109,8 @@ EVERY_CLASS += [
     Case("attention_qkv", ops.attention_qkv, [(2, tokens, 3, 4, head_width)])
     for tokens, head_width in ((197, 16), (197, 32), (197, 48), (197, 96), (257, 64))
 ]
+# More windows than programs that a GPU holds at once; each width of a head is a kernel of its own.
+EVERY_CLASS += [windows(67, (side, side), 3, width) for width, side in ((32, 7), (16, 7), (64, 8))]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

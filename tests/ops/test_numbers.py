@@ -19,6 +19,7 @@ from tests.ops import (
     test_mlp,
     test_patch_embed,
     test_swiglu,
+    test_window_attention,
 )
 from tests.ops.harness import MODES, Case, hold_to_the_rule, run
 from vit_fast import ops, reference
@@ -30,6 +31,7 @@ pytestmark = [
     # numpy, which the interpreter runs on, speaks of the NaN and the infinity that some cases are about.
     pytest.mark.filterwarnings("ignore:invalid value encountered in:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),
 ]
 
 CASES = {
@@ -37,6 +39,7 @@ CASES = {
     "ln_linear": Case("small", test_ln_linear.shaped(3, 5, 33, features=17), {"eps": 1e-6}),
     "attention": Case("small", test_attention.shaped_qkv(3, 9, 2, 16)),
     "attention_maps": Case("small", lambda: {"q": torch.randn(3, 9, 2, 16), "k": torch.randn(3, 7, 2, 16)}),
+    "window_attention": test_window_attention.case("small", 3, 2, 6, 3, 16, window=(2, 3), shift=(1, 1)),
     "linear_residual": test_linear_residual.case("small", test_linear_residual.shaped(3, 5, 33, features=17)),
     "mlp": test_mlp.case("small", test_mlp.shaped(3, 5, 33, hidden=20)),
     "swiglu": test_swiglu.case("small", test_swiglu.shaped(3, 5, 33, hidden=20)),
@@ -52,7 +55,8 @@ PEERS = {"attention": test_attention.unpacked(unfused.attention), "block": test_
 
 HERE = "here"
 HARD_ROWS = {op: f"test_{op}.test_hard_rows" for op in ("ln_linear", "mlp", "swiglu", "block")}
-NO_NORM = dict.fromkeys(("patch_embed", "attention", "attention_maps", "linear_residual"), "has no LayerNorm")
+ATTENTIONS = ("attention", "attention_maps", "window_attention")
+NO_NORM = dict.fromkeys(("patch_embed", *ATTENTIONS, "linear_residual"), "has no LayerNorm")
 NO_SOFTMAX = dict.fromkeys(("patch_embed", "ln_linear", "linear_residual", "mlp", "swiglu"), "has no softmax")
 OF_ATTENTION = "its softmax is attention's kernel"
 THE_SAME_SUM = "its gradients are summed over tokens by the kernels that sum linear_residual's and ln_linear's"
@@ -60,9 +64,11 @@ THE_SAME_LOOP = "its products have the loop of linear_residual's, its norm is ln
 CELLS = {
     "a mean of 1e4 and a variance of 1e-4, equal numbers, a giant in a row": HARD_ROWS | NO_NORM,
     "a giant score": NO_SOFTMAX
-    | {"attention": "test_attention.test_no_slope", "attention_maps": HERE, "block": OF_ATTENTION},
+    | {"attention": "test_attention.test_no_slope", "attention_maps": HERE, "block": OF_ATTENTION}
+    | {"window_attention": "test_window_attention.test_one_key_takes_all"},
     "equal scores": NO_SOFTMAX
-    | {"attention": "test_attention.test_equal_keys", "attention_maps": HERE, "block": OF_ATTENTION},
+    | {"attention": "test_attention.test_equal_keys", "attention_maps": HERE, "block": OF_ATTENTION}
+    | {"window_attention": "test_window_attention.test_equal_scores"},
     "denormals": dict.fromkeys(CASES, HERE),
     "near the largest of fp16": dict.fromkeys(CASES, HERE) | {"attention_maps": "its results are at most 1"},
     "a LayerScale of 1e-5": dict.fromkeys(CASES, "has no LayerScale")
@@ -78,10 +84,11 @@ CELLS = {
         "mlp": THE_SAME_SUM,
         "swiglu": THE_SAME_SUM,
         "block": f"{THE_SAME_SUM}, and {OF_ATTENTION}",
+        "window_attention": "a softmax is over 64 tokens at most; a table's sum over 8,192 windows is tests/gpu's",
     },
     "rows of 8192": dict.fromkeys(CASES, THE_SAME_LOOP)
     | dict.fromkeys(("ln_linear", "linear_residual"), HERE)
-    | dict.fromkeys(("attention", "attention_maps"), "a head is 128 wide at most"),
+    | dict.fromkeys(ATTENTIONS, "a head is 128 wide at most"),
     "the same bits in every run": dict.fromkeys(CASES, HERE),
     "the same bits alone and in a batch": dict.fromkeys(CASES, HERE),
 }
@@ -131,7 +138,7 @@ def changed(case: Case, **changes) -> Case:
 
 def first(op: str) -> str:
     """The name of the argument that has a batch of images."""
-    return {"patch_embed": "images", "attention": "qkv", "attention_maps": "q"}.get(op, "x")
+    return {"patch_embed": "images", "attention": "qkv", "attention_maps": "q", "window_attention": "qkv"}.get(op, "x")
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
@@ -165,6 +172,14 @@ NORMED = ("ln_linear", "mlp", "swiglu", "block")
 @pytest.mark.parametrize(("mode", "size"), [("fp32", 1e-40), ("fp16", 1e-6), ("bf16", 1e-39)])
 def test_denormals(op, mode, size, guarded_memory):
     """Inputs below the smallest normal number."""
+    if op == "window_attention":  # the scores are the table's
+        operands = {n: t.to(MODES[mode]) for n, t in changed(CASES[op], qkv=lambda t: size * t).draw().items()}
+        with ops.use_backend("triton"):
+            found = ops.window_attention(**operands, **CASES[op].options)
+        truth = reference.window_attention(**{n: t.double() for n, t in operands.items()}, **CASES[op].options)
+        info = torch.finfo(MODES[mode])  # a sum of six, each off by half a step, once more in the end
+        assert (found.double() - truth).abs().max() <= 4 * info.smallest_normal * info.eps
+        return
     if op.startswith("attention"):  # the scores are zero, and the gradients of q and k next to it: see test_equal_keys
         q, k, v = (t.to(MODES[mode]) for t in (size * CASES["attention"].draw()["qkv"]).unbind(2))
         with ops.use_backend("triton"):
@@ -198,6 +213,7 @@ NEAR_OVERFLOW = {
         "weight": lambda t: torch.full_like(t, NEAR / t.shape[1]),
     },
     "attention": {"qkv": lambda t: torch.cat([t[:, :, :2], NEAR * t[:, :, 2:].sign()], dim=2)},
+    "window_attention": {"qkv": lambda t: torch.cat([t[:, :, :, :2], NEAR * t[:, :, :, 2:].sign()], dim=3)},
     "patch_embed": {"images": torch.ones_like, "weight": lambda t: torch.full_like(t, NEAR / t[0].numel())},
 }
 LARGE = {"x": lambda t: NEAR / 3 * t.clamp(-2, 2), "fc2_weight": lambda t: 1e-2 * t}
@@ -329,7 +345,7 @@ def poisoned(drawn: dict, bad: float):
     for name in drawn:
         for place in range(3 if name == "qkv" else 1):
             changed = {name: t.clone() for name, t in drawn.items()}
-            operand = changed[name][:, :, place] if name == "qkv" else changed[name]
+            operand = changed[name].select(-3, place) if name == "qkv" else changed[name]
             operand[(-1,) * operand.dim()] = bad
             yield f"{name} {place}", changed
 
@@ -352,7 +368,8 @@ def test_what_is_no_number_reaches_what_it_must_and_no_more(op, mode, bad):
 
     for where, operands in poisoned(clean, bad):
         truth = results(truth_of(op), {name: t.double() for name, t in operands.items()})
-        assert not all(t.isfinite().all() for t in truth.values())
+        masks = where == "table 0" and bad == -torch.inf  # a pair that does not meet
+        assert masks == all(t.isfinite().all() for t in truth.values())
         with ops.use_backend("triton"):
             found = results(CALLS[op], operands)
         for name in truth:
@@ -426,6 +443,7 @@ def backwards(monkeypatch):
 RUNS = CASES | {
     "ln_linear": Case("three spans", test_ln_linear.shaped(1, 390, 16, features=9), {"eps": 1e-6}),
     "attention": Case("three tiles of keys", test_attention.shaped_qkv(1, 65, 2, 16)),
+    "window_attention": test_window_attention.case("three spans", 3, 2, 6, 2, 16, window=(2, 3), shift=(1, 1)),
 }
 
 

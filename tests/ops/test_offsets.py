@@ -86,6 +86,43 @@ def test_heads_far_apart(packed):
     assert all(torch.equal(near, far) for near, far in zip(*results))
 
 
+@pytest.mark.interpret
+def test_an_image_of_windows_far_behind_the_first(monkeypatch):
+    """The op copies a map that is not dense, so that a far image has as many before it: of the programs of such a
+    batch the last alone runs, on memory of which nothing else is there."""
+    from triton.runtime.interpreter import InterpreterBuilder
+    from vit_fast.kernels import window_attention as kernels
+
+    images = 2**31 // (64 * 48) + 2
+    sizes = {"o": 64 * 16, "do": 64 * 16, "qkv": 64 * 48, "dqkv": 64 * 48}
+    given = {name: torch.randn(sizes[name]).half() for name in ("qkv", "do")}
+    table = torch.randn(225, 1).half()
+    arguments = {"span": 1, "Y": 8, "X": 8, "shift_y": 3, "shift_x": 5, "scale": 0.25}
+    arguments |= {"H": 1, "HEAD": 16, "WINDOW": (8, 8), "BLOCK": 64, "PRECISION": "ieee"}
+
+    def run(count: int) -> tuple[torch.Tensor, ...]:
+        far = {
+            name: vast(torch.zeros(2, size, dtype=torch.float16), size * (count - 1)) for name, size in sizes.items()
+        }
+        for name, numbers in given.items():
+            far[name][1] = numbers
+        partial = vast(torch.zeros(2, 64 * 64), 64 * 64 * (count - 1))
+        qkv, others = far["qkv"], {"table_ptr": table, "count": count, **arguments}
+        kernels._forward_kernel[(1,)](qkv_ptr=qkv, o_ptr=far["o"], **others)
+        kernels._grad_kernel[(1,)](qkv_ptr=qkv, do_ptr=far["do"], dqkv_ptr=far["dqkv"], partial_ptr=partial, **others)
+        return far["o"][1], far["dqkv"][1], partial[1]
+
+    results = []
+    for count in (2, images):
+        last = (count - 1, 0, 0)
+        monkeypatch.setattr(
+            InterpreterBuilder, "set_grid_idx", lambda self, *_, last=last: setattr(self, "grid_idx", last)
+        )
+        results.append(run(count))
+    assert (images - 1) * sizes["qkv"] >= 2**31
+    assert all(torch.equal(near, far) and near.abs().max() > 0 for near, far in zip(*results))
+
+
 @triton.jit
 def _copy_kernel(x_ptr, y_ptr, M, N, stride_x, stride_y, BLOCK: tl.constexpr, TMA: tl.constexpr):
     tile = load_tile(matrix(x_ptr, M, N, stride_x, BLOCK, BLOCK, TMA), 0, 0, BLOCK, BLOCK)

@@ -1,9 +1,17 @@
-"""What every op of the products promises, whatever it computes."""
+"""What every op promises, whatever it computes; attention's own tests say it of attention."""
 
 import pytest
 import torch
 
-from tests.ops import test_block, test_linear_residual, test_ln_linear, test_mlp, test_patch_embed, test_swiglu
+from tests.ops import (
+    test_block,
+    test_linear_residual,
+    test_ln_linear,
+    test_mlp,
+    test_patch_embed,
+    test_swiglu,
+    test_window_attention,
+)
 from tests.ops.harness import BACKENDS, assert_views_are_read
 from vit_fast import ops
 
@@ -14,6 +22,7 @@ CASES = {
     "swiglu": test_swiglu.case("small", test_swiglu.shaped(2, 3, 17, hidden=9)),
     "block": test_block.CASES[2],
     "patch_embed": test_patch_embed.CASES[5],  # two prefix tokens
+    "window_attention": test_window_attention.case("small", 2, 2, 6, 2, 16, window=(2, 3), shift=(1, 1)),
 }
 every_op = pytest.mark.parametrize("op", CASES)
 
@@ -73,7 +82,7 @@ def test_forward_mode_is_refused(op):
 @every_op
 @pytest.mark.interpret
 def test_dtype_under_autocast_without_gradients(op):
-    """Where a residual or a table in fp32 joins, the result is fp32; elsewhere it has autocast's dtype."""
+    """Where a residual or positions in fp32 join, the result is fp32; elsewhere it has autocast's dtype."""
     with ops.use_backend("triton"), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         dtype = getattr(ops, op)(**_floats(op), **CASES[op].options).dtype
-    assert dtype == (torch.bfloat16 if op == "ln_linear" else torch.float32)
+    assert dtype == (torch.bfloat16 if op in ("ln_linear", "window_attention") else torch.float32)

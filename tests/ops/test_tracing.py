@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from tests.ops import test_block, test_linear_residual, test_ln_linear, test_mlp, test_patch_embed, test_swiglu
+from tests.ops import (
+    test_block,
+    test_linear_residual,
+    test_ln_linear,
+    test_mlp,
+    test_patch_embed,
+    test_swiglu,
+    test_window_attention,
+)
 from tests.ops.harness import BACKENDS, Case
 from vit_fast import ops
 
@@ -19,6 +27,7 @@ SMALL = {
     "patch_embed": test_patch_embed.case("small", test_patch_embed.shaped(2, 3, (2, 2), 4, 16)),
     "attention": Case("small", lambda: {name: torch.randn(2, 5, 2, 16) for name in "qkv"}),
     "attention_qkv": Case("small", lambda: {"qkv": torch.randn(2, 5, 3, 2, 16)}),
+    "window_attention": test_window_attention.case("small", 2, 2, 6, 2, 16, window=(2, 3), shift=(1, 1)),
 }
 
 

@@ -12,10 +12,13 @@ from vit_fast.foreign.block import Fused
 # Where a class is defined, and the file here that has a subclass of the same name.
 HOMES = {
     "open_clip.transformer": "open_clip",
+    "timm.models.swin_transformer": "timm",
     "timm.models.vision_transformer": "timm",
     "torch.nn.modules.conv": "torch_nn",
     "torch.nn.modules.transformer": "torch_nn",
+    "torchvision.models.swin_transformer": "torchvision",
     "torchvision.models.vision_transformer": "torchvision",
+    "transformers.models.swin.modeling_swin": "transformers_swin",
 }
 HOMES |= {
     f"transformers.models.{name}.modeling_{name}": "transformers"

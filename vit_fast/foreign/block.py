@@ -5,6 +5,8 @@
 A library's file names the parts and says what else stands in a half. Where something there is no plain module (a hook,
 a LoRA wrapper, a quantised weight, active dropout) that half runs by the library's own modules, as `vit_fast.layers`
 does it, and one log line says why.
+
+Of a Swin Transformer x is a map [B, Y, X, D], and its attention stays inside the windows of that.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 
 from vit_fast import ops
 from vit_fast.layers import has_its_forward, is_genuine, readable
-from vit_fast.ops.backend import cast, compute_dtype, say_aside, use_triton
+from vit_fast.ops.backend import cast, compute_dtype, exporting, say_aside, use_triton
+from vit_fast.ops.window_attention import _apart, _distances
 
 if TYPE_CHECKING:
     Module = nn.Module
@@ -24,7 +27,42 @@ else:
     Module = object  # the library's class, which comes behind it, is one
 
 OTHER_FORWARD = "somebody has given it, or its class, another forward"
+PADDED = "the map is padded to whole windows"
 SYMBOL = "torch.fx traces it by symbols, which no op takes"
+
+
+def as_written(kind: type, *names: str) -> dict[str, Callable | None]:
+    """Methods of a library's class, None where somebody has set another already."""
+    return {name: getattr(kind, name) if is_genuine(kind, name) else None for name in names}
+
+
+def why_method(module: nn.Module, kind: type, name: str, written: dict[str, Callable | None]) -> str:
+    """Why a module of this class has not the method that is noted in `as_written`, or ""."""
+    getattr(module, name)  # as in `layers.why_aside`, for torch.compile
+    other = name in module.__dict__ or getattr(kind, name) is not written[name]
+    return f"somebody has given it, or its class, another {name}" if other else ""
+
+
+# What a Swin's block makes of its sizes and keeps as a buffer is looked at when somebody accelerates it. No call asks:
+# of a tensor on a GPU it would wait for the answer.
+
+
+def why_other_distances(index: Tensor | None, window: tuple[int, int]) -> str:
+    """Why a buffer of the distances in a window holds others than the op takes, or ""."""
+    same = index is not None and (
+        index.is_meta or torch.equal(index.flatten().long(), _distances(window, index.device).flatten())
+    )
+    return "" if same else "its relative_position_index is not that of its windows"
+
+
+def why_other_mask(mask: Tensor | None, resolution, window: tuple[int, int], shift: tuple[int, int]) -> str:
+    """The same of a mask for the windows of a map of this resolution, padded to whole ones."""
+    if mask is None or mask.is_meta:
+        return ""
+    rows, columns = (-(-length // side) * side for length, side in zip(resolution, window))
+    return (
+        "" if torch.equal(mask, _apart(rows, columns, window, shift, mask)) else "its attn_mask is not of its windows"
+    )
 
 
 class Fused(Module):
@@ -33,13 +71,14 @@ class Fused(Module):
     _original: type[nn.Module]
     helpers: tuple[str, ...] = ()  # the library's methods, beside forward, that an op stands for
     _written: dict[str, Callable | None]  # those as their library wrote them
+    changed_by_calls: tuple[str, ...] = ()  # attributes that the library's own forward sets
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         for kind in cls.__mro__:
             if not issubclass(kind, Fused) and issubclass(kind, nn.Module):
                 (cls._original,) = readable(kind)
-                cls._written = {n: getattr(kind, n) if is_genuine(kind, n) else None for n in cls.helpers}
+                cls._written = as_written(kind, *cls.helpers)
                 break
 
     @classmethod
@@ -54,9 +93,7 @@ class Fused(Module):
 
     def why_helper(self, name: str) -> str:
         """The same of one of `helpers`, the module's own or its class's."""
-        getattr(self, name)  # as in `layers.why_aside`, for torch.compile
-        other = name in self.__dict__ or getattr(self._original, name) is not self._written[name]
-        return f"somebody has given it, or its class, another {name}" if other else ""
+        return why_method(self, self._original, name, self._written)
 
     def op(self) -> str:
         """What of vit_fast.ops runs, in evaluation mode."""
@@ -73,6 +110,44 @@ class Fused(Module):
         return ""
 
 
+class Windows(NamedTuple):
+    """What `ops.window_attention` takes beside queries, keys and values."""
+
+    table: Tensor
+    size: tuple[int, int]
+    shift: tuple[int, int]
+    rests: bool = False  # whether the shift leaves out an axis that one window covers
+
+    def shift_on(self, x: Tensor) -> tuple[int, int]:
+        """The shift of a map [B, Y, X, D]."""
+        if not self.rests:
+            return self.shift
+        rows, columns = (0 if size >= length else by for by, size, length in zip(self.shift, self.size, x.shape[1:]))
+        return rows, columns
+
+    def why_aside(self, x: Tensor, heads: int) -> str:
+        """Why the op does not take such windows of `x`, or ""."""
+        if x.dim() != 4:
+            return "it reads no map [B, Y, X, D]"
+        (high, wide), (down, right) = self.size, self.shift
+        if not (_divides(high, x.shape[1]) and _divides(wide, x.shape[2])):
+            return PADDED
+        if not (0 <= down < high and 0 <= right < wide):
+            return "its shift is none inside a window"
+        if self.table.shape != ((2 * high - 1) * (2 * wide - 1), heads):
+            return "its table of biases is of other windows"
+        return ""
+
+
+def _divides(side: int, length: int) -> bool:
+    """Whether windows of this side fill a map of this length; in torch.export, of every length that it may have."""
+    if exporting():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(length % side == 0)
+    return length % side == 0
+
+
 class AttentionHalf(NamedTuple):
     """The parts of a block's first half. Of queries, keys and values there is one weight [3·D, D], or three [D, D]."""
 
@@ -86,10 +161,12 @@ class AttentionHalf(NamedTuple):
     q_norm: nn.Module | None = None
     k_norm: nn.Module | None = None
     out_norm: nn.Module | None = None
+    windows: Windows | None = None  # without norms inside
 
     def normalises(self) -> bool:
         """Whether a norm stands inside the half, which the op of the whole block does not have."""
-        return any(norm is not None and type(norm) is not nn.Identity for norm in self[7:])
+        norms = self.q_norm, self.k_norm, self.out_norm
+        return any(norm is not None and type(norm) is not nn.Identity for norm in norms)
 
 
 class MlpHalf(NamedTuple):
@@ -145,7 +222,9 @@ class FusedBlock(Fused):
         asides = self.asides()
         if not any(asides) and _is_whole(self.attention_half(), self.mlp_half()):
             return "block"
-        halves = [] if asides[0] else ["attention"]
+        halves = []
+        if not asides[0]:
+            halves.append("window_attention" if self.attention_half().windows else "attention")
         if not asides[1]:
             halves.append("swiglu" if self.mlp_half().activation == "swiglu" else "mlp")
         return ", ".join(halves)
@@ -171,10 +250,28 @@ class FusedBlock(Fused):
             return _mlp(x, mlp)
         return x + self.own_mlp(x)
 
+    def reads(self, x: Tensor, *others) -> Tensor:
+        """What both halves read of the arguments of a call."""
+        return x
+
+
+class WindowedBlock(FusedBlock):
+    """A block that reads a map [B, Y, X, D], whose half of the attention has `windows`."""
+
+    def asides_of(self, x: Tensor) -> tuple[str, str]:
+        attention, mlp = super().asides_of(x)
+        return attention or self.map_aside(x), mlp
+
+    def map_aside(self, x: Tensor) -> str:
+        """Why the attention of this map runs by the library's modules, or ""."""
+        half = self.attention_half()
+        assert half.windows is not None
+        return half.windows.why_aside(x, half.heads)
+
 
 def _is_whole(attention: AttentionHalf, mlp: MlpHalf) -> bool:
-    """Whether both halves make `ops.block`: no norm inside one, no gate, no head pruned."""
-    if attention.normalises() or mlp.normalises() or mlp.activation == "swiglu":
+    """Whether both halves make `ops.block`: no norm inside one, no windows, no gate, no head pruned."""
+    if attention.windows is not None or attention.normalises() or mlp.normalises() or mlp.activation == "swiglu":
         return False
     width = attention.proj.out_features
     return attention.proj.in_features == width and sum(map(len, attention.weights)) == 3 * width
@@ -184,7 +281,7 @@ def _joins(weights: tuple[Tensor, ...], x: Tensor) -> bool:
     """Whether weights that read the same input make one product.
 
     On a GPU the copy that joins them, of three 6·D² bytes read and written, is little beside reading x and normalising
-    it for each; PyTorch normalises once, and there several products cost what one does.
+    it for each; PyTorch normalises once, and there several products cost what one does. Windows take one in any case.
     """
     return len(weights) == 1 or use_triton("ln_linear", x, weights[0])
 
@@ -201,7 +298,7 @@ def _joined(weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], x: T
 
 def _factors(path: nn.Module | None, scale: Tensor | None, x: Tensor) -> Tensor | None:
     """What the library's own drop path multiplies each image's branch by, [B]; None where nothing drops."""
-    if path is None or type(path) is nn.Identity or not path.training or not path.drop_prob:
+    if path is None or type(path) is nn.Identity or not path.training or not getattr(path, "drop_prob", True):
         return None
     # The draw depends on the dtype of the branch.
     dtype = compute_dtype(x) if scale is None else torch.promote_types(compute_dtype(x), scale.dtype)
@@ -235,10 +332,12 @@ def _block(x: Tensor, attention: AttentionHalf, mlp: MlpHalf) -> Tensor:
 
 def _attention(x: Tensor, half: AttentionHalf) -> Tensor:
     norm = half.norm
-    if _joins(half.weights, x):
+    if half.windows is not None or _joins(half.weights, x):
         qkv = ops.ln_linear(x, norm.weight, norm.bias, *_joined(half.weights, half.biases, x), norm.eps)
         qkv = qkv.unflatten(-1, (3, half.heads, -1))
-        if half.q_norm is None or half.k_norm is None or type(half.q_norm) is type(half.k_norm) is nn.Identity:
+        if half.windows is not None:
+            heads = _in_windows(x, qkv, half.windows)
+        elif half.q_norm is None or half.k_norm is None or type(half.q_norm) is type(half.k_norm) is nn.Identity:
             heads = ops.attention_qkv(qkv)
         else:
             q, k, v = qkv.unbind(2)
@@ -252,6 +351,10 @@ def _attention(x: Tensor, half: AttentionHalf) -> Tensor:
         heads = half.out_norm(heads)
     drop = _factors(half.path, half.scale, x)
     return ops.linear_residual(heads, half.proj.weight, half.proj.bias, x, half.scale, drop)
+
+
+def _in_windows(x: Tensor, qkv: Tensor, windows: Windows) -> Tensor:
+    return ops.window_attention(qkv, windows.table, windows.size, windows.shift_on(x))
 
 
 def _mlp(x: Tensor, half: MlpHalf) -> Tensor:

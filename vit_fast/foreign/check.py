@@ -1,14 +1,16 @@
 """Whether an accelerated module computes what its own code does: both forms on one input, held against fp64."""
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from vit_fast.foreign import fused_class
 from vit_fast.foreign.block import Fused, FusedBlock
 from vit_fast.verify import errors, in_a_line, limits
 
@@ -59,6 +61,12 @@ def _image_shape(module: nn.Module) -> tuple[int, int, int] | None:
         channels, *size = said["input_size"]
         size = getattr(getattr(module, "patch_embed", None), "img_size", None) or size
         channels = next((one.in_channels for one in module.modules() if isinstance(one, nn.Conv2d)), channels)
+    elif (type(module).__module__, type(module).__name__) == ("torchvision.models.swin_transformer", "SwinTransformer"):
+        # It takes any size: this one is the least whose maps are all of whole windows, that of its weights.
+        conv = next(one for one in module.modules() if isinstance(one, nn.Conv2d))
+        window: Any = next(one.window_size for one in module.modules() if hasattr(one, "window_size"))
+        merges = sum(type(one).__name__.startswith("PatchMerging") for one in module.modules())
+        return (conv.in_channels, *(patch * side * 2**merges for patch, side in zip(conv.kernel_size, window)))
     else:
         seen = next((one for one in (module, getattr(module, "patch_embed", None)) if _says_its_size(one)), None)
         if seen is None:
@@ -80,14 +88,27 @@ def _random(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 
 def random_input(module: nn.Module) -> tuple[tuple, dict]:
-    """What a module may be called with: an image for a convolution, tokens for the rest."""
+    """What a module may be called with: an image for a convolution, a map for a Swin's block, tokens for the rest."""
     if isinstance(module, nn.Conv2d):
-        sides = (2 * side for side in module.kernel_size)
-        return (_random(module, (IMAGES, module.in_channels, *sides)),), {}
+        patches = (2 * side for side in module.kernel_size)
+        return (_random(module, (IMAGES, module.in_channels, *patches)),), {}
     first = next(one for one in module.modules() if isinstance(one, (nn.LayerNorm, nn.Linear)))
     width = first.normalized_shape[-1] if isinstance(first, nn.LayerNorm) else first.in_features
-    masked = "attention_mask" in inspect.signature(type(module).forward).parameters
-    return (_random(module, (IMAGES, TOKENS, width)),), {"attention_mask": None} if masked else {}
+    sides = _sides(module)
+    x = _random(module, (IMAGES, *sides, width))
+    takes = inspect.signature(type(module).forward).parameters
+    if "input_dimensions" in takes:
+        return (x.flatten(1, 2), sides), {}
+    return (x,), {"attention_mask": None} if "attention_mask" in takes else {}
+
+
+def _sides(module: nn.Module) -> tuple[int, ...]:
+    """How many tokens a block may be called with, or how many rows and columns of them where it has windows."""
+    resolution: Any = getattr(module, "input_resolution", None)
+    if resolution is not None:
+        return tuple(resolution)
+    window = getattr(getattr(module, "attn", None), "window_size", None)
+    return tuple(2 * side for side in window) if window else (TOKENS,)
 
 
 def run(runs: list[Run], modules: dict[str, nn.Module]) -> tuple[dict[str, tuple[tuple, dict]], list]:
@@ -110,6 +131,18 @@ def run(runs: list[Run], modules: dict[str, nn.Module]) -> tuple[dict[str, tuple
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """A block in which blocks of the model are called that set attributes of theirs: each gets its own back."""
+    fused = [(one, type(one) if isinstance(one, Fused) else fused_class(type(one))) for one in model.modules()]
+    held = [(one, name, getattr(one, name)) for one, kind in fused if kind for name in kind.changed_by_calls]
+    try:
+        yield
+    finally:
+        for one, name, value in held:
+            setattr(one, name, value)
 
 
 def those_that_run(runs: list[Run]) -> list[Run]:
@@ -162,8 +195,8 @@ def compare(module: nn.Module, fused: type[Fused], args: tuple, kwargs: dict, tr
             if not isinstance(module, FusedBlock) or not any(asides := module.asides()):
                 raise
             own, new = _halves(*asides)
-            args, kwargs = args[:1], {}
-            true = _results(double, own, as_double[:1], kwargs, training)
+            args, kwargs = (module.reads(*args),), {}
+            true = _results(double, own, (module.reads(*as_double),), kwargs, training)
         theirs = _results(module, own, args, kwargs, training)
         ours = _results(module, new, args, kwargs, training)
     except Exception as error:  # whatever code of somebody else's raises

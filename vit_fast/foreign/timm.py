@@ -1,10 +1,21 @@
-"""timm: the pre-norm block of vision_transformer.py, which deit.py and the hybrids use too."""
+"""timm: the pre-norm block of vision_transformer.py, which deit.py and the hybrids use too, and Swin's."""
 
 import timm.layers
-from timm.models import vision_transformer
+from timm.models import swin_transformer, vision_transformer
 from torch import Tensor, nn
 
-from vit_fast.foreign.block import AttentionHalf, FusedBlock, MlpHalf
+from vit_fast.foreign.block import (
+    PADDED,
+    AttentionHalf,
+    FusedBlock,
+    MlpHalf,
+    WindowedBlock,
+    Windows,
+    as_written,
+    why_method,
+    why_other_distances,
+    why_other_mask,
+)
 from vit_fast.layers import DROPOUT, GATE, LINEAR, NORM, activation_of, readable, why_aside
 
 _NORM = (*NORM, *readable(timm.layers.LayerNorm))
@@ -12,6 +23,9 @@ _NORM_OR_NONE = (*_NORM, nn.Identity)
 _ACTIVATION = {timm.layers.GELU: "gelu", timm.layers.GELUTanh: "gelu_tanh", timm.layers.QuickGELU: "quick_gelu"}
 _ACTIVATIONS = (nn.GELU, *readable(*_ACTIVATION))
 _ATTENTION = readable(timm.layers.Attention)
+_WINDOWED = readable(swin_transformer.WindowAttention)
+_WRITTEN = as_written(swin_transformer.WindowAttention, "_get_rel_pos_bias")
+_SOFTMAX = readable(nn.Softmax)
 _MLP = readable(timm.layers.Mlp)
 _GATED = readable(timm.layers.GluMlp)
 _SCALE = (nn.Identity, *readable(timm.layers.LayerScale))
@@ -71,37 +85,125 @@ class Block(FusedBlock, vision_transformer.Block):
 
     def mlp_aside(self) -> str:
         own = self._modules
-        mlp, parts = own["mlp"], own["mlp"]._modules
-        gated = type(mlp) in _GATED
-        if gated and (mlp.gate_last or type(parts["norm"]) is not nn.Identity):
-            return "mlp has its gate behind its value, or a norm"
-        return why_aside(("mlp", mlp, (*_MLP, *_GATED))) or why_aside(
-            ("norm2", own["norm2"], _NORM),
-            ("mlp.fc1", parts["fc1"], LINEAR),
-            ("mlp.act", parts["act"], GATE if gated else _ACTIVATIONS),
-            ("mlp.drop1", parts["drop1"], DROPOUT),
-            ("mlp.norm", parts["norm"], _NORM_OR_NONE),
-            ("mlp.fc2", parts["fc2"], LINEAR),
-            ("mlp.drop2", parts["drop2"], DROPOUT),
-            ("ls2", own["ls2"], _SCALE),
-            ("drop_path2", own["drop_path2"], _PATH),
-        )
+        return _why_own_mlp(own, ("ls2", own["ls2"], _SCALE), ("drop_path2", own["drop_path2"], _PATH))
 
     def mlp_half(self) -> MlpHalf:
         own = self._modules
-        mlp, parts = own["mlp"], own["mlp"]._modules
-        fc1, act = parts["fc1"]._parameters, parts["act"]
-        return MlpHalf(
-            own["norm2"],
-            (fc1["weight"],),
-            (fc1["bias"],),
-            "swiglu" if type(mlp) in _GATED else _ACTIVATION.get(type(act)) or activation_of(act),
-            parts["fc2"],
-            getattr(own["ls2"], "gamma", None),
-            own["drop_path2"],
-            act,
-            parts["norm"],
-        )
+        return _mlp_half(own, getattr(own["ls2"], "gamma", None))
 
     def own_mlp(self, x: Tensor) -> Tensor:
         return self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def _why_own_mlp(own: dict[str, nn.Module], *ends: tuple[str, nn.Module, tuple[type, ...]]) -> str:
+    mlp, parts = own["mlp"], own["mlp"]._modules
+    gated = type(mlp) in _GATED
+    if gated and (mlp.gate_last or type(parts["norm"]) is not nn.Identity):
+        return "mlp has its gate behind its value, or a norm"
+    return why_aside(("mlp", mlp, (*_MLP, *_GATED))) or why_aside(
+        ("norm2", own["norm2"], _NORM),
+        ("mlp.fc1", parts["fc1"], LINEAR),
+        ("mlp.act", parts["act"], GATE if gated else _ACTIVATIONS),
+        ("mlp.drop1", parts["drop1"], DROPOUT),
+        ("mlp.norm", parts["norm"], _NORM_OR_NONE),
+        ("mlp.fc2", parts["fc2"], LINEAR),
+        ("mlp.drop2", parts["drop2"], DROPOUT),
+        *ends,
+    )
+
+
+def _mlp_half(own: dict[str, nn.Module], scale: Tensor | None) -> MlpHalf:
+    mlp, parts = own["mlp"], own["mlp"]._modules
+    fc1, act = parts["fc1"]._parameters, parts["act"]
+    return MlpHalf(
+        own["norm2"],
+        (fc1["weight"],),
+        (fc1["bias"],),
+        "swiglu" if type(mlp) in _GATED else _ACTIVATION.get(type(act)) or activation_of(act),
+        parts["fc2"],
+        scale,
+        own["drop_path2"],
+        act,
+        parts["norm"],
+    )
+
+
+class SwinTransformerBlock(WindowedBlock, swin_transformer.SwinTransformerBlock):
+    helpers = ("_attn", "get_attn_mask")
+
+    def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
+        index, mask, window = getattr(self.attn, "relative_position_index", None), self.attn_mask, self.window_size
+        return why_other_distances(index, window) or why_other_mask(
+            mask, self.input_resolution, window, self.shift_size
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        asides = self.asides_of(x)
+        return super().forward(x) if all(asides) else self.fused(x, asides)
+
+    def attention_aside(self) -> str:
+        own = self._modules
+        attn, parts = own["attn"], own["attn"]._modules
+        reason = (
+            self.why_helper("_attn")
+            or self.why_helper("get_attn_mask")
+            or why_aside(("attn", attn, _WINDOWED))
+            or why_method(attn, type(attn), "_get_rel_pos_bias", _WRITTEN)
+            or why_aside(
+                ("norm1", own["norm1"], _NORM),
+                ("attn.qkv", parts["qkv"], LINEAR),
+                ("attn", attn, _WINDOWED),  # once more, for the dtype of its table
+                ("attn.softmax", parts["softmax"], _SOFTMAX),
+                ("attn.attn_drop", parts["attn_drop"], DROPOUT),
+                ("attn.proj", parts["proj"], LINEAR),
+                ("attn.proj_drop", parts["proj_drop"], DROPOUT),
+                ("drop_path1", own["drop_path1"], _PATH),
+            )
+        )
+        if reason:
+            return reason
+        if attn.scale != (parts["proj"].in_features // attn.num_heads) ** -0.5:
+            return "attn.scale is changed"
+        if self._takes_any_map():
+            return ""
+        if (self.attn_mask is None) == any(self.shift_size):
+            return "attn_mask is not that of its shift"
+        padded = any(length % side for length, side in zip(self.input_resolution, self.window_size))
+        return PADDED if padded else ""
+
+    def map_aside(self, x: Tensor) -> str:
+        if reason := super().map_aside(x):
+            return reason
+        masked = any(self.shift_size) and not self._takes_any_map()
+        return "attn_mask is of another map" if masked and x.shape[1:3] != tuple(self.input_resolution) else ""
+
+    def _takes_any_map(self) -> bool:
+        return getattr(self, "dynamic_mask", False)
+
+    def attention_half(self) -> AttentionHalf:
+        own = self._modules
+        attn, parts = own["attn"], own["attn"]._modules
+        qkv = parts["qkv"]._parameters
+        return AttentionHalf(
+            own["norm1"],
+            (qkv["weight"],),
+            (qkv["bias"],),
+            attn.num_heads,
+            parts["proj"],
+            path=own["drop_path1"],
+            windows=Windows(attn.relative_position_bias_table, self.window_size, self.shift_size),
+        )
+
+    def own_attention(self, x: Tensor) -> Tensor:
+        return self.drop_path1(self._attn(self.norm1(x)))
+
+    def mlp_aside(self) -> str:
+        own = self._modules
+        return _why_own_mlp(own, ("drop_path2", own["drop_path2"], _PATH))
+
+    def mlp_half(self) -> MlpHalf:
+        return _mlp_half(self._modules, None)
+
+    def own_mlp(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(1, 2)  # as the library has it: a hook sees what its modules read
+        return self.drop_path2(self.mlp(self.norm2(tokens))).unflatten(1, x.shape[1:3])

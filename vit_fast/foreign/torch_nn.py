@@ -96,7 +96,7 @@ class TransformerEncoderLayer(FusedBlock, nn.TransformerEncoderLayer):
 
 # Where the classes are defined in which such a convolution cuts patches: they take tokens of any strides from it, as
 # not everything does that stands behind one elsewhere. DINO and DINOv2 have theirs wherever their user has put it.
-_EMBEDDINGS = HOMES.keys() - {"timm.models.vision_transformer"} | {
+_EMBEDDINGS = HOMES.keys() - {"timm.models.swin_transformer", "timm.models.vision_transformer"} | {
     "timm.layers.hybrid_embed",
     "timm.layers.patch_embed",
 }

@@ -17,12 +17,12 @@ from vit_fast.foreign.block import AttentionHalf, Fused, FusedBlock, MlpHalf
 from vit_fast.layers import DROPOUT, LINEAR, NORM, has_its_forward, package_of, readable, why_aside
 from vit_fast.transformers_attention import attention_forward, records_attention
 
-_ACTIVATION = {
+ACTIVATION = {
     activations.GELUActivation: "gelu",
     activations.GELUTanh: "gelu_tanh",
     activations.QuickGELUActivation: "quick_gelu",
 }
-_ACTIVATIONS = readable(*_ACTIVATION)
+ACTIVATIONS = readable(*ACTIVATION)
 _GATE = readable(activations.SiLUActivation, nn.SiLU)
 # The attention functions that compute what the ops do; somebody may register others, by other names and by these.
 _OWN = {attention_forward, *(one for one in ALL_ATTENTION_FUNCTIONS.values() if package_of(one) == "transformers")}
@@ -106,14 +106,14 @@ def _why_called(name: str, attention: nn.Module, kinds: tuple[type, ...]) -> str
     return "attentions are recorded" if records_attention(attention) else ""
 
 
-def _asks_more(kwargs: dict) -> bool:
+def asks_more(kwargs: dict) -> bool:
     """Whether a call asks attention for something else than softmax over all tokens."""
     return any(
         value is not None and value is not False and not name.startswith("output_") for name, value in kwargs.items()
     )
 
 
-def _why_other(attention: nn.Module) -> str:
+def why_other(attention: nn.Module) -> str:
     """Why an attention module computes what no op does, or by a function that is not transformers' own, or ""."""
     if getattr(attention, "is_causal", False):
         return "attention is causal"
@@ -133,13 +133,13 @@ class _Attention(Fused):
     names: _Names
 
     def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
-        return _why_never(self) or _why_other(self)
+        return _why_never(self) or why_other(self)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
         names = self.names
         dropping = self.training and getattr(self, names.dropout)
-        asks_more = attention_mask is not None or dropping or _asks_more(kwargs)
-        if asks_more or self.config._attn_implementation == "eager" or self.why_rewritten() or _why_other(self):
+        more = attention_mask is not None or dropping or asks_more(kwargs)
+        if more or self.config._attn_implementation == "eager" or self.why_rewritten() or why_other(self):
             return super().forward(hidden_states, attention_mask, **kwargs)
         scale = getattr(self, names.scaling)
         q, k, v = (
@@ -168,7 +168,7 @@ class _Layer(FusedBlock):
         return _why_never(attention) if hasattr(attention, "config") else ""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        plain = attention_mask is None and not _asks_more(kwargs)
+        plain = attention_mask is None and not asks_more(kwargs)
         asides = self.asides_of(hidden_states) if plain else ("a mask is given",)
         if all(asides):
             return super().forward(hidden_states, attention_mask, **kwargs)
@@ -197,7 +197,7 @@ class _Layer(FusedBlock):
     def attention_aside(self) -> str:
         names = self.names
         attention = self._modules[names.attention]
-        reason = _why_called(names.attention, attention, self.attention_kinds) or _why_other(attention)
+        reason = _why_called(names.attention, attention, self.attention_kinds) or why_other(attention)
         if reason:
             return reason
         if attention.training and getattr(attention, names.dropout):
@@ -241,7 +241,7 @@ class _Layer(FusedBlock):
         return why_aside(("mlp", mlp, self.mlp_kinds)) or why_aside(
             norm,
             ("mlp.fc1", mlp.fc1, LINEAR),
-            ("mlp.activation_fn", mlp.activation_fn, _ACTIVATIONS),
+            ("mlp.activation_fn", mlp.activation_fn, ACTIVATIONS),
             ("mlp.fc2", mlp.fc2, LINEAR),
             *self._ends(2),
         )
@@ -253,7 +253,7 @@ class _Layer(FusedBlock):
             weights, biases = (gate.weight, value.weight), (gate.bias, value.bias)
             return MlpHalf(norm, weights, biases, "swiglu", mlp.down_proj, *self._end(2))
         fc1 = mlp.fc1
-        activation = _ACTIVATION[type(mlp.activation_fn)]
+        activation = ACTIVATION[type(mlp.activation_fn)]
         return MlpHalf(norm, (fc1.weight,), (fc1.bias,), activation, mlp.fc2, *self._end(2))
 
     def own_mlp(self, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from vit_fast.ops.ln_linear import ln_linear
 from vit_fast.ops.mlp import mlp
 from vit_fast.ops.patch_embed import patch_embed
 from vit_fast.ops.swiglu import swiglu
+from vit_fast.ops.window_attention import window_attention
 
 __all__ = [
     "attention",
@@ -34,6 +35,7 @@ __all__ = [
     "patch_embed",
     "swiglu",
     "use_backend",
+    "window_attention",
 ]
 
 flops.register()

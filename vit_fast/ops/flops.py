@@ -2,7 +2,8 @@
 
 They are what the same call counts in PyTorch on a GPU, forward and backward, and not what one kernel happens to do:
 attention's backward is counted as PyTorch counts flash attention's, five products over all pairs of a query and a key
-(the scores once more, and four for the gradients), though above 272 tokens two kernels compute seven. Three differ:
+(the scores once more, and four for the gradients), though above 272 tokens two kernels compute seven; of windows, which
+PyTorch's backend multiplies in plain products, it is four, though the kernel computes the scores again. Three differ:
 
 - The backward of an op makes, and counts, every gradient, also where PyTorch would leave out that of an input or a
   weight which needs none.
@@ -45,6 +46,13 @@ def _packed(products: int, qkv) -> int:
     return _attention(products, q, q)
 
 
+def _windows(products: int, qkv, window) -> int:
+    """Each token meets those of its window."""
+    batch, rows, columns, _, heads, width = qkv
+    tokens = math.prod(window)
+    return _attention(products, (batch * rows * columns // tokens, tokens, heads, width), (None, tokens))
+
+
 def _patch_embed(images, weight) -> int:
     """Every value of an image meets each feature once: no patch overlaps another."""
     return 2 * math.prod(images) * weight[0]
@@ -70,6 +78,8 @@ FORMULAS = {
     "attention_qkv_train": lambda qkv, *_: _packed(2, qkv),
     "attention_qkv_backward": lambda do, qkv, *_: _packed(5, qkv),
     "attention_maps": lambda q, k, *_: _attention(1, q, k),
+    "window_attention": lambda qkv, table, window, *_: _windows(2, qkv, window),
+    "window_attention_backward": lambda do, qkv, table, window, *_: _windows(4, qkv, window),
     "linear_residual": lambda x, weight, *_: _linear(x, weight),
     "linear_residual_backward": lambda dy, x, weight, *others: (1 + others[-1]) * _linear(x, weight),
     "mlp": lambda x, g, c, w1, b1, w2, *_: _linear(x, w1, w2),
