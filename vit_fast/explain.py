@@ -118,10 +118,11 @@ def _parts(module: nn.Module, tokens: int | None, count: int | None = None) -> I
         if all(asides):
             yield _Part("", "block", tensor, asides[0])
         elif half is not None and half.windows is not None:
-            refusal = window_refusal(half.windows.size, half.proj.in_features // half.heads)
-            yield _Part("attention", "ln_linear", tensor, "")
-            yield _Part("attention", "window_attention", tensor, "", refusal)
-            yield _Part("attention", "linear_residual", tensor, "")
+            if refusal := window_refusal(half.windows.size, half.proj.in_features // half.heads):
+                yield _Part("attention", "window_attention", tensor, refusal)
+            else:
+                for op in ("ln_linear", "window_attention", "linear_residual"):
+                    yield _Part("attention", op, tensor, "")
             yield _Part("mlp", "mlp" if asides[1] else module.op().split(", ")[1], tensor, asides[1])
         else:
             yield _Part("", module.op(), tensor, "")

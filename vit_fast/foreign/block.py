@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vit_fast import ops
 from vit_fast.layers import has_its_forward, is_genuine, readable
 from vit_fast.ops.backend import cast, compute_dtype, exporting, say_aside, use_triton
-from vit_fast.ops.window_attention import _apart, _distances
+from vit_fast.ops.window_attention import _apart, _distances, refusal
 
 if TYPE_CHECKING:
     Module = nn.Module
@@ -266,7 +266,10 @@ class WindowedBlock(FusedBlock):
         """Why the attention of this map runs by the library's modules, or ""."""
         half = self.attention_half()
         assert half.windows is not None
-        return half.windows.why_aside(x, half.heads)
+        reason = half.windows.why_aside(x, half.heads)
+        if not reason and use_triton("window_attention", x):  # else the op is as fast as the library
+            reason = refusal(half.windows.size, half.proj.in_features // half.heads)
+        return reason
 
 
 def _is_whole(attention: AttentionHalf, mlp: MlpHalf) -> bool:
