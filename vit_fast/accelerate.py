@@ -86,8 +86,9 @@ def accelerate(model: nn.Module, *, verify: bool = True, example=None) -> Report
 
     Taken are the pre-norm blocks of timm's vision_transformer.py and deit.py, of transformers' ViT, ViT-MAE, DeiT,
     DINOv2 (with and without registers), CLIP, SigLIP, SigLIP 2 and I-JEPA, of torchvision's vit_*, of open_clip,
-    `nn.TransformerEncoderLayer` with norm_first and batch_first, and the original classes of DINO and DINOv2; with them
-    transformers' attention modules and the convolution that cuts the patches.
+    `nn.TransformerEncoderLayer` with norm_first and batch_first, the original classes of DINO and DINOv2, and Swin's of
+    timm, torchvision and transformers; with them transformers' attention modules and the convolution that cuts the
+    patches.
 
     A module keeps its own code where something of it is no plain module or parameter (a hook on an inner Linear, a
     LoRA wrapper, a quantised or sharded tensor, a parametrization), and in a call that asks for what no op computes (a
