@@ -22,6 +22,7 @@ from benchmarks import timing
 from benchmarks.launches import DTYPES
 from benchmarks.timing import DEVICE
 from vit_fast import ops, reference
+from vit_fast.ops.window_attention import apart, distances
 from vit_fast.verify import in_a_line
 
 # Width, heads and hidden width. "tiny" is a rehearsal's.
@@ -209,15 +210,9 @@ def _window_settings(case: Case) -> dict:
     of tokens, and −100 for each pair that the shift brought together, or None."""
     side, _, window = SWINS[case.model]
     shift = window // 2 if window < side else 0
-    at = torch.arange(window, device=DEVICE)
-    apart = at[:, None] - at + window - 1
-    index = apart[:, None, :, None] * (2 * window - 1) + apart[None, :, None, :]
-    mask, at = None, torch.arange(side, device=DEVICE)
-    if shift:
-        part = (at >= side - window).int() + (at >= side - shift).int()
-        region = _cut((3 * part[:, None] + part)[None], window)
-        mask = (region[:, :, None] != region[:, None]).to(DTYPES[case.dtype]) * -100
-    return {"window": window, "shift": shift, "index": index.reshape(window**2, window**2), "mask": mask}
+    like = torch.empty(0, device=DEVICE, dtype=DTYPES[case.dtype])
+    mask = apart(side, side, (window, window), (shift, shift), like) if shift else None
+    return {"window": window, "shift": shift, "index": distances((window, window), like.device), "mask": mask}
 
 
 def _draw_ln_linear(case, normal):

@@ -500,13 +500,32 @@ assert len(calls) == 2
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def _doubled(function):
+def doubled(function):
     @functools.wraps(function)
     def call(*args, **kwargs):
         output = function(*args, **kwargs)
         return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
 
     return call
+
+
+def hold_to_a_patch(monkeypatch, original, fast, x, kind: type, method: str, counting) -> None:
+    """Assert that an accelerated model, a compiled one too, does what its original does while a method of a class is
+    patched, and runs on the ops, whose calls `counting` counts, when it is not."""
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        before = matrix.flat(compiled(x))
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, method, doubled(getattr(kind, method)))
+            expected = matrix.flat(original(x))
+            assert relative_error(expected, before) > 1e-3
+            for run in (fast, compiled):
+                assert relative_error(matrix.flat(run(x)), expected) < 1e-5
+        calls = counting(monkeypatch)
+        for run in (fast, compiled):
+            assert relative_error(matrix.flat(run(x)), before) < 1e-5
+        assert calls
 
 
 @pytest.mark.parametrize(
@@ -531,22 +550,8 @@ def test_a_class_that_somebody_patches_afterwards(monkeypatch, library, name, pa
     x = torch.randn(2, 5, 48) if library == "torch.nn" else torch.randn(2, 3, 32, 32)
     original = copy.deepcopy(model)
     vit_fast.accelerate(model, verify=False)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
     home, kind, method = patched.rsplit(".", 2)
-    kind = getattr(importlib.import_module(home), kind)
-    with torch.no_grad():
-        before = matrix.flat(compiled(x))
-        with monkeypatch.context() as patch:
-            patch.setattr(kind, method, _doubled(getattr(kind, method)))
-            expected = matrix.flat(original(x))
-            assert relative_error(expected, before) > 1e-3
-            for run in (model, compiled):
-                assert relative_error(matrix.flat(run(x)), expected) < 1e-5
-        calls = _counting(monkeypatch)
-        for run in (model, compiled):
-            assert relative_error(matrix.flat(run(x)), before) < 1e-5
-        assert calls
+    hold_to_a_patch(monkeypatch, original, model, x, getattr(importlib.import_module(home), kind), method, _counting)
 
 
 @pytest.mark.parametrize(
@@ -568,7 +573,7 @@ def test_a_helper_that_somebody_set(library, name, helper, other, when):
         vit_fast.accelerate(model)
     for one in (model, original):
         block = one.transformer.resblocks[0] if library == "open_clip" else one.layers[0]
-        setattr(block, helper, types.MethodType(_doubled(getattr(block, helper).__func__), block))
+        setattr(block, helper, types.MethodType(doubled(getattr(block, helper).__func__), block))
     line = next(line for line in vit_fast.accelerate(model) if "0" in line.name)
     assert (line.op, line.reason) == (other, f"somebody has given it, or its class, another {helper}")
     assert relative_error(model(x), original(x)) < 1e-5
@@ -617,9 +622,9 @@ def test_an_attention_function_that_somebody_registers(monkeypatch, known_as, wh
     if when == "after":
         vit_fast.accelerate(model)
     if known_as == "mine":
-        monkeypatch.setitem(AttentionInterface._global_mapping, "mine", _doubled(sdpa_attention_forward))
+        monkeypatch.setitem(AttentionInterface._global_mapping, "mine", doubled(sdpa_attention_forward))
     else:
-        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", _doubled(sdpa_attention_forward))
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", doubled(sdpa_attention_forward))
     for one in (model, original):
         one.set_attn_implementation(known_as)
     line = _lines(vit_fast.accelerate(model))["layers.0"]

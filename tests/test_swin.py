@@ -24,6 +24,7 @@ from tests import matrix
 from tests.conftest import INTERPRETING
 from tests.error_rule import relative_error
 from tests.small_runs import drawn
+from tests.test_accelerate import doubled, hold_to_a_patch
 from vit_fast import ops
 from vit_fast.foreign import block as foreign_block
 from vit_fast.foreign.block import Fused
@@ -339,23 +340,6 @@ def test_a_block_by_itself_is_compared_on_a_map(library):
 # ---- what stands aside
 
 
-def _double(function):
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        return 2 * function(*args, **kwargs)
-
-    return call
-
-
-def _double_output(function):
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        output, *others = function(*args, **kwargs)
-        return 2 * output, *others
-
-    return call
-
-
 class _Lora(nn.Module):
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -403,7 +387,7 @@ def _wrapped(parent: str, name: str):
 def _patched(parent: str, name: str):
     def change(block):
         module = block.get_submodule(parent)
-        setattr(module, name, types.MethodType(_double(getattr(module, name).__func__), module))
+        setattr(module, name, types.MethodType(doubled(getattr(module, name).__func__), module))
 
     return change
 
@@ -574,22 +558,8 @@ CLASSES = {
 )
 def test_a_class_that_somebody_patches_afterwards(monkeypatch, library, kind, method):
     """Every call asks, a compiled one too; and goes back to the ops when the patch does."""
-    model, images = BUILDS[library](), _images()
-    fast = _accelerated(model)
-    torch._dynamo.reset()
-    compiled = torch.compile(fast, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        before = matrix.flat(compiled(images))
-        with monkeypatch.context() as patch:
-            patch.setattr(kind, method, _double(getattr(kind, method)))
-            expected = matrix.flat(model(images))
-            assert relative_error(expected, before) > 1e-3
-            for run in (fast, compiled):
-                assert relative_error(matrix.flat(run(images)), expected) < 1e-5
-        calls = _counting(monkeypatch)
-        for run in (fast, compiled):
-            assert relative_error(matrix.flat(run(images)), before) < 1e-5
-        assert calls
+    model = BUILDS[library]()
+    hold_to_a_patch(monkeypatch, model, _accelerated(model), _images(), kind, method, _counting)
 
 
 def test_a_class_of_the_users_stays(caplog):
@@ -835,7 +805,7 @@ def test_a_function_of_torchvision_that_somebody_patches(monkeypatch):
     with torch.no_grad():
         before = compiled(images)
         monkeypatch.setattr(
-            torchvision_swin, "shifted_window_attention", _double(torchvision_swin.shifted_window_attention)
+            torchvision_swin, "shifted_window_attention", doubled(torchvision_swin.shifted_window_attention)
         )
         expected = model(images)
         assert relative_error(expected, before) > 1e-3
@@ -904,7 +874,7 @@ def test_attentions(monkeypatch, implementation):
 
 
 def test_an_attention_function_of_the_users(monkeypatch):
-    monkeypatch.setitem(AttentionInterface._global_mapping, "mine", _double_output(sdpa_attention_forward))
+    monkeypatch.setitem(AttentionInterface._global_mapping, "mine", doubled(sdpa_attention_forward))
     model = _transformers()
     fast = _accelerated(model)
     for one in (model, fast):

@@ -87,9 +87,7 @@ class Config:
     model_kwargs: dict = field(default_factory=dict)  # further arguments of create_model
     num_classes: int | None = None  # None is as many as the data has
     img_size: int | None = None  # None is that of the model
-    pretrained_path: str | None = (
-        None  # weights to begin with: what `vit_fast.load` reads; other classes get a new head
-    )
+    pretrained_path: str | None = None  # weights to begin with, of what `load` reads; other classes get a new head
     epochs: int = 100
     batch_size: int = 64
     lr: float = 1e-3

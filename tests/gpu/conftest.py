@@ -4,6 +4,22 @@ import torch
 import benchmarks  # noqa: F401 - finds kernels/ in a clone that was not installed
 
 
+def captured_in_a_graph(run):
+    """The graph of a run, its results, which are zeros until it is replayed, and what the run gave before."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            expected = run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for result in captured:
+        result.zero_()
+    return graph, captured, expected
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -7,6 +7,7 @@ import torch
 import triton
 from vit_fast.kernels import product, replay, tile_table
 
+from tests.gpu.conftest import captured_in_a_graph
 from tests.ops.harness import MODES, hold_to_the_rule
 from tests.ops.test_block import CASES, PEER, case, composed, shaped
 from vit_fast import reference, verify
@@ -118,17 +119,7 @@ def test_the_users_allocator_is_left_in_place(run):
 
 def test_captured_with_its_descriptors(run):
     """Their memory is the graph's own: a replay after the allocator's cache was emptied and filled gives the same."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            expected = run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    for result in captured:
-        result.zero_()
+    graph, captured, expected = captured_in_a_graph(run)
     torch.cuda.empty_cache()
     fill = [torch.randint(255, (1 << 20,), dtype=torch.uint8, device="cuda") for _ in range(64)]
     graph.replay()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.error_rule import relative_error
+from tests.gpu.conftest import captured_in_a_graph
 from tests.ops.harness import MODES, assert_views_are_read, hold_to_the_rule, named, three_ways
 from tests.ops.test_window_attention import CASES, DTYPES, THREE, case, shaped, with_a_flat_table
 from vit_fast.ops import use_backend, window_attention
@@ -121,17 +122,7 @@ def test_offsets_pass_two_to_the_31():
 
 
 def test_captured_in_a_graph(run):
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            expected = run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    for result in captured:
-        result.zero_()
+    graph, captured, expected = captured_in_a_graph(run)
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(captured, expected))

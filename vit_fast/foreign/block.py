@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vit_fast import ops
 from vit_fast.layers import has_its_forward, is_genuine, readable
 from vit_fast.ops.backend import cast, compute_dtype, exporting, say_aside, use_triton
-from vit_fast.ops.window_attention import _apart, _distances, refusal
+from vit_fast.ops.window_attention import apart, distances, refusal
 
 if TYPE_CHECKING:
     Module = nn.Module
@@ -50,7 +50,7 @@ def why_method(module: nn.Module, kind: type, name: str, written: dict[str, Call
 def why_other_distances(index: Tensor | None, window: tuple[int, int]) -> str:
     """Why a buffer of the distances in a window holds others than the op takes, or ""."""
     same = index is not None and (
-        index.is_meta or torch.equal(index.flatten().long(), _distances(window, index.device).flatten())
+        index.is_meta or torch.equal(index.flatten().long(), distances(window, index.device).flatten())
     )
     return "" if same else "its relative_position_index is not that of its windows"
 
@@ -60,9 +60,7 @@ def why_other_mask(mask: Tensor | None, resolution, window: tuple[int, int], shi
     if mask is None or mask.is_meta:
         return ""
     rows, columns = (-(-length // side) * side for length, side in zip(resolution, window))
-    return (
-        "" if torch.equal(mask, _apart(rows, columns, window, shift, mask)) else "its attn_mask is not of its windows"
-    )
+    return "" if torch.equal(mask, apart(rows, columns, window, shift, mask)) else "its attn_mask is not of its windows"
 
 
 class Fused(Module):

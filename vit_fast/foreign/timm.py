@@ -65,20 +65,9 @@ class Block(FusedBlock, vision_transformer.Block):
 
     def attention_half(self) -> AttentionHalf:
         own = self._modules
-        attn, parts = own["attn"], own["attn"]._modules
-        qkv = parts["qkv"]._parameters
-        return AttentionHalf(
-            own["norm1"],
-            (qkv["weight"],),
-            (qkv["bias"],),
-            attn.num_heads,
-            parts["proj"],
-            getattr(own["ls1"], "gamma", None),  # wherever it is kept
-            own["drop_path1"],
-            parts["q_norm"],
-            parts["k_norm"],
-            parts["norm"],
-        )
+        parts = own["attn"]._modules
+        scale = getattr(own["ls1"], "gamma", None)  # wherever it is kept
+        return _attention_half(own, scale=scale, q_norm=parts["q_norm"], k_norm=parts["k_norm"], out_norm=parts["norm"])
 
     def own_attention(self, x: Tensor) -> Tensor:
         return self.drop_path1(self.ls1(self.attn(self.norm1(x))))
@@ -93,6 +82,20 @@ class Block(FusedBlock, vision_transformer.Block):
 
     def own_mlp(self, x: Tensor) -> Tensor:
         return self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def _attention_half(own: dict[str, nn.Module], **others) -> AttentionHalf:
+    attn, parts = own["attn"], own["attn"]._modules
+    qkv = parts["qkv"]._parameters
+    return AttentionHalf(
+        own["norm1"],
+        (qkv["weight"],),
+        (qkv["bias"],),
+        attn.num_heads,
+        parts["proj"],
+        path=own["drop_path1"],
+        **others,
+    )
 
 
 def _why_own_mlp(own: dict[str, nn.Module], *ends: tuple[str, nn.Module, tuple[type, ...]]) -> str:
@@ -182,17 +185,8 @@ class SwinTransformerBlock(WindowedBlock, swin_transformer.SwinTransformerBlock)
 
     def attention_half(self) -> AttentionHalf:
         own = self._modules
-        attn, parts = own["attn"], own["attn"]._modules
-        qkv = parts["qkv"]._parameters
-        return AttentionHalf(
-            own["norm1"],
-            (qkv["weight"],),
-            (qkv["bias"],),
-            attn.num_heads,
-            parts["proj"],
-            path=own["drop_path1"],
-            windows=Windows(attn.relative_position_bias_table, self.window_size, self.shift_size),
-        )
+        windows = Windows(own["attn"].relative_position_bias_table, self.window_size, self.shift_size)
+        return _attention_half(own, windows=windows)
 
     def own_attention(self, x: Tensor) -> Tensor:
         return self.drop_path1(self._attn(self.norm1(x)))

@@ -101,7 +101,7 @@ _window_attention.register_autograd(_autograd, setup_context=_setup_context)
 # [] and contiguous() ask for the device, which fake tensors of a GPU may not have; unsqueeze, embedding, clone do not.
 
 
-def _distances(window: tuple[int, int], device: torch.device) -> Tensor:
+def distances(window: tuple[int, int], device: torch.device) -> Tensor:
     """[T, T] the entry of the table for each query and key of a window."""
     high, wide = window
     row = 2 * wide - 1  # of the table: an entry is the difference of two tokens' numbers in rows of this length
@@ -112,7 +112,7 @@ def _distances(window: tuple[int, int], device: torch.device) -> Tensor:
 
 def _relative_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
     """The bias [H, T, T] of each query and key of a window."""
-    bias = F.embedding(_distances(window, table.device), table).permute(2, 0, 1)
+    bias = F.embedding(distances(window, table.device), table).permute(2, 0, 1)
     return bias.clone(memory_format=torch.contiguous_format)  # adding it reads rows
 
 
@@ -125,7 +125,7 @@ def _cut(x: Tensor, window: tuple[int, int]) -> Tensor:
     return x.reshape(batch, down * across, high * wide, *x.shape[5:])
 
 
-def _apart(rows: int, columns: int, window: tuple[int, int], shift: tuple[int, int], like: Tensor) -> Tensor:
+def apart(rows: int, columns: int, window: tuple[int, int], shift: tuple[int, int], like: Tensor) -> Tensor:
     """[number, T, T], APART where the shift brought two tokens of a window together, 0 elsewhere."""
     y, x = (torch.arange(size, device=like.device) >= size - by for size, by in zip((rows, columns), shift))
     region = _cut((2 * y.unsqueeze(1) + x).unsqueeze(0), window).squeeze(0)
@@ -146,12 +146,12 @@ def _in_pytorch(qkv: Tensor, table: Tensor, window: tuple[int, int], shift: tupl
     # Two products and a softmax: SDPA, which would take the bias as a mask, was slower on a CPU in every dtype.
     scores = q * scale @ k.transpose(-1, -2)
     if places is not None:
-        apart = _apart(rows, columns, window, shift, bias).unsqueeze(1)
+        mask = apart(rows, columns, window, shift, bias).unsqueeze(1)
         # One pass less where the bias takes it, whose gradient would then be summed over images and windows one by one.
         if needs_grad(table):
-            scores = scores + apart
+            scores = scores + mask
         else:
-            bias = bias + apart
+            bias = bias + mask
     o = ((scores + bias).softmax(-1) @ v).transpose(2, 3)
     if places is not None:
         o = o.reshape(batch, rows * columns, heads * width).index_select(1, places.flatten().argsort())
