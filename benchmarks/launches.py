@@ -28,7 +28,10 @@ from vit_fast.ops import backend
 from vit_fast.ops.attention import HEAD_WIDTHS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPS = ("patch_embed", "ln_linear", "attention", "window_attention", "linear_residual", "mlp", "swiglu", "block")
+OPS = (
+    *("patch_embed", "ln_linear", "attention", "rope_attention", "window_attention"),
+    *("linear_residual", "mlp", "swiglu", "block"),
+)
 ALLOCATIONS = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
 ODD = "width 37, "  # begins the variants whose rows no vector load fits
 
@@ -275,6 +278,17 @@ def attention_calls(dtype: torch.dtype) -> Iterator[tuple]:
                 yield "attention", variant, ops.attention_maps, *qkv.detach().unbind(2)[:2]
 
 
+def rope_calls(dtype: torch.dtype) -> Iterator[tuple]:
+    """As DINOv3 at 224 has it, five tokens before the patches; EVA-02's pairs; and tables of each head's own, as
+    RoPE-ViT has them. Heads 88 and 128 wide are those of EVA's giant and of DINOv3's largest."""
+    for width in (64, 88, 128):
+        qkv = parameter(256, 201, 3, 12, width, dtype=dtype)
+        for pairs, heads in (("halves", ()), ("interleaved", ()), ("halves", (12,)))[: 3 if width == 64 else 1]:
+            table = torch.empty(*heads, 196, width, device="meta")
+            variant = f"head width {width}, {pairs}" + (", tables of each head's own" if heads else "")
+            yield "rope_attention", variant, ops.rope_attention, qkv, table, table, pairs == "interleaved"
+
+
 def window_calls(dtype: torch.dtype) -> Iterator[tuple]:
     """The first stage of a Swin-T at 224, its windows shifted, once with a frozen table; then the other head widths."""
     for width, window in ((32, 7), (16, 7), (64, 8)):
@@ -288,13 +302,14 @@ def window_calls(dtype: torch.dtype) -> Iterator[tuple]:
 
 def launches(chosen: list[str], arch: str, dtype: str) -> list[Launch]:
     """Every launch that the ops make: ViT-B at 224 and batch 256, few rows and some, an odd width, autocast and tf32;
-    a Swin's windows.
+    rotary positions; a Swin's windows.
 
     Where a variant makes a launch that differs from an earlier one in nothing, it is left out.
     """
     kind = DTYPES[dtype]
     main, odd = (256, 197, 768, 3072), (3, 67, 37, 111)
-    variants = [("", [*attention_calls(kind), *window_calls(kind), *op_calls(kind, *main, every=True)], None, "none")]
+    calls = [*attention_calls(kind), *rope_calls(kind), *window_calls(kind), *op_calls(kind, *main, every=True)]
+    variants = [("", calls, None, "none")]
     for batch, rows in ((2, "few"), (8, "some")):
         variants += [(f"{rows} rows, ", op_calls(kind, batch, *main[1:], every=False), None, "none")]
     variants += [(ODD, op_calls(kind, *odd, every=False), None, "none")]

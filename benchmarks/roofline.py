@@ -79,6 +79,8 @@ def work(launch: Launch) -> Work:
     sizes, name = launch.kwargs, launch.kernel.__name__
     moved = nbytes((launch.args, sizes))
     programs = math.prod(launch.grid)
+    if name == "_rotate_kernel" and len(tensors((sizes["x"], sizes["y"]))) == 1:  # in place: read, and written
+        moved += nbytes(sizes["y"])
     if "Tq" in sizes:
         return _attention_work(sizes, name, moved, programs)
     if "WINDOW" in sizes and "PRECISION" in sizes:

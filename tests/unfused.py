@@ -33,6 +33,23 @@ def attention(q, k, v, scale=None):
     return ((q @ k.transpose(-1, -2) * scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
+def rope_attention(qkv, cos, sin, interleaved=False, scale=None):
+    """As timm writes it: the last tokens turned and put behind the others."""
+
+    def turned(x):
+        first = x.shape[1] - cos.shape[-2]
+        before, x = x[:, :first].transpose(1, 2), x[:, first:].transpose(1, 2)
+        if interleaved:
+            partners = torch.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
+        else:
+            a, b = x.chunk(2, -1)
+            partners = torch.cat([-b, a], -1)
+        return torch.cat([before, (x * cos + partners * sin).to(x.dtype)], 2).transpose(1, 2)
+
+    q, k, v = qkv.unbind(2)
+    return attention(turned(q), turned(k), v, scale)
+
+
 def linear_residual(x, weight, bias, residual, layer_scale=None, drop=None):
     branch = F.linear(x, weight, bias)
     if layer_scale is not None:

@@ -8,7 +8,7 @@ Nothing here is optimised and the package never calls it. The tests run it in fl
     [5] Touvron et al. 2021, CaiT (LayerScale)        [6] Huang et al. 2016, Stochastic Depth
     [7] Abnar and Zuidema 2020, Quantifying Attention Flow
     [8] Shazeer 2020, GLU Variants Improve Transformer
-    [9] Liu et al. 2021, Swin Transformer
+    [9] Liu et al. 2021, Swin Transformer             [10] Su et al. 2021, RoFormer
 
 Letters: B batch, C channels, P patch side, N patches, R prefix tokens, T = R + N tokens, D width, H heads, d = D/H head
 width, F hidden width, L layers.
@@ -76,6 +76,28 @@ def attention_probabilities(q: Tensor, k: Tensor, scale: float | None = None) ->
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Equation 1 of [2]. q [B, Tq, H, d], k and v [B, Tk, H, d] → heads side by side [B, Tq, H·d]."""
     return (attention_probabilities(q, k, scale) @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Equation 34 of [10] on the last N tokens of x [B, T, H, d]: a number times its cos, its partner times its sin.
+
+    The partner of a pair's first number counts negatively. cos and sin are [N, d] or [H, N, d].
+    """
+    width, count = x.shape[-1], cos.shape[-2]
+    partner = torch.arange(width) ^ 1 if interleaved else (torch.arange(width) + width // 2) % width
+    is_first = partner > torch.arange(width)
+    sign = torch.where(is_first, -1.0, 1.0).to(x)
+    cos, sin = (t.expand(x.shape[2], count, width).transpose(0, 1) for t in (cos, sin))  # [N, H, d]
+    last = x[:, x.shape[1] - count :]
+    return torch.cat([x[:, : x.shape[1] - count], cos * last + sin * sign * last[..., partner]], 1)
+
+
+def rope_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, scale: float | None = None
+) -> Tensor:
+    """Equation 1 of [2] with queries and keys turned as in [10]. qkv [B, T, 3, H, d] → [B, T, H·d]."""
+    q, k, v = qkv.unbind(2)
+    return attention(rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved), v, scale)
 
 
 def window_attention(

@@ -21,6 +21,7 @@ from vit_fast.ops.linear_residual import linear_residual
 from vit_fast.ops.ln_linear import ln_linear
 from vit_fast.ops.mlp import mlp
 from vit_fast.ops.patch_embed import patch_embed
+from vit_fast.ops.rope_attention import rope_attention
 from vit_fast.ops.swiglu import swiglu
 from vit_fast.ops.window_attention import window_attention
 
@@ -33,6 +34,7 @@ __all__ = [
     "ln_linear",
     "mlp",
     "patch_embed",
+    "rope_attention",
     "swiglu",
     "use_backend",
     "window_attention",

@@ -76,55 +76,55 @@ def refusal(width: int, scale: float) -> str:
     return ""
 
 
-def _last_axis_dense(x: Tensor) -> Tensor:
+def last_axis_dense(x: Tensor) -> Tensor:
     """`x` itself where its last stride is 1, as the kernels read it, and a copy elsewhere."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool):
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool):
     from vit_fast.kernels import attention as kernel
 
-    q, k, v = map(_last_axis_dense, (q, k, v))
+    q, k, v = map(last_axis_dense, (q, k, v))
     with on_device_of(q):
         return kernel.forward(q, k, v, scale, float32_precision(q.dtype), with_lse)
 
 
-def _gradients(do, q, k, v, o, lse, dq, dk, dv, scale) -> None:
+def gradients(do, q, k, v, o, lse, dq, dk, dv, scale) -> None:
     from vit_fast.kernels import attention as kernel
 
-    do, q, k, v = map(_last_axis_dense, (do, q, k, v))
+    do, q, k, v = map(last_axis_dense, (do, q, k, v))
     with on_device_of(q):
         kernel.backward(do, q, k, v, o, lse, dq, dk, dv, scale, float32_precision(q.dtype))
 
 
-def _fake_output(q: Tensor) -> Tensor:
+def fake_output(q: Tensor) -> Tensor:
     batch, tokens, heads, width = q.shape
     return q.new_empty(batch, tokens, heads * width)
 
 
-def _fake_lse(q: Tensor) -> Tensor:
+def fake_lse(q: Tensor) -> Tensor:
     batch, tokens, heads, _ = q.shape
     return q.new_empty(batch, heads, tokens, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32)
 
 
 @torch.library.custom_op("vit_fast::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return _forward(q, k, v, scale, with_lse=False)[0]
+    return forward(q, k, v, scale, with_lse=False)[0]
 
 
 @_attention.register_fake
 def _(q, k, v, scale):
-    return _fake_output(q)
+    return fake_output(q)
 
 
 @torch.library.custom_op("vit_fast::attention_train", mutates_args=())
 def _attention_train(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, scale, with_lse=True)
+    return forward(q, k, v, scale, with_lse=True)
 
 
 @_attention_train.register_fake
 def _(q, k, v, scale):
-    return _fake_output(q), _fake_lse(q)
+    return fake_output(q), fake_lse(q)
 
 
 @torch.library.custom_op("vit_fast::attention_backward", mutates_args=())
@@ -132,7 +132,7 @@ def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    _gradients(do, q, k, v, o, lse, dq, dk, dv, scale)
+    gradients(do, q, k, v, o, lse, dq, dk, dv, scale)
     return dq, dk, dv
 
 
@@ -161,13 +161,13 @@ _attention_train.register_autograd(_autograd, setup_context=_setup_context)
 @torch.library.custom_op("vit_fast::attention_qkv_train", mutates_args=())
 def _attention_qkv_train(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(2)
-    return _forward(q, k, v, scale, with_lse=True)
+    return forward(q, k, v, scale, with_lse=True)
 
 
 @_attention_qkv_train.register_fake
 def _(qkv, scale):
     q = qkv.select(2, 0)
-    return _fake_output(q), _fake_lse(q)
+    return fake_output(q), fake_lse(q)
 
 
 @torch.library.custom_op("vit_fast::attention_qkv_backward", mutates_args=())
@@ -175,7 +175,7 @@ def _qkv_backward(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float)
     # One tensor: three views of it could not be three outputs, and autograd would copy three gradients into one.
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     (q, k, v), (dq, dk, dv) = qkv.unbind(2), dqkv.unbind(2)
-    _gradients(do, q, k, v, o, lse, dq, dk, dv, scale)
+    gradients(do, q, k, v, o, lse, dq, dk, dv, scale)
     return dqkv
 
 
@@ -197,7 +197,7 @@ _attention_qkv_train.register_autograd(_qkv_autograd, setup_context=_setup_conte
 def _maps(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
     from vit_fast.kernels import attention as kernel
 
-    q, k = map(_last_axis_dense, (q, k))
+    q, k = map(last_axis_dense, (q, k))
     with on_device_of(q):
         return kernel.maps(q, k, lse.contiguous(), scale, float32_precision(q.dtype))
 
@@ -241,7 +241,7 @@ def unfused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return torch.bmm(scores.softmax(-1), v).unflatten(0, (batch, heads)).transpose(1, 2).flatten(2)
 
 
-def _in_pytorch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def in_pytorch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if _unfused_is_faster(q, k, v):
         return unfused(q, k, v, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -265,10 +265,10 @@ def measured_form(operands: tuple[Tensor, ...], shape: tuple[int, int, int], row
 
 
 def _as_measured(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> Tensor:
-    """`_in_pytorch` by a form of SDPA; where it does not take the call, by another that is not switched off."""
+    """`in_pytorch` by a form of SDPA; where it does not take the call, by another that is not switched off."""
     others = [SDPA[name].backend for name in _switched_on() if name != form]
     with sdpa_kernel([SDPA[form].backend, *others], set_priority=True):
-        return _in_pytorch(q, k, v, scale)
+        return in_pytorch(q, k, v, scale)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -298,7 +298,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     check_operands(q, k=k, v=v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not use_triton("attention", q, refusal=refusal(q.shape[-1], scale)):
-        return _in_pytorch(q, k, v, scale)
+        return in_pytorch(q, k, v, scale)
     form = measured_form((q, k, v), *size(q, k))
     dtype = compute_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -329,7 +329,7 @@ def attention_qkv(qkv: Tensor, scale: float | None = None) -> Tensor:
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if not use_triton("attention_qkv", qkv, refusal=refusal(qkv.shape[-1], scale)):
         q, k, v = qkv.unbind(2)
-        return _in_pytorch(q, k, v, scale)
+        return in_pytorch(q, k, v, scale)
     q, k, _ = qkv.unbind(2)
     form = measured_form((qkv,), *size(q, k))
     qkv = qkv.to(compute_dtype(qkv))
