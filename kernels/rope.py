@@ -7,7 +7,7 @@ pairs      (i, i + d/2), or (2i, 2i + 1) where they are interleaved. Each number
 shapes     x, y [B, T, 2, H, d] of any strides but 1 in d; y may be x   cos, sin [N, d] or [H, N, d], N ≤ T.
            The T − N tokens before are copied
 saved      nothing: the gradient of a turn is the turn back
-limit      4·B·T·H·d elements moved, each once. The tables come from L2, once for HEADS heads where all heads share them.
+limit      4·B·T·H·d elements moved, each once. The tables come from L2, once for HEADS heads where all share them.
            Where d/2 is no multiple of 8, as of heads 72 and 88 wide, half precision moves two bytes at a time
 
 A pass of its own: turned on its way into the attention, a key would be turned once for each tile of queries.

@@ -77,8 +77,8 @@ def _backward(
 ) -> Tensor:
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     # Turned again: kept, queries and keys would be two thirds of what the product before keeps.
-    gradients(do, *_operands(qkv, cos, sin, interleaved), o, lse, *dqkv.unbind(2), scale)
-    dqk = dqkv[:, :, :2]
+    (q, k, v), (dq, dk, dv), dqk = _operands(qkv, cos, sin, interleaved), dqkv.unbind(2), dqkv[:, :, :2]
+    gradients(do, q, k, v, o, lse, dq, dk, dv, scale)
     _rotate(dqk, dqk, cos, sin, interleaved, back=True)
     return dqkv
 
