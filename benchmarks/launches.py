@@ -34,6 +34,7 @@ OPS = (
 )
 ALLOCATIONS = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
 ODD = "width 37, "  # begins the variants whose rows no vector load fits
+SMALL = "small "  # windows, whose tiles no wgmma fits
 
 
 @functools.cache
@@ -290,12 +291,13 @@ def rope_calls(dtype: torch.dtype) -> Iterator[tuple]:
 
 
 def window_calls(dtype: torch.dtype) -> Iterator[tuple]:
-    """The first stage of a Swin-T at 224, its windows shifted, once with a frozen table; then the other head widths."""
-    for width, window in ((32, 7), (16, 7), (64, 8)):
+    """The first stage of a Swin-T at 224, its windows shifted, once with a frozen table; then the other head widths,
+    and windows for which less than a whole block of 64 tokens is computed."""
+    for width, window in ((32, 7), (16, 7), (64, 8), (16, 2), (64, 4)):
         qkv = parameter(256, 56, 56, 3, 3, width, dtype=dtype)
         table = parameter((2 * window - 1) ** 2, 3, dtype=dtype)
         for tables, frozen in ((table, ""), (table.detach(), ", frozen"))[: 2 if width == 32 else 1]:
-            variant = f"width {width}, windows of {window} x {window}{frozen}"
+            variant = f"width {width}, {SMALL if window**2 <= 32 else ''}windows of {window} x {window}{frozen}"
             sides = (window, window), (window // 2, window // 2)
             yield "window_attention", variant, ops.window_attention, qkv, tables, *sides
 

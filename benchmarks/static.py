@@ -12,7 +12,7 @@ measurement: the times are predictions (roofline.py, hardware.json).
 sm_90 and sm_100, but for an entry measured there that names a reason and as many bytes, and elsewhere on more than 64
 bytes a thread, or than the entry names; on attention, also of windows, or a product of 64 rows and 4 warps or more,
 without wgmma on sm_90 in fp16 and bf16; and on an entry of a tile table that no launch reached. A width of 37, which no
-vector load fits, has to compile and to fit, not to be free of spills.
+vector load fits, has to compile and to fit, not to be free of spills; windows of 32 tokens or fewer need no wgmma.
 --models prints ViT-B, L and H as the sum of their launches; --page writes the sm_90 table, the models and the MLP of
 small models into the marked parts of a page.
 """
@@ -29,7 +29,7 @@ from vit_fast.kernels import tile_table
 
 from benchmarks import roofline
 from benchmarks.compiled import compile_launches
-from benchmarks.launches import DTYPES, ODD, OPS, Launch, hardware, kernel_name, launches, table_in_force
+from benchmarks.launches import DTYPES, ODD, OPS, SMALL, Launch, hardware, kernel_name, launches, table_in_force
 
 ARCHITECTURES = tuple(hardware()["architectures"])
 FREE_OF_SPILLS = ("sm_80", "sm_90", "sm_100")
@@ -181,8 +181,9 @@ def faults(r: Row) -> list[str]:
         found.append(f"{r.shared_bytes} bytes of shared memory, {r.shared_limit} there are")
     sizes = dict(re.findall(r"([a-z])(\d+)", r.tile))
     wide = r.flops and "k" in sizes and int(sizes["m"]) >= 64 and int(sizes["w"]) >= 4
+    attention = r.flops and r.op.endswith("attention") and SMALL not in r.variant
     hopper = r.arch == "sm_90" and r.dtype != "fp32"
-    if hopper and (wide or (r.flops and r.op.endswith("attention"))) and r.matrix_instruction != "HGMMA":
+    if hopper and (wide or attention) and r.matrix_instruction != "HGMMA":
         found.append("a product without wgmma")
     elif hopper and wide and r.slow_products and not r.variant.startswith(ODD):
         found.append(f"{r.slow_products} products by mma.sync or from registers, at half the rate of the others")

@@ -1157,3 +1157,46 @@ def test_what_no_op_computes_the_library_does(name):
     expected = module(x, **more)
     vit_fast.accelerate(module, verify=False)
     torch.testing.assert_close(module(x, **more), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["ViTForImageClassification", "Dinov2ForImageClassification", "SwinForImageClassification"]
+)
+def test_a_step_as_transformers_trainer_calls_it(monkeypatch, name):
+    """With the number of the batch's labels, which is the loss's and reaches every layer."""
+    model = matrix.build("transformers", name)
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([1, 0])}
+    expected = model(**inputs).loss
+    fast, calls, fused = matrix.accelerated(model), [], foreign_block.FusedBlock.fused
+    monkeypatch.setattr(foreign_block.FusedBlock, "fused", lambda *a, **k: calls.append(a) or fused(*a, **k))
+    for more in ({}, {"num_items_in_batch": torch.tensor(2)}, {"num_items_in_batch": 2}):
+        calls.clear()
+        assert relative_error(fast(**inputs, **more).loss, expected) <= matrix.OUTPUT
+        blocks = {one for one in fast.modules() if isinstance(one, foreign_block.FusedBlock)}
+        assert {call[0] for call in calls} == blocks
+        assert blocks
+
+
+CALLS_ASIDE = {
+    "timm": (lambda: timm.models.vision_transformer.Block(48, 3), {"attn_mask": torch.zeros(5, 5)}, "a mask is given"),
+    "open_clip": (_open_clips_block, {"attn_mask": torch.zeros(5, 5)}, "a mask or other keys are given"),
+    "torch.nn": (_encoder_layer, {"src_mask": torch.zeros(5, 5)}, "a mask is given, or no batch"),
+    "transformers, a mask": (
+        lambda: _vit().layers[0],
+        {"attention_mask": torch.zeros(2, 1, 5, 5)},
+        "attention_mask is given",
+    ),
+    "transformers, sinks": (lambda: _vit().layers[0], {"s_aux": torch.zeros(3)}, "s_aux is given"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS_ASIDE)
+def test_a_call_that_the_library_computes_is_told(monkeypatch, name, caplog):
+    build, more, reason = CALLS_ASIDE[name]
+    module = build()
+    vit_fast.accelerate(module, verify=False)
+    monkeypatch.setattr("vit_fast.ops.backend._say_once", functools.cache(logging.getLogger("vit_fast").warning))
+    with caplog.at_level(logging.WARNING, "vit_fast"):
+        module(torch.randn(2, 5, 48), **more)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message == f"a {type(module).__name__} runs in PyTorch: {reason}"

@@ -234,6 +234,16 @@ def test_maps_of_timm(monkeypatch, more, sides, expected):
     assert calls[1::2] == expected
 
 
+def test_the_report_tells_of_a_map_that_is_padded_in_every_call():
+    """Of timm's blocks, which are made for one size."""
+    report = vit_fast.accelerate(_timm(img_size=36))
+    found = [(line.op, line.reason) for line in report if "blocks" in line.name]
+    assert found == [("mlp", "the map is padded to whole windows")] * 4
+    report = vit_fast.accelerate(_timm(img_size=36, dynamic_img_size=True), verify=False)
+    found = [(line.op, line.reason) for line in report if "blocks" in line.name]
+    assert found == [("window_attention, mlp", "")] * 4
+
+
 def test_a_map_that_the_mask_is_not_of(monkeypatch):
     """A block called by itself: another map of as many windows would run under the wrong mask in timm's own code."""
     block = _drawn(timm_swin.SwinTransformerBlock(32, (8, 16), 2, window_size=4, shift_size=2))
@@ -247,6 +257,16 @@ def test_a_map_that_the_mask_is_not_of(monkeypatch):
     fast.shift_size = block.shift_size = (0, 0)  # the mask stays, and timm adds it
     assert torch.equal(fast(x), block(x))
     assert len(calls) == 1
+
+
+def test_a_table_of_one_column_for_all_heads(monkeypatch):
+    """Which PyTorch's own code takes for each of them."""
+    model = _timm()
+    for block in _blocks(model):
+        block.attn.relative_position_bias_table = nn.Parameter(torch.randn(49, 1))
+    fast, calls = _accelerated(model), _counting(monkeypatch)
+    _assert_alike(fast, model, _images())
+    assert calls == []
 
 
 @pytest.mark.parametrize("shift", [(4, 0), (-1, 2)])
@@ -301,6 +321,19 @@ def test_what_is_wrong_goes_back(monkeypatch, what):
     for line in blocks:
         assert not line.replaced
         assert f"its {what} is further from fp64" in line.reason
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_an_example_whose_maps_are_padded_verifies_nothing_by_itself(monkeypatch, library):
+    """The library's own attention runs on it: each block is compared on whole windows as well."""
+    op = ops.window_attention
+    monkeypatch.setattr(ops, "window_attention", lambda *args: op(*args) * 1.5)
+    model = BUILDS[library](**({"dynamic_img_size": True} if library == "timm" else {}))
+    report = vit_fast.accelerate(model, example=_images(36, 36))
+    for line in report:
+        if line.kind.endswith(("Block", "SwinLayer")):
+            assert not line.replaced
+            assert "further from fp64" in line.reason
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -533,6 +566,23 @@ def test_a_buffer_that_somebody_changed_before(library, name, caplog):
     _assert_alike(model, original, images)
 
 
+@pytest.mark.parametrize("library", ["timm", "torchvision"])  # transformers' own code refuses it
+def test_a_table_in_another_dtype(monkeypatch, library):
+    """Which PyTorch promotes, and the op refuses."""
+    model = BUILDS[library]()
+    fast, calls = _accelerated(model), _counting(monkeypatch)
+    for one in (model, fast):
+        for module in one.modules():
+            if hasattr(module, "relative_position_bias_table"):
+                module.relative_position_bias_table.data = module.relative_position_bias_table.data.bfloat16()
+    reason = _blocks(fast)[1].asides()[0]
+    assert reason.endswith("holds torch.bfloat16, what stands before it torch.float32")
+    with torch.no_grad():
+        images = _images()
+        assert relative_error(matrix.flat(fast(images)), matrix.flat(model(images))) < 1e-5
+    assert calls == []
+
+
 CLASSES = {
     "torchvision": [
         (torchvision_swin.SwinTransformerBlock, "forward"),
@@ -620,10 +670,22 @@ def test_explain(library):
         ({"window_size": 9, "img_size": 72}, "window: got 9 x 9, 81 tokens, the kernels take up to 64"),
     ],
 )
-def test_explain_tells_what_no_kernel_takes(monkeypatch, more, reason):
+def test_what_no_kernel_takes_is_told(monkeypatch, more, reason):
+    """On a GPU, by the report and by `explain`; on a CPU, which takes them as well as others, by neither."""
     model = _accelerated(_timm(**more))
-    lines = [line for line in vit_fast.explain(model) if line.name == "layers.0.blocks.1.attention"]
-    assert [tuple(line)[1:] for line in lines] == [("window_attention", "torch", reason)]
+
+    def told() -> tuple[set, set]:
+        report, lines = vit_fast.accelerate(model, verify=False), vit_fast.explain(model)
+        return (
+            {(line.op, line.reason) for line in report if "layers.0.blocks" in line.name},
+            {tuple(line)[1:] for line in lines if line.name == "layers.0.blocks.1.attention"},
+        )
+
+    cpu = "a tensor on cpu: the kernels run on CUDA and ROCm"
+    parts = ("ln_linear", "window_attention", "linear_residual")
+    assert told() == ({("window_attention, mlp", "")}, {(op, "torch", cpu) for op in parts})
+    monkeypatch.setattr("vit_fast.foreign.block.use_triton", lambda op, *_: op == "window_attention")
+    assert told() == ({("mlp", reason)}, {("attention", "torch", reason)})
 
 
 def test_the_library_s_code_where_no_kernel_takes_the_windows(monkeypatch):
@@ -657,6 +719,17 @@ def test_export_with_a_dynamic_map(library):
                 images = torch.randn(3, 3, *sides)
                 found, expected = program.module()(images), model(images)
                 assert relative_error(matrix.flat(found), matrix.flat(expected)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")  # it is deprecated, and takes what Python reads for constants
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_torch_jit_trace(library):
+    model = BUILDS[library]()
+    fast, images = _accelerated(model), _images()
+    with torch.no_grad():
+        traced = torch.jit.trace(fast, images, check_trace=False, strict=False)
+        images = _images()
+        assert relative_error(matrix.flat(traced(images)), matrix.flat(model(images))) < 1e-5
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -710,16 +783,15 @@ def test_maps_of_torchvision(monkeypatch, sides, expected):
     assert calls[1::2] == expected
 
 
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("sizes", [(36, 48), (40, 44)])
-def test_export_of_a_map_that_may_be_padded(monkeypatch, sizes):
-    """What no window is known to divide the library's own code pads, and no size is refused that it takes."""
+def test_export_of_a_map_that_may_be_padded(sizes, strict):
+    """From a size of whole windows others of that sort, from one that is padded those, as of the library's own code."""
     model = _torchvision(depths=(2,), num_heads=(2,), window_size=3)
     fast = _accelerated(model)
-    calls = _counting(monkeypatch)
     shapes = ({2: 4 * torch.export.Dim("rows", min=4, max=90)},)
     with torch.no_grad():
-        program = torch.export.export(fast, (_images(sizes[0], 36),), dynamic_shapes=shapes)
-        assert not calls
+        program = torch.export.export(fast, (_images(sizes[0], 36),), dynamic_shapes=shapes, strict=strict)
         for rows in sizes:
             images = _images(rows, 36)
             assert relative_error(program.module()(images), model(images)) < 1e-5
@@ -871,6 +943,18 @@ def test_attentions(monkeypatch, implementation):
     before = len(calls)
     fast(images)
     assert len(calls) - before == (0 if implementation == "eager" else 4)
+
+
+def test_a_call_that_asks_attention_for_more():
+    vit_fast.register_transformers()
+    model = _transformers()
+    model.set_attn_implementation("vit_fast")
+    layer = _blocks(model)[1]
+    fast, x = _accelerated(layer), torch.randn(2, 64, 32)
+    with torch.no_grad():
+        ours, theirs = fast(x, (8, 8), softcap=0.5)[0], layer(x, (8, 8), softcap=0.5)[0]
+        assert relative_error(ours, theirs) < 1e-5
+        assert relative_error(fast(x, (8, 8))[0], ours) > 1e-3
 
 
 def test_an_attention_function_of_the_users(monkeypatch):

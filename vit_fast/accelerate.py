@@ -1,8 +1,8 @@
 """Somebody else's model on the fused ops: `accelerate` changes it in place, proves it and reports; `restore` undoes it.
 
 Each block, attention module and patch projection that fits becomes an instance of a subclass of its own class
-(vit_fast/foreign), with another `forward` and nothing else: its parameters, state-dict keys, hooks and children are the
-objects that they were.
+(vit_fast/foreign), with another `forward`: its parameters, state-dict keys, hooks and children are the objects that
+they were.
 """
 
 import json
@@ -230,10 +230,11 @@ def _verify(model: nn.Module, new: dict, lines: dict, example) -> str:
         runs = check.those_that_run(runs) if example is None else runs
         inputs, before = check.run(runs, {name: module for name, (module, _) in new.items()})
         for name, (module, fused) in new.items():
-            result = check.compare(module, fused, *inputs.get(name, check.random_input(module)), training)
-            lines[name] = lines[name]._replace(error=result.error)
-            if result.reason:
-                lines[name] = _stays(name, type(module), result.reason)._replace(error=result.error)
+            every = check.inputs_of(module, fused, inputs.get(name))
+            results = [check.compare(module, fused, *one, training) for one in every]
+            error = max((one.error for one in results if one.error is not None), default=None)
+            reason = next(filter(None, (one.reason for one in results)), "")
+            lines[name] = (_stays(name, type(module), reason) if reason else lines[name])._replace(error=error)
         kept = {name: new[name] for name in new if lines[name].replaced}
         reason = check.run_accelerated(runs, kept, before)
         if reason:

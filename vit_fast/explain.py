@@ -118,11 +118,9 @@ def _parts(module: nn.Module, tokens: int | None, count: int | None = None) -> I
         if all(asides):
             yield _Part("", "block", tensor, asides[0])
         elif half is not None and half.windows is not None:
-            if refusal := window_refusal(half.windows.size, half.proj.in_features // half.heads):
-                yield _Part("attention", "window_attention", tensor, refusal)
-            else:
-                for op in ("ln_linear", "window_attention", "linear_residual"):
-                    yield _Part("attention", op, tensor, "")
+            refusal = window_refusal(half.windows.size, half.proj.in_features // half.heads)
+            for op in ("ln_linear", "window_attention", "linear_residual"):
+                yield _Part("attention", op, tensor, "", refusal if op == "window_attention" else "")
             yield _Part("mlp", "mlp" if asides[1] else module.op().split(", ")[1], tensor, asides[1])
         else:
             yield _Part("", module.op(), tensor, "")
@@ -177,4 +175,4 @@ def _choice(part: _Part) -> tuple[str, str]:
         return "triton", "; but ".join([where, *(finding.reason for finding in found)])
     if backend.chosen_backend() == "torch":
         return "torch", "use_backend('torch')"
-    return "torch", part.refusal or backend.why_not_triton(device) or f"the kernels do not take {part.tensor.dtype}"
+    return "torch", backend.why_not_triton(device) or part.refusal or f"the kernels do not take {part.tensor.dtype}"

@@ -1,8 +1,9 @@
 """Blocks of other libraries on the fused ops: one file a library, each class a subclass of the library's own.
 
-A subclass changes `forward` alone and reads the parameters of the submodules that are there, so a module becomes
-accelerated, and itself again, by a change of its `__class__`. A file here imports the library that it is named after,
-and is itself imported only for a module whose class that library has defined: none of them is a dependency.
+A subclass changes `forward` (one of them also how a checkpoint is loaded) and reads the parameters of the submodules
+that are there, so a module becomes accelerated, and itself again, by a change of its `__class__`. A file here imports
+the library that it is named after, and is itself imported only for a module whose class that library has defined: none
+of them is a dependency.
 """
 
 import importlib

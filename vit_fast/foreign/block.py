@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vit_fast import ops
 from vit_fast.layers import has_its_forward, is_genuine, readable
-from vit_fast.ops.backend import cast, compute_dtype, exporting, say_aside, use_triton
+from vit_fast.ops.backend import cast, chosen_backend, compute_dtype, say_aside, use_triton
 from vit_fast.ops.window_attention import apart, distances, refusal
 
 if TYPE_CHECKING:
@@ -128,22 +128,13 @@ class Windows(NamedTuple):
         if x.dim() != 4:
             return "it reads no map [B, Y, X, D]"
         (high, wide), (down, right) = self.size, self.shift
-        if not (_divides(high, x.shape[1]) and _divides(wide, x.shape[2])):
+        if x.shape[1] % high or x.shape[2] % wide:
             return PADDED
         if not (0 <= down < high and 0 <= right < wide):
             return "its shift is none inside a window"
         if self.table.shape != ((2 * high - 1) * (2 * wide - 1), heads):
             return "its table of biases is of other windows"
         return ""
-
-
-def _divides(side: int, length: int) -> bool:
-    """Whether windows of this side fill a map of this length; in torch.export, of every length that it may have."""
-    if exporting():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-        return statically_known_true(length % side == 0)
-    return length % side == 0
 
 
 class AttentionHalf(NamedTuple):
@@ -215,6 +206,13 @@ class FusedBlock(Fused):
         """`asides` of a call; both halves are where torch.fx traces."""
         return self.asides() if isinstance(x, Tensor) else (SYMBOL, SYMBOL)
 
+    def is_aside(self, asides: tuple[str, ...]) -> bool:
+        """Whether a call runs the library's own forward, for these reasons; the log tells the first of them."""
+        if all(asides):
+            say_aside(f"a {type(self).__name__}", asides[0])
+            return True
+        return False
+
     def op(self) -> str:
         """The op of the block, or of the half that is not aside; "" where both are."""
         asides = self.asides()
@@ -256,6 +254,16 @@ class FusedBlock(Fused):
 class WindowedBlock(FusedBlock):
     """A block that reads a map [B, Y, X, D], whose half of the attention has `windows`."""
 
+    def asides(self) -> tuple[str, str]:
+        attention, mlp = super().asides()
+        # Where its kernels do not run the op is as fast as the library; under "triton" it is the op that refuses.
+        if not attention and chosen_backend() == "auto":
+            half = self.attention_half()
+            assert half.windows is not None
+            if use_triton("window_attention", half.windows.table):
+                attention = refusal(half.windows.size, half.proj.in_features // half.heads)
+        return attention, mlp
+
     def asides_of(self, x: Tensor) -> tuple[str, str]:
         attention, mlp = super().asides_of(x)
         return attention or self.map_aside(x), mlp
@@ -264,10 +272,7 @@ class WindowedBlock(FusedBlock):
         """Why the attention of this map runs by the library's modules, or ""."""
         half = self.attention_half()
         assert half.windows is not None
-        reason = half.windows.why_aside(x, half.heads)
-        if not reason and use_triton("window_attention", x):  # else the op is as fast as the library
-            reason = refusal(half.windows.size, half.proj.in_features // half.heads)
-        return reason
+        return half.windows.why_aside(x, half.heads)
 
 
 def _is_whole(attention: AttentionHalf, mlp: MlpHalf) -> bool:
@@ -300,7 +305,7 @@ def _joined(weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], x: T
 def _factors(path: nn.Module | None, scale: Tensor | None, x: Tensor) -> Tensor | None:
     """What the library's own drop path multiplies each image's branch by, [B]; None where nothing drops."""
     if path is None or type(path) is nn.Identity or not path.training or not getattr(path, "drop_prob", True):
-        return None
+        return None  # torchvision's has no `drop_prob`
     # The draw depends on the dtype of the branch.
     dtype = compute_dtype(x) if scale is None else torch.promote_types(compute_dtype(x), scale.dtype)
     return path(x.new_ones(x.shape[0], 1, 1, dtype=dtype)).view(-1)

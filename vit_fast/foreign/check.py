@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from vit_fast.foreign import fused_class
-from vit_fast.foreign.block import Fused, FusedBlock
+from vit_fast.foreign.block import Fused, FusedBlock, WindowedBlock
 from vit_fast.verify import errors, in_a_line, limits
 
 IMAGES = 2
@@ -63,8 +63,10 @@ def _image_shape(module: nn.Module) -> tuple[int, int, int] | None:
         channels = next((one.in_channels for one in module.modules() if isinstance(one, nn.Conv2d)), channels)
     elif (type(module).__module__, type(module).__name__) == ("torchvision.models.swin_transformer", "SwinTransformer"):
         # It takes any size: this one is the least whose maps are all of whole windows, that of its weights.
-        conv = next(one for one in module.modules() if isinstance(one, nn.Conv2d))
-        window: Any = next(one.window_size for one in module.modules() if hasattr(one, "window_size"))
+        conv = next((one for one in module.modules() if isinstance(one, nn.Conv2d)), None)
+        window: Any = next((one.window_size for one in module.modules() if hasattr(one, "window_size")), None)
+        if conv is None or window is None:  # parts of somebody's own
+            return None
         merges = sum(type(one).__name__.startswith("PatchMerging") for one in module.modules())
         return (conv.in_channels, *(patch * side * 2**merges for patch, side in zip(conv.kernel_size, window)))
     else:
@@ -103,12 +105,32 @@ def random_input(module: nn.Module) -> tuple[tuple, dict]:
 
 
 def _sides(module: nn.Module) -> tuple[int, ...]:
-    """How many tokens a block may be called with, or how many rows and columns of them where it has windows."""
-    resolution: Any = getattr(module, "input_resolution", None)
-    if resolution is not None:
-        return tuple(resolution)
-    window = getattr(getattr(module, "attn", None), "window_size", None)
-    return tuple(2 * side for side in window) if window else (TOKENS,)
+    """How many tokens a block may be called with, or how many rows and columns of them where it has windows: whole
+    ones, since what is padded runs on no op."""
+    window: Any = getattr(module, "window_size", None) or getattr(getattr(module, "attn", None), "window_size", None)
+    if window is None:
+        return (TOKENS,)
+    window = window if isinstance(window, (tuple, list)) else (window, window)
+    resolution: Any = getattr(module, "input_resolution", None) or (2 * side for side in window)
+    return tuple(-(-length // side) * side for length, side in zip(resolution, window))
+
+
+def inputs_of(module: nn.Module, fused: type[Fused], seen: tuple[tuple, dict] | None) -> list[tuple[tuple, dict]]:
+    """What to compare a module on: on what it read in a run, and where no run came by it, or what it read is a map that
+    its attention stands aside of, on a random input too."""
+    if seen is None:
+        return [random_input(module)]
+    if not issubclass(fused, WindowedBlock):
+        return [seen]
+    kind: Any = type(module)
+    module.__class__ = fused
+    try:
+        changed: Any = module
+        args, _ = seen
+        whole = changed.asides()[0] or not changed.map_aside(changed.reads(*args))
+    finally:
+        module.__class__ = kind
+    return [seen] if whole else [seen, random_input(module)]
 
 
 def run(runs: list[Run], modules: dict[str, nn.Module]) -> tuple[dict[str, tuple[tuple, dict]], list]:

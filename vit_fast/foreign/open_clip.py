@@ -37,7 +37,7 @@ class ResidualAttentionBlock(FusedBlock, transformer.ResidualAttentionBlock):
     ) -> Tensor:
         plain = k_x is None and v_x is None and attn_mask is None
         asides = self.asides_of(q_x) if plain else ("a mask or other keys are given",)
-        if all(asides):
+        if self.is_aside(asides):
             return super().forward(q_x, k_x, v_x, attn_mask)
         return self.fused(q_x, asides)
 

@@ -52,7 +52,7 @@ class Block(FusedBlock):
         depth = self.training and getattr(self, "sample_drop_ratio", 0)
         plain = isinstance(x, Tensor) and not args and not kwargs and not depth
         asides = self.asides() if plain else ("a list, stochastic depth or an attention map is asked for",)
-        if all(asides):
+        if self.is_aside(asides):
             return super().forward(x, *args, **kwargs)
         return self.fused(x, asides)
 

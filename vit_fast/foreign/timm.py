@@ -36,7 +36,7 @@ class Block(FusedBlock, vision_transformer.Block):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         masked = attn_mask is not None or is_causal
         asides = ("a mask is given",) if masked else self.asides_of(x)
-        if all(asides):
+        if self.is_aside(asides):
             return super().forward(x, attn_mask, is_causal)
         return self.fused(x, asides)
 
@@ -135,14 +135,16 @@ class SwinTransformerBlock(WindowedBlock, swin_transformer.SwinTransformerBlock)
     helpers = ("_attn", "get_attn_mask")
 
     def never(self, inside: tuple[nn.Module, ...] = ()) -> str:
-        index, mask, window = getattr(self.attn, "relative_position_index", None), self.attn_mask, self.window_size
-        return why_other_distances(index, window) or why_other_mask(
-            mask, self.input_resolution, window, self.shift_size
+        if type(self.attn) not in _WINDOWED:
+            return ""
+        window = self.window_size
+        return why_other_distances(self.attn.relative_position_index, window) or why_other_mask(
+            self.attn_mask, self.input_resolution, window, self.shift_size
         )
 
     def forward(self, x: Tensor) -> Tensor:
         asides = self.asides_of(x)
-        return super().forward(x) if all(asides) else self.fused(x, asides)
+        return super().forward(x) if self.is_aside(asides) else self.fused(x, asides)
 
     def attention_aside(self) -> str:
         own = self._modules

@@ -54,7 +54,7 @@ class TransformerEncoderLayer(FusedBlock, nn.TransformerEncoderLayer):
         plain = src_mask is None and src_key_padding_mask is None and not is_causal
         plain = plain and isinstance(src, Tensor) and src.dim() == 3 and not src.is_nested
         asides = self.asides() if plain else ("a mask is given, or no batch",)
-        if all(asides):
+        if self.is_aside(asides):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         return self.fused(src, asides)
 

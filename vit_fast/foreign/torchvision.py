@@ -30,7 +30,7 @@ _PATH = (nn.Identity, *readable(StochasticDepth))
 class EncoderBlock(FusedBlock, vision_transformer.EncoderBlock):
     def forward(self, input: Tensor) -> Tensor:
         asides = self.asides_of(input)
-        return super().forward(input) if all(asides) else self.fused(input, asides)
+        return super().forward(input) if self.is_aside(asides) else self.fused(input, asides)
 
     def attention_aside(self) -> str:
         return why_own_attention("self_attention", self.self_attention) or why_aside(
@@ -96,7 +96,7 @@ class SwinTransformerBlock(WindowedBlock, swin_transformer.SwinTransformerBlock)
 
     def forward(self, x: Tensor) -> Tensor:
         asides = self.asides_of(x)
-        return super().forward(x) if all(asides) else self.fused(x, asides)
+        return super().forward(x) if self.is_aside(asides) else self.fused(x, asides)
 
     def attention_aside(self) -> str:
         attn = self.attn

@@ -106,11 +106,15 @@ def _why_called(name: str, attention: nn.Module, kinds: tuple[type, ...]) -> str
     return "attentions are recorded" if records_attention(attention) else ""
 
 
-def asks_more(kwargs: dict) -> bool:
-    """Whether a call asks attention for something else than softmax over all tokens."""
-    return any(
-        value is not None and value is not False and not name.startswith("output_") for name, value in kwargs.items()
-    )
+def why_more(kwargs: dict) -> str:
+    """Why a call asks attention for something else than softmax over all tokens, or ""."""
+    for name, value in kwargs.items():
+        # What is to be returned is looked at elsewhere; the number of labels, which transformers' Trainer gives every
+        # module of a model, is the loss's.
+        asks = value is not None and value is not False and not name.startswith("output_")
+        if asks and name != "num_items_in_batch":
+            return f"{name} is given"
+    return ""
 
 
 def why_other(attention: nn.Module) -> str:
@@ -138,7 +142,7 @@ class _Attention(Fused):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
         names = self.names
         dropping = self.training and getattr(self, names.dropout)
-        more = attention_mask is not None or dropping or asks_more(kwargs)
+        more = attention_mask is not None or dropping or why_more(kwargs)
         if more or self.config._attn_implementation == "eager" or self.why_rewritten() or why_other(self):
             return super().forward(hidden_states, attention_mask, **kwargs)
         scale = getattr(self, names.scaling)
@@ -168,9 +172,9 @@ class _Layer(FusedBlock):
         return _why_never(attention) if hasattr(attention, "config") else ""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        plain = attention_mask is None and not asks_more(kwargs)
-        asides = self.asides_of(hidden_states) if plain else ("a mask is given",)
-        if all(asides):
+        more = why_more({"attention_mask": attention_mask, **kwargs})
+        asides = (more,) if more else self.asides_of(hidden_states)
+        if self.is_aside(asides):
             return super().forward(hidden_states, attention_mask, **kwargs)
         return self.fused(hidden_states, asides, **kwargs)
 

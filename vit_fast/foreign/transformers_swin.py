@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.swin import modeling_swin
 
-from vit_fast.foreign.block import AttentionHalf, MlpHalf, WindowedBlock, Windows, why_other_distances
-from vit_fast.foreign.transformers import ACTIVATION, ACTIVATIONS, asks_more, why_other
+from vit_fast.foreign.block import SYMBOL, AttentionHalf, MlpHalf, WindowedBlock, Windows, why_other_distances
+from vit_fast.foreign.transformers import ACTIVATION, ACTIVATIONS, why_more, why_other
 from vit_fast.layers import DROPOUT, LINEAR, NORM, readable, why_aside
 from vit_fast.transformers_attention import wants_weights
 
@@ -32,8 +32,9 @@ if hasattr(modeling_swin, "SwinRelativePositionBias"):  # what transformers had 
             always_partition: bool = False,
             **kwargs,
         ) -> tuple[Tensor, Tensor | None]:
-            asides = self.asides()
-            if not isinstance(hidden_states, Tensor) or asks_more(kwargs) or all(asides):
+            more = why_more(kwargs) if isinstance(hidden_states, Tensor) else SYMBOL
+            asides = (more, more) if more else self.asides()
+            if self.is_aside(asides):
                 return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
             if not always_partition:
                 self.set_shift_and_window_size(input_dimensions)  # which stays so, as in the library's own code

@@ -27,9 +27,8 @@ MOST_NUMBERS = 2**31 - 1  # of one image's qkv, within which they count in 32 bi
 def check(qkv: Tensor, table: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> None:
     if qkv.dim() != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv: got shape {list(qkv.shape)}, takes [B, Y, X, 3, H, d]")
-    for name, sides in (("window", window), ("shift", shift)):
-        if len(sides) != 2 or min(sides) < (name == "window"):
-            least = int(name == "window")
+    for name, sides, least in (("window", window, 1), ("shift", shift, 0)):
+        if len(sides) != 2 or min(sides) < least:
             raise ValueError(f"{name}: got {sides}, takes two numbers, of rows and of columns, each {least} or more")
     _, rows, columns, _, heads, _ = qkv.shape
     if rows % window[0] or columns % window[1]:
