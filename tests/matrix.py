@@ -109,6 +109,13 @@ MODELS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "vit_tiny_r_s16_p8_224": lambda: timm.create_model(
             "vit_tiny_r_s16_p8_224", img_size=64, embed_dim=48, depth=2, num_heads=3, num_classes=5
         ),
+        "vit_small_patch16_dinov3": _timm("vit_small_patch16_dinov3", drop_path_rate=0.3),
+        "vit_small_plus_patch16_dinov3": _timm("vit_small_plus_patch16_dinov3"),
+        "vit_pe_core_tiny_patch16_384": _timm("vit_pe_core_tiny_patch16_384"),
+        "vit_small_patch16_rope_mixed_224": _timm("vit_small_patch16_rope_mixed_224"),
+        "eva_giant_patch14_224": _timm("eva_giant_patch14_224"),
+        "eva02_tiny_patch14_224": _timm("eva02_tiny_patch14_224"),
+        "eva02_base_patch14_224": _timm("eva02_base_patch14_224"),
         "swin_tiny_patch4_window7_224": _timm_swin("swin_tiny_patch4_window7_224", drop_path_rate=0.3),
         "swin_base_patch4_window12_384, dynamic size": _timm_swin(
             "swin_base_patch4_window12_384", dynamic_img_size=True
@@ -130,6 +137,12 @@ MODELS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "Dinov2ForImageClassification": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**SIZES, **LABELS)),
         "Dinov2Model, SwiGLU": lambda: hf.Dinov2Model(hf.Dinov2Config(**SIZES, use_swiglu_ffn=True)),
         "Dinov2WithRegistersModel": lambda: hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**SIZES)),
+        "DINOv3ViTModel": lambda: hf.DINOv3ViTModel(
+            hf.DINOv3ViTConfig(**SIZES, num_register_tokens=4, drop_path_rate=0.3)
+        ),
+        "DINOv3ViTModel, SwiGLU": lambda: hf.DINOv3ViTModel(
+            hf.DINOv3ViTConfig(**SIZES, num_register_tokens=1, use_gated_mlp=True, hidden_act="silu", mlp_bias=False)
+        ),
         "CLIPVisionModel": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**SIZES)),
         "CLIPVisionModelWithProjection": lambda: hf.CLIPVisionModelWithProjection(
             hf.CLIPVisionConfig(**SIZES, projection_dim=24)

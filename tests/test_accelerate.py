@@ -40,6 +40,8 @@ ALWAYS = {
     "swin_tiny_patch4_window7_224",
     "ViTForImageClassification",
     "SwinForImageClassification",
+    "vit_small_patch16_dinov3",
+    "DINOv3ViTModel, SwiGLU",
     "Dinov2Model, SwiGLU",
     "CLIPVisionModel",
     "vit_b_16",
@@ -115,6 +117,11 @@ INTERPRETED = {
     ),
     "transformers": lambda: hf.ViTModel(hf.ViTConfig(**SMALLER), add_pooling_layer=False),
     "transformers, SwiGLU": lambda: hf.Dinov2Model(hf.Dinov2Config(**SMALLER, use_swiglu_ffn=True)),
+    "timm, DINOv3": lambda: timm.create_model(
+        "vit_small_plus_patch16_dinov3", **{**matrix.TINY, "depth": 1, "patch_size": 16}
+    ),
+    "timm, EVA-02": lambda: timm.create_model("eva02_tiny_patch14_224", **{**matrix.TINY, "depth": 1}),
+    "transformers, DINOv3": lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**SMALLER, num_register_tokens=1)),
     "torchvision": lambda: torchvision.models.VisionTransformer(32, 16, 1, 3, 48, 96, num_classes=5),
     "open_clip": lambda: matrix.open_clip_model(quick_gelu=True, layers=1, patch_size=16).visual,
     "torch.nn": lambda: nn.TransformerEncoderLayer(48, 3, 96, 0.0, "gelu", norm_first=True, batch_first=True),

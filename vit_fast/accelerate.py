@@ -85,10 +85,11 @@ def accelerate(model: nn.Module, *, verify: bool = True, example=None) -> Report
     """Run somebody else's Vision Transformer on the fused ops, for inference and training; `restore` undoes it.
 
     Taken are the pre-norm blocks of timm's vision_transformer.py and deit.py, of transformers' ViT, ViT-MAE, DeiT,
-    DINOv2 (with and without registers), CLIP, SigLIP, SigLIP 2 and I-JEPA, of torchvision's vit_*, of open_clip,
-    `nn.TransformerEncoderLayer` with norm_first and batch_first, the original classes of DINO and DINOv2, and Swin's of
-    timm, torchvision and transformers; with them transformers' attention modules and the convolution that cuts the
-    patches.
+    DINOv2 (with and without registers), DINOv3, CLIP, SigLIP, SigLIP 2 and I-JEPA, of torchvision's vit_*, of
+    open_clip, `nn.TransformerEncoderLayer` with norm_first and batch_first, the original classes of DINO and DINOv2,
+    timm's of eva.py (DINOv3, EVA, the Perception Encoder, RoPE-ViT), and Swin's of timm, torchvision and transformers;
+    with them transformers' attention modules, but DINOv3's and Swin's, and the convolution that cuts the patches, but
+    torchvision's Swin's.
 
     A module keeps its own code where something of it is no plain module or parameter (a hook on an inner Linear, a
     LoRA wrapper, a quantised or sharded tensor, a parametrization), and in a call that asks for what no op computes (a

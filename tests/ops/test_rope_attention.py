@@ -119,7 +119,7 @@ def test_turned_by_nothing_it_is_attention(interleaved, backend):
 def turned(qkv, cos, sin, backend, interleaved=False) -> torch.Tensor:
     """Queries and keys as the attention gets them, [B, T, 2, H, d]."""
     if backend == "torch":
-        return torch.stack([module._turn(x, cos, sin, interleaved) for x in qkv.unbind(2)[:2]], 2)
+        return torch.stack([module.turn(x, cos, sin, interleaved) for x in qkv.unbind(2)[:2]], 2)
     return torch.stack(module._operands(qkv, cos, sin, interleaved)[:2], 2)
 
 

@@ -13,12 +13,14 @@ from vit_fast.foreign.block import Fused
 # Where a class is defined, and the file here that has a subclass of the same name.
 HOMES = {
     "open_clip.transformer": "open_clip",
+    "timm.models.eva": "timm_eva",
     "timm.models.swin_transformer": "timm",
     "timm.models.vision_transformer": "timm",
     "torch.nn.modules.conv": "torch_nn",
     "torch.nn.modules.transformer": "torch_nn",
     "torchvision.models.swin_transformer": "torchvision",
     "torchvision.models.vision_transformer": "torchvision",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit": "transformers_dinov3",
     "transformers.models.swin.modeling_swin": "transformers_swin",
 }
 HOMES |= {

@@ -6,7 +6,8 @@ A library's file names the parts and says what else stands in a half. Where some
 a LoRA wrapper, a quantised weight, active dropout) that half runs by the library's own modules, as `vit_fast.layers`
 does it, and one log line says why.
 
-Of a Swin Transformer x is a map [B, Y, X, D], and its attention stays inside the windows of that.
+Of a Swin Transformer x is a map [B, Y, X, D], and its attention stays inside the windows of that. Of DINOv3 and EVA the
+model hands every block the angles by which its queries and keys are turned.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from vit_fast import ops
 from vit_fast.layers import has_its_forward, is_genuine, readable
 from vit_fast.ops.backend import cast, chosen_backend, compute_dtype, say_aside, use_triton
+from vit_fast.ops.rope_attention import turn
 from vit_fast.ops.window_attention import apart, distances, refusal
 
 if TYPE_CHECKING:
@@ -137,6 +139,21 @@ class Windows(NamedTuple):
         return ""
 
 
+class Rope(NamedTuple):
+    """What `ops.rope_attention` takes beside queries, keys and values."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+    def why_aside(self, x: Tensor, tokens: int | None, heads: int, width: int) -> str:
+        """Why the op does not turn the last of x [B, T, D] by these, or ""; so many of them, if it is said."""
+        shape = self.cos.shape
+        fits = len(shape) in (2, 3) and shape == self.sin.shape and shape[-1] == width and shape[:-2] in ((), (heads,))
+        fits = fits and shape[-2] <= x.shape[1] and tokens in (None, shape[-2])
+        return "" if fits else "its positions are of other tokens or heads"
+
+
 class AttentionHalf(NamedTuple):
     """The parts of a block's first half. Of queries, keys and values there is one weight [3·D, D], or three [D, D]."""
 
@@ -151,11 +168,15 @@ class AttentionHalf(NamedTuple):
     k_norm: nn.Module | None = None
     out_norm: nn.Module | None = None
     windows: Windows | None = None  # without norms inside
+    rope: Rope | None = None  # without norms of queries and keys
+
+    def normalises_heads(self) -> bool:
+        """Whether queries or keys are normalised."""
+        return _is_norm(self.q_norm) or _is_norm(self.k_norm)
 
     def normalises(self) -> bool:
         """Whether a norm stands inside the half, which the op of the whole block does not have."""
-        norms = self.q_norm, self.k_norm, self.out_norm
-        return any(norm is not None and type(norm) is not nn.Identity for norm in norms)
+        return self.normalises_heads() or _is_norm(self.out_norm)
 
 
 class MlpHalf(NamedTuple):
@@ -172,11 +193,17 @@ class MlpHalf(NamedTuple):
     inner: nn.Module | None = None
 
     def normalises(self) -> bool:
-        return self.inner is not None and type(self.inner) is not nn.Identity
+        return _is_norm(self.inner)
+
+
+def _is_norm(module: nn.Module | None) -> bool:
+    return module is not None and type(module) is not nn.Identity
 
 
 class FusedBlock(Fused):
     """A pre-norm block. A library's subclass gives `forward` with the library's signature, and the six below."""
+
+    attention_op = "attention"  # which op has the softmax, where not one op has the whole block
 
     def attention_aside(self) -> str:
         """Why the attention half runs by the library's modules, or ""."""
@@ -216,11 +243,12 @@ class FusedBlock(Fused):
     def op(self) -> str:
         """The op of the block, or of the half that is not aside; "" where both are."""
         asides = self.asides()
-        if not any(asides) and _is_whole(self.attention_half(), self.mlp_half()):
+        alike = self.attention_op == FusedBlock.attention_op  # in every call
+        if alike and not any(asides) and _is_whole(self.attention_half(), self.mlp_half()):
             return "block"
         halves = []
         if not asides[0]:
-            halves.append("window_attention" if self.attention_half().windows else "attention")
+            halves.append(self.attention_op)
         if not asides[1]:
             halves.append("swiglu" if self.mlp_half().activation == "swiglu" else "mlp")
         return ", ".join(halves)
@@ -231,14 +259,14 @@ class FusedBlock(Fused):
         for reason in filter(None, asides):
             say_aside(f"a {type(self).__name__}, module by module,", reason)
         if not (attention_reason or mlp_reason):
-            attention, mlp = self.attention_half(), self.mlp_half()
+            attention, mlp = self.half_of(**kwargs), self.mlp_half()
             if _is_whole(attention, mlp) and _joins(attention.weights, x):
                 return _block(x, attention, mlp)
         return self.second(self.first(x, attention_reason, **kwargs), mlp_reason)
 
     def first(self, x: Tensor, aside: str, **kwargs) -> Tensor:
         """The attention half: on the ops, or, where something is against it, by the library's modules."""
-        return x + self.own_attention(x, **kwargs) if aside else _attention(x, self.attention_half())
+        return x + self.own_attention(x, **kwargs) if aside else _attention(x, self.half_of(**kwargs))
 
     def second(self, x: Tensor, aside: str) -> Tensor:
         """The other half, so too."""
@@ -246,13 +274,54 @@ class FusedBlock(Fused):
             return _mlp(x, mlp)
         return x + self.own_mlp(x)
 
+    def half_of(self, **kwargs) -> AttentionHalf:
+        """`attention_half` in a call with these arguments."""
+        return self.attention_half()
+
     def reads(self, x: Tensor, *others) -> Tensor:
         """What both halves read of the arguments of a call."""
         return x
 
 
+class RopeBlock(FusedBlock):
+    """A block whose queries and keys are turned in a call that says by how much."""
+
+    attention_op = "rope_attention"
+    positions: str  # the argument of a call that says it
+
+    def rope_of(self, **kwargs) -> Rope | None:
+        """What the arguments of a call say."""
+        raise NotImplementedError
+
+    def turned(self, x: Tensor) -> int | None:
+        """How many of the tokens must be turned; None: as many as the positions are of."""
+        raise NotImplementedError
+
+    def example(self, x: Tensor) -> dict:
+        """That argument for tokens x, with any angles."""
+        raise NotImplementedError
+
+    def half_of(self, **kwargs) -> AttentionHalf:
+        return self.attention_half()._replace(rope=self.rope_of(**kwargs))
+
+    def asides_of(self, x: Tensor, **kwargs) -> tuple[str, str]:
+        attention, mlp = super().asides_of(x)
+        return attention or self._rope_aside(x, **kwargs), mlp
+
+    def _rope_aside(self, x: Tensor, **kwargs) -> str:
+        """Why queries and keys of this call are turned by the library's code, or ""."""
+        half = self.half_of(**kwargs)
+        if half.rope is None:
+            return ""
+        if half.normalises_heads():
+            return "queries and keys are normalised before they are turned"
+        return half.rope.why_aside(x, self.turned(x), half.heads, half.proj.in_features // half.heads)
+
+
 class WindowedBlock(FusedBlock):
     """A block that reads a map [B, Y, X, D], whose half of the attention has `windows`."""
+
+    attention_op = "window_attention"
 
     def asides(self) -> tuple[str, str]:
         attention, mlp = super().asides()
@@ -276,8 +345,10 @@ class WindowedBlock(FusedBlock):
 
 
 def _is_whole(attention: AttentionHalf, mlp: MlpHalf) -> bool:
-    """Whether both halves make `ops.block`: no norm inside one, no windows, no gate, no head pruned."""
-    if attention.windows is not None or attention.normalises() or mlp.normalises() or mlp.activation == "swiglu":
+    """Whether both halves make `ops.block`: no norm inside one, no windows, no turn, no gate, no head pruned."""
+    if attention.windows is not None or attention.rope is not None or attention.normalises():
+        return False
+    if mlp.normalises() or mlp.activation == "swiglu":
         return False
     width = attention.proj.out_features
     return attention.proj.in_features == width and sum(map(len, attention.weights)) == 3 * width
@@ -343,16 +414,19 @@ def _attention(x: Tensor, half: AttentionHalf) -> Tensor:
         qkv = qkv.unflatten(-1, (3, half.heads, -1))
         if half.windows is not None:
             heads = _in_windows(x, qkv, half.windows)
-        elif half.q_norm is None or half.k_norm is None or type(half.q_norm) is type(half.k_norm) is nn.Identity:
+        elif half.rope is not None:
+            heads = ops.rope_attention(qkv, *half.rope)
+        elif half.q_norm is None or half.k_norm is None or not half.normalises_heads():
             heads = ops.attention_qkv(qkv)
         else:
             q, k, v = qkv.unbind(2)
             heads = ops.attention(half.q_norm(q), half.k_norm(k), v)
     else:
         y = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-        heads = ops.attention(
-            *(F.linear(y, *pair).unflatten(-1, (half.heads, -1)) for pair in zip(half.weights, half.biases))
-        )
+        q, k, v = (F.linear(y, *pair).unflatten(-1, (half.heads, -1)) for pair in zip(half.weights, half.biases))
+        if half.rope is not None:
+            q, k = turn(q, *half.rope), turn(k, *half.rope)
+        heads = ops.attention(q, k, v)
     if half.out_norm is not None:
         heads = half.out_norm(heads)
     drop = _factors(half.path, half.scale, x)

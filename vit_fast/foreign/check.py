@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from vit_fast.foreign import fused_class
-from vit_fast.foreign.block import Fused, FusedBlock, WindowedBlock
+from vit_fast.foreign.block import Fused, FusedBlock, RopeBlock, WindowedBlock
 from vit_fast.verify import errors, in_a_line, limits
 
 IMAGES = 2
@@ -89,7 +89,7 @@ def _random(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator, device="cpu").to(parameter.device, parameter.dtype)
 
 
-def random_input(module: nn.Module) -> tuple[tuple, dict]:
+def random_input(module: nn.Module, fused: type[Fused]) -> tuple[tuple, dict]:
     """What a module may be called with: an image for a convolution, a map for a Swin's block, tokens for the rest."""
     if isinstance(module, nn.Conv2d):
         patches = (2 * side for side in module.kernel_size)
@@ -101,7 +101,11 @@ def random_input(module: nn.Module) -> tuple[tuple, dict]:
     takes = inspect.signature(type(module).forward).parameters
     if "input_dimensions" in takes:
         return (x.flatten(1, 2), sides), {}
-    return (x,), {"attention_mask": None} if "attention_mask" in takes else {}
+    named = {"attention_mask": None} if "attention_mask" in takes else {}
+    if issubclass(fused, RopeBlock):
+        with _as(fused, module) as block:
+            named |= block.example(x)
+    return (x,), named
 
 
 def _sides(module: nn.Module) -> tuple[int, ...]:
@@ -119,18 +123,23 @@ def inputs_of(module: nn.Module, fused: type[Fused], seen: tuple[tuple, dict] | 
     """What to compare a module on: on what it read in a run, and where no run came by it, or what it read is a map that
     its attention stands aside of, on a random input too."""
     if seen is None:
-        return [random_input(module)]
+        return [random_input(module, fused)]
     if not issubclass(fused, WindowedBlock):
         return [seen]
+    with _as(fused, module) as block:
+        whole = block.asides()[0] or not block.map_aside(block.reads(*seen[0]))
+    return [seen] if whole else [seen, random_input(module, fused)]
+
+
+@contextlib.contextmanager
+def _as(fused: type[Fused], module: nn.Module) -> Iterator[Any]:
+    """A block in which a module of the library's class is one of this."""
     kind: Any = type(module)
     module.__class__ = fused
     try:
-        changed: Any = module
-        args, _ = seen
-        whole = changed.asides()[0] or not changed.map_aside(changed.reads(*args))
+        yield module
     finally:
         module.__class__ = kind
-    return [seen] if whole else [seen, random_input(module)]
 
 
 def run(runs: list[Run], modules: dict[str, nn.Module]) -> tuple[dict[str, tuple[tuple, dict]], list]:
@@ -217,8 +226,14 @@ def compare(module: nn.Module, fused: type[Fused], args: tuple, kwargs: dict, tr
             if not isinstance(module, FusedBlock) or not any(asides := module.asides()):
                 raise
             own, new = _halves(*asides)
-            args, kwargs = (module.reads(*args),), {}
-            true = _results(double, own, (module.reads(*as_double),), kwargs, training)
+            args, as_double = (module.reads(*args),), (module.reads(*as_double),)
+            # Of what a call names the ops read the positions alone.
+            positions = "" if asides[0] else getattr(module, "positions", "")
+            kwargs, named_as_double = (
+                {name: value for name, value in named.items() if name == positions}
+                for named in (kwargs, named_as_double)
+            )
+            true = _results(double, own, as_double, named_as_double, training)
         theirs = _results(module, own, args, kwargs, training)
         ours = _results(module, new, args, kwargs, training)
     except Exception as error:  # whatever code of somebody else's raises
@@ -243,7 +258,10 @@ def compare(module: nn.Module, fused: type[Fused], args: tuple, kwargs: dict, tr
 def _halves(attention_aside: str, mlp_aside: str) -> tuple[Callable, Callable]:
     """The half of a block that is not aside, by the library's modules and on the ops."""
     half = FusedBlock.second if attention_aside else FusedBlock.first
-    return (lambda module, x: half(module, x, attention_aside or mlp_aside)), (lambda module, x: half(module, x, ""))
+    own = attention_aside or mlp_aside
+    return (lambda module, x, **named: half(module, x, own, **named)), (
+        lambda module, x, **named: half(module, x, "", **named)
+    )
 
 
 def _in_double(module: nn.Module) -> nn.Module:

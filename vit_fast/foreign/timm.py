@@ -18,8 +18,8 @@ from vit_fast.foreign.block import (
 )
 from vit_fast.layers import DROPOUT, GATE, LINEAR, NORM, activation_of, readable, why_aside
 
-_NORM = (*NORM, *readable(timm.layers.LayerNorm))
-_NORM_OR_NONE = (*_NORM, nn.Identity)
+NORMS = (*NORM, *readable(timm.layers.LayerNorm))
+NORMS_OR_NONE = (*NORMS, nn.Identity)
 _ACTIVATION = {timm.layers.GELU: "gelu", timm.layers.GELUTanh: "gelu_tanh", timm.layers.QuickGELU: "quick_gelu"}
 _ACTIVATIONS = (nn.GELU, *readable(*_ACTIVATION))
 _ATTENTION = readable(timm.layers.Attention)
@@ -29,7 +29,7 @@ _SOFTMAX = readable(nn.Softmax)
 _MLP = readable(timm.layers.Mlp)
 _GATED = readable(timm.layers.GluMlp)
 _SCALE = (nn.Identity, *readable(timm.layers.LayerScale))
-_PATH = (nn.Identity, *readable(timm.layers.DropPath))
+PATHS = (nn.Identity, *readable(timm.layers.DropPath))
 
 
 class Block(FusedBlock, vision_transformer.Block):
@@ -51,16 +51,16 @@ class Block(FusedBlock, vision_transformer.Block):
             if parts.get("gate") is not None:
                 return "attn has a gate"
         return why_aside(("attn", attn, _ATTENTION)) or why_aside(
-            ("norm1", own["norm1"], _NORM),
+            ("norm1", own["norm1"], NORMS),
             ("attn.qkv", parts["qkv"], LINEAR),
-            ("attn.q_norm", parts["q_norm"], _NORM_OR_NONE),
-            ("attn.k_norm", parts["k_norm"], _NORM_OR_NONE),
+            ("attn.q_norm", parts["q_norm"], NORMS_OR_NONE),
+            ("attn.k_norm", parts["k_norm"], NORMS_OR_NONE),
             ("attn.attn_drop", parts["attn_drop"], DROPOUT),
-            ("attn.norm", parts["norm"], _NORM_OR_NONE),
+            ("attn.norm", parts["norm"], NORMS_OR_NONE),
             ("attn.proj", parts["proj"], LINEAR),
             ("attn.proj_drop", parts["proj_drop"], DROPOUT),
             ("ls1", own["ls1"], _SCALE),
-            ("drop_path1", own["drop_path1"], _PATH),
+            ("drop_path1", own["drop_path1"], PATHS),
         )
 
     def attention_half(self) -> AttentionHalf:
@@ -74,11 +74,11 @@ class Block(FusedBlock, vision_transformer.Block):
 
     def mlp_aside(self) -> str:
         own = self._modules
-        return _why_own_mlp(own, ("ls2", own["ls2"], _SCALE), ("drop_path2", own["drop_path2"], _PATH))
+        return why_own_mlp(own, ("ls2", own["ls2"], _SCALE), ("drop_path2", own["drop_path2"], PATHS))
 
     def mlp_half(self) -> MlpHalf:
         own = self._modules
-        return _mlp_half(own, getattr(own["ls2"], "gamma", None))
+        return plain_mlp_half(own, getattr(own["ls2"], "gamma", None))
 
     def own_mlp(self, x: Tensor) -> Tensor:
         return self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -98,24 +98,24 @@ def _attention_half(own: dict[str, nn.Module], **others) -> AttentionHalf:
     )
 
 
-def _why_own_mlp(own: dict[str, nn.Module], *ends: tuple[str, nn.Module, tuple[type, ...]]) -> str:
+def why_own_mlp(own: dict[str, nn.Module], *ends: tuple[str, nn.Module, tuple[type, ...]]) -> str:
     mlp, parts = own["mlp"], own["mlp"]._modules
     gated = type(mlp) in _GATED
     if gated and (mlp.gate_last or type(parts["norm"]) is not nn.Identity):
         return "mlp has its gate behind its value, or a norm"
     return why_aside(("mlp", mlp, (*_MLP, *_GATED))) or why_aside(
-        ("norm2", own["norm2"], _NORM),
+        ("norm2", own["norm2"], NORMS),
         ("mlp.fc1", parts["fc1"], LINEAR),
         ("mlp.act", parts["act"], GATE if gated else _ACTIVATIONS),
         ("mlp.drop1", parts["drop1"], DROPOUT),
-        ("mlp.norm", parts["norm"], _NORM_OR_NONE),
+        ("mlp.norm", parts["norm"], NORMS_OR_NONE),
         ("mlp.fc2", parts["fc2"], LINEAR),
         ("mlp.drop2", parts["drop2"], DROPOUT),
         *ends,
     )
 
 
-def _mlp_half(own: dict[str, nn.Module], scale: Tensor | None) -> MlpHalf:
+def plain_mlp_half(own: dict[str, nn.Module], scale: Tensor | None) -> MlpHalf:
     mlp, parts = own["mlp"], own["mlp"]._modules
     fc1, act = parts["fc1"]._parameters, parts["act"]
     return MlpHalf(
@@ -155,14 +155,14 @@ class SwinTransformerBlock(WindowedBlock, swin_transformer.SwinTransformerBlock)
             or why_aside(("attn", attn, _WINDOWED))
             or why_method(attn, type(attn), "_get_rel_pos_bias", _WRITTEN)
             or why_aside(
-                ("norm1", own["norm1"], _NORM),
+                ("norm1", own["norm1"], NORMS),
                 ("attn.qkv", parts["qkv"], LINEAR),
                 ("attn", attn, _WINDOWED),  # once more, for the dtype of its table
                 ("attn.softmax", parts["softmax"], _SOFTMAX),
                 ("attn.attn_drop", parts["attn_drop"], DROPOUT),
                 ("attn.proj", parts["proj"], LINEAR),
                 ("attn.proj_drop", parts["proj_drop"], DROPOUT),
-                ("drop_path1", own["drop_path1"], _PATH),
+                ("drop_path1", own["drop_path1"], PATHS),
             )
         )
         if reason:
@@ -195,10 +195,10 @@ class SwinTransformerBlock(WindowedBlock, swin_transformer.SwinTransformerBlock)
 
     def mlp_aside(self) -> str:
         own = self._modules
-        return _why_own_mlp(own, ("drop_path2", own["drop_path2"], _PATH))
+        return why_own_mlp(own, ("drop_path2", own["drop_path2"], PATHS))
 
     def mlp_half(self) -> MlpHalf:
-        return _mlp_half(self._modules, None)
+        return plain_mlp_half(self._modules, None)
 
     def own_mlp(self, x: Tensor) -> Tensor:
         tokens = x.flatten(1, 2)  # as the library has it: a hook sees what its modules read

@@ -23,7 +23,7 @@ ACTIVATION = {
     activations.QuickGELUActivation: "quick_gelu",
 }
 ACTIVATIONS = readable(*ACTIVATION)
-_GATE = readable(activations.SiLUActivation, nn.SiLU)
+GATES = readable(activations.SiLUActivation, nn.SiLU)
 # The attention functions that compute what the ops do; somebody may register others, by other names and by these.
 _OWN = {attention_forward, *(one for one in ALL_ATTENTION_FUNCTIONS.values() if package_of(one) == "transformers")}
 
@@ -92,7 +92,7 @@ def __getattr__(name: str) -> type:
     return globals().setdefault(name, made)
 
 
-def _why_called(name: str, attention: nn.Module, kinds: tuple[type, ...]) -> str:
+def why_called(name: str, attention: nn.Module, kinds: tuple[type, ...]) -> str:
     """Why the attention module must be called itself, or ""."""
     attention.forward  # noqa: B018  as in `layers.why_aside`
     kind = attention.original() if isinstance(attention, Fused) else type(attention)
@@ -201,7 +201,7 @@ class _Layer(FusedBlock):
     def attention_aside(self) -> str:
         names = self.names
         attention = self._modules[names.attention]
-        reason = _why_called(names.attention, attention, self.attention_kinds) or why_other(attention)
+        reason = why_called(names.attention, attention, self.attention_kinds) or why_other(attention)
         if reason:
             return reason
         if attention.training and getattr(attention, names.dropout):
@@ -240,7 +240,7 @@ class _Layer(FusedBlock):
         norm = (self.names.norm2, self._modules[self.names.norm2], NORM)
         if type(mlp) in self.gated_kinds:
             linears = ((f"mlp.{name}", mlp._modules[name], LINEAR) for name in ("gate_proj", "up_proj", "down_proj"))
-            gate = ("mlp.act_fn", mlp.act_fn, _GATE)
+            gate = ("mlp.act_fn", mlp.act_fn, GATES)
             return why_aside(("mlp", mlp, self.gated_kinds), norm, *linears, gate, *self._ends(2))
         return why_aside(("mlp", mlp, self.mlp_kinds)) or why_aside(
             norm,

@@ -106,13 +106,11 @@ _rope_attention_train.register_autograd(_autograd, setup_context=_setup_context)
 
 def _in_pytorch(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, scale: float) -> Tensor:
     q, k, v = qkv.unbind(2)
-    # One dtype for both: under autocast the tables are often wider than the product.
-    q, k = (_turn(x, cos, sin, interleaved).to(v.dtype) for x in (q, k))
-    return in_pytorch(q, k, v, scale)
+    return in_pytorch(turn(q, cos, sin, interleaved), turn(k, cos, sin, interleaved), v, scale)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x [B, T, H, d], its last tokens turned."""
+def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x [B, T, H, d], its last tokens turned, in PyTorch and in its dtype, in whichever the tables are."""
     first = x.shape[1] - cos.shape[-2]
     cos, sin = (t.transpose(0, 1) if t.dim() == 3 else t.unsqueeze(1) for t in (cos, sin))  # [N, H or 1, d]
     before, x = x[:, :first], x[:, first:]
@@ -121,8 +119,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     else:
         a, b = x.chunk(2, -1)
         partners = torch.cat((-b, a), -1)
-    turned = x * cos + partners * sin
-    return torch.cat((before.to(turned.dtype), turned), 1) if first else turned
+    turned = (x * cos + partners * sin).to(x.dtype)
+    return torch.cat((before, turned), 1) if first else turned
 
 
 def rope_attention(
