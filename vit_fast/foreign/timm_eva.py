@@ -26,7 +26,8 @@ class EvaBlock(RopeBlock, eva.EvaBlock):
     ) -> Tensor:
         asides = ("a mask is given",) if attn_mask is not None or is_causal else self.asides_of(x, rope=rope)
         if self.is_aside(asides):
-            return super().forward(x, rope, attn_mask, is_causal)
+            causal = {"is_causal": True} if is_causal else {}  # which older versions of timm do not know
+            return super().forward(x, rope, attn_mask, **causal)
         return self.fused(x, asides, rope=rope)
 
     def rope_of(self, rope: Tensor | None = None) -> Rope | None:
@@ -106,7 +107,7 @@ class EvaBlock(RopeBlock, eva.EvaBlock):
         )
 
     def own_attention(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        x = self.attn(self.norm1(x), rope=rope, attn_mask=None, is_causal=False)
+        x = self.attn(self.norm1(x), rope=rope, attn_mask=None)
         return self.drop_path1(x if self.gamma_1 is None else self.gamma_1 * x)
 
     def mlp_aside(self) -> str:

@@ -12,7 +12,8 @@ _ATTENTION = readable(modeling_dinov3_vit.DINOv3ViTAttention)
 _MLP = readable(modeling_dinov3_vit.DINOv3ViTMLP)
 _GATED = readable(modeling_dinov3_vit.DINOv3ViTGatedMLP)
 _SCALE = readable(modeling_dinov3_vit.DINOv3ViTLayerScale)
-_PATH = (nn.Identity, *readable(modeling_dinov3_vit.Dinov3ViTDropPath))
+_PATHS = (getattr(modeling_dinov3_vit, name, None) for name in ("Dinov3ViTDropPath", "DINOv3ViTDropPath"))  # older
+_PATH = (nn.Identity, *readable(*filter(None, _PATHS)))
 _TURNS = modeling_dinov3_vit.apply_rotary_pos_emb
 _TURNS = _TURNS if package_of(_TURNS) == "transformers" else None
 
