@@ -1,5 +1,6 @@
 """An image cut into patches, their projection, the prefix tokens and the positions: tokens written once.
 
+pixel      as it is, or of a byte (byte/255 − mean[c])/std[c] = byte·(1/(255·std[c])) − mean[c]/std[c], in fp32
 forward    token[b, t] = prefix[t] (+ position[t])                                              t < R
            token[b, R + n] = W·patch[b, n] + bias + position[n, or R + n]
 backward   dW = Σ dtoken[b, R + n]·patch[b, n]ᵀ     S[t] = Σ_b dtoken[b, t]
@@ -13,6 +14,7 @@ Where a prefix token's gradient is no number, the weight's is none either, for t
 
 The cut is a pass of its own, as LayerNorm is: pixels gathered on their way into the product reach shared memory two or
 sixteen bytes at a time, each with an address of its own, and the product waited for that (docs/performance.md).
+It reads an image where it lies, and a byte as a byte: no copy of it in another dtype or layout is ever in memory.
 """
 
 import torch
@@ -35,14 +37,27 @@ from .product import (
 )
 
 
+@triton.jit
+def of_channel(FACTORS: tl.constexpr, channel):
+    """The factor of each channel, of so many that stand in the code: nothing is read."""
+    factor = tl.zeros(channel.shape, tl.float32)
+    for c in tl.static_range(len(FACTORS)):
+        factor = tl.where(channel == c, FACTORS[c], factor)
+    return factor
+
+
 @triton.jit(do_not_specialize=["M", "T", "COLUMNS"])
 def _cut_kernel(
     image_ptr, patch_ptr,
     M, K, LINES, T, R, COLUMNS, stride_b, stride_c, stride_h, stride_w,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, PITCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Row b·T + t of [M, K] is patch t − R of image b, in the order of a convolution's weight, LINES of PW pixels, PH a
     channel, then zeros; it is all zeros for a prefix token. A program takes whole lines, PITCH, a power of two, apart.
+
+    The pixels of bytes are byte·SCALE[c] + SHIFT[c], rounded once; of other dtypes, where both are None, they are what
+    is read: 16 bytes at a time where an image's lines lie so, and one pixel at a time where its channels lie together.
     """
     wait_for_launch_before()
     rows, cols = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -54,6 +69,10 @@ def _cut_kernel(
     inside += pixel.to(tl.int64) * stride_w
     wanted = ((rows < M) & (token >= 0))[:, None] & ((line < LINES) & (pixel < PW))[None, :]
     pixels = tl.load(image_ptr + corner[:, None] + inside[None, :], mask=wanted, other=0.0)
+    if SCALE is not None:
+        scale, shift = of_channel(SCALE, line // PH), of_channel(SHIFT, line // PH)
+        pixels = tl.fma(pixels.to(tl.float32), scale[None, :], shift[None, :])
+        pixels = tl.where(wanted, pixels, 0.0)  # and not the shift, where there is no pixel
     col = line * PW + pixel
     place = patch_ptr + rows[:, None].to(tl.int64) * K + col[None, :]
     mask = (rows < M)[:, None] & ((col < K) & (pixel < PW))[None, :]
@@ -107,10 +126,11 @@ def _forward_kernel(
             store_tile(tokens, y, row, col, TOKEN_DTYPE)
 
 
-def cut(images, weight, prefix):
+def cut(images, weight, prefix, mean, std):
     """Patches [B·(R + N), K] in the dtype of the weight, a row of zeros for each of the R prefix tokens.
 
-    K is C·PH·PW, or with columns of zeros the next multiple of 16: what a load of 16 bytes and a descriptor want.
+    K is C·PH·PW, or with columns of zeros the next multiple of 16: what a load of 16 bytes and a descriptor want. Mean
+    and std are constants of the kernel: there are few of them, and no copy of theirs goes to the device in a call.
     """
     B, C, height, width = images.shape
     PH, PW = weight.shape[-2:]
@@ -118,18 +138,22 @@ def cut(images, weight, prefix):
     patches = torch.empty((B * (R + N), K), dtype=weight.dtype, device=images.device)
     pitch = triton.next_power_of_2(PW)
     block = max(256, pitch)
+    scale = shift = None
+    if mean is not None:
+        scale, shift = tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std))
     _cut_kernel[(-(-len(patches) // 16), -(-K // (block // pitch * PW)))](
         image_ptr=images, patch_ptr=patches, M=len(patches), K=K, LINES=C * PH, T=R + N, R=R, COLUMNS=width // PW,
         stride_b=images.stride(0), stride_c=images.stride(1), stride_h=images.stride(2), stride_w=images.stride(3),
-        PH=PH, PW=PW, PITCH=pitch, BLOCK_M=16, BLOCK_N=block, num_warps=4,
+        SCALE=scale, SHIFT=shift, PH=PH, PW=PW, PITCH=pitch, BLOCK_M=16, BLOCK_N=block, num_warps=4,
         **early(images.device, len(patches), len(weight)),
     )  # fmt: skip
     return patches
 
 
-def forward(images, weight, bias, position, prefix, dtype, precision):
-    """Tokens [B, R + N, D] in `dtype`. Images of any strides; weight, position and prefix contiguous."""
-    patches = cut(images, weight, prefix)
+def forward(images, weight, bias, position, prefix, mean, std, dtype, precision):
+    """Tokens [B, R + N, D] in `dtype`. Images of any strides, with mean and std where they are bytes, None elsewhere;
+    weight, position and prefix contiguous."""
+    patches = cut(images, weight, prefix, mean, std)
     (M, K), T, D = patches.shape, len(patches) // len(images), len(weight)
     weight = weight.view(D, -1)
     if K > weight.shape[1]:
@@ -144,7 +168,7 @@ def forward(images, weight, bias, position, prefix, dtype, precision):
     return tokens
 
 
-def backward(dtokens, images, weight, bias, position, prefix, precision):
+def backward(dtokens, images, weight, bias, position, prefix, mean, std, precision):
     """dW, dbias, dposition and dprefix from contiguous dtokens [B, T, D]; None where absent, dW without images."""
     T, D = dtokens.shape[1:]
     R = 0 if prefix is None else prefix.shape[0]
@@ -152,7 +176,8 @@ def backward(dtokens, images, weight, bias, position, prefix, precision):
     if images is not None:
         # What is cast in the product would come from registers, at half its rate.
         operand = dtokens.to(weight.dtype).view(-1, D)
-        partials = weight_grad(operand, cut(images, weight, prefix), weight.view(D, -1), None, None, precision)
+        patches = cut(images, weight, prefix, mean, std)
+        partials = weight_grad(operand, patches, weight.view(D, -1), None, None, precision)
         ((dweight, _, _),) = finish(partials)  # [D, K], K with the columns that the patches have
         dweight = dweight[:, : weight[0].numel()].reshape(weight.shape).contiguous()
     sums = dtokens.sum(0, dtype=torch.float32)  # [T, D]

@@ -14,6 +14,7 @@ noted in build/, and a run that was cut goes on there. `make test` runs some of 
 
 import argparse
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -97,13 +98,12 @@ def _block_case(batch: int, tokens: int, heads: int, head_width: int, hidden: in
 
 
 def _patch_case(
-    batch: int, channels: int, rows: int, columns: int, high: int, wide: int, width: int, full: bool
+    batch: int, channels: int, rows: int, columns: int, high: int, wide: int, width: int, full: bool, of_bytes: bool
 ) -> harness.Case:
-    position = "all" if full else None
-    draw = test_patch_embed.shaped(
-        batch, channels, (rows, columns), (high, wide), width, 2 if full else 0, position, bias=full
-    )
-    return test_patch_embed.case("patches", draw)
+    sizes = batch, channels, (rows, columns), (high, wide), width, 2 if full else 0, "all" if full else None, full
+    if of_bytes:
+        return test_patch_embed.bytes_case("patches", *sizes)
+    return test_patch_embed.case("patches", test_patch_embed.shaped(*sizes))
 
 
 @dataclass(frozen=True)
@@ -136,19 +136,23 @@ def _product_op(name: str, module, last: str) -> Op:
     return Op(getattr(ops, name), getattr(reference, name), case, _PRODUCT, _ANY_PRODUCT)
 
 
-OPS = {
-    "ln_linear": _product_op("ln_linear", test_ln_linear, "features"),
-    "linear_residual": _product_op("linear_residual", test_linear_residual, "features"),
-    "mlp": _product_op("mlp", test_mlp, "hidden"),
-    "swiglu": _product_op("swiglu", test_swiglu, "hidden"),
-    "patch_embed": Op(
-        *(ops.patch_embed, reference.patch_embed, _patch_case),
+def _patch_op(of_bytes: bool) -> Op:
+    return Op(
+        *(ops.patch_embed, reference.patch_embed, functools.partial(_patch_case, of_bytes=of_bytes)),
         [
             *((1, 1, 1, 1, 1, 1, 1), (2, 3, 4, 4, 4, 4, 32), (1, 3, 3, 11, 2, 3, 33), (1, 4, 5, 6, 4, 4, 65)),
             *((3, 2, 1, 7, 7, 3, 31), (2, 1, 8, 4, 1, 16, 16), (1, 3, 2, 2, 14, 14, 24), (1, 1, 9, 15, 1, 1, 8)),
         ],
         ((1, 3), (1, 4), (1, 6), (1, 6), (1, 9), (1, 9), (1, 70)),
-    ),
+    )
+
+
+OPS = {
+    "ln_linear": _product_op("ln_linear", test_ln_linear, "features"),
+    "linear_residual": _product_op("linear_residual", test_linear_residual, "features"),
+    "mlp": _product_op("mlp", test_mlp, "hidden"),
+    "swiglu": _product_op("swiglu", test_swiglu, "hidden"),
+    "patch_embed": _patch_op(of_bytes=False),
     "attention": Op(
         *(ops.attention, reference.attention, _attention_case, _ATTENTION),
         ((1, 2), (1, 120), (1, 120), (1, 2), (0, 9)),
@@ -181,15 +185,21 @@ OPS = {
         ],
         ((1, 3), (1, 40), (1, 2), (0, 3), (1, 70)),
     ),
+    "patch_embed of bytes": _patch_op(of_bytes=True),
 }
 
 
 # ---- where its tensors lie -----------------------------------------------------------------------------------------
 
 
+def _poisoned(t: Tensor) -> Tensor:
+    """Full of NaN, or of the largest byte."""
+    return t.fill_(torch.nan if t.is_floating_point() else 255)
+
+
 def _wider(t: Tensor, at_start: bool) -> tuple[Tensor, Callable]:
     """Columns cut out of rows that have three more, at the end of the memory or at its start; NaN between."""
-    base = torch.full((*t.shape[:-1], t.shape[-1] + 3), torch.nan, dtype=t.dtype)
+    base = _poisoned(t.new_empty(*t.shape[:-1], t.shape[-1] + 3))
     cut = (..., slice(0, -3) if at_start else slice(3, None))
     base[cut] = t
     return base, lambda x: x[cut]
@@ -199,7 +209,7 @@ def _every_other(axis: int) -> Callable:
     def place(t: Tensor, at_start: bool) -> tuple[Tensor, Callable]:
         if t.dim() < -axis:
             return _wider(t, at_start)
-        base = torch.full_like(t.repeat_interleave(2, axis), torch.nan)
+        base = _poisoned(t.repeat_interleave(2, axis))
         cut = (..., slice(0 if at_start else 1, None, 2), *[slice(None)] * (-axis - 1))
         base[cut] = t
         return base, lambda x: x[cut]
@@ -287,11 +297,13 @@ def run(case: Case) -> None:
     op, dtype = OPS[case.op], harness.MODES[case.mode]
     amp = torch.autocast("cpu", torch.bfloat16, enabled=case.mode == "autocast")
     made = op.case(*case.sizes, full=case.full)
-    drawn = {name: None if t is None else t.to(dtype) for name, t in made.draw().items()}
+    drawn = {name: harness.rounded(t, dtype) for name, t in made.draw().items()}
     wanted = [name for name, t in drawn.items() if t is not None and name not in made.constant]
     if case.op == "attention_maps":
         wanted = []
-    exact = {name: None if t is None else t.double().requires_grad_(name in wanted) for name, t in drawn.items()}
+    exact = {name: harness.rounded(t, torch.float64) for name, t in drawn.items()}
+    for name in wanted:
+        exact[name].requires_grad_()
     truth = op.truth(**exact, **made.options)
     upstream = torch.randn(truth.shape, dtype=torch.float64).to(dtype)
     placed = {name: None if t is None else case.place_operand(name, t).detach() for name, t in drawn.items()}
@@ -338,7 +350,7 @@ def systematic() -> list[Case]:
 
 def far_sizes(op: str) -> list[tuple[int, ...]]:
     """Few images, of one token each where an op takes rows: a view of two axes cannot be one of rows."""
-    if op == "patch_embed":
+    if op.startswith("patch_embed"):
         return [(3, 2, 2, 2, 4, 4, 3)]
     if op == "attention_qkv":
         return [(3, 5, 2, 16)]

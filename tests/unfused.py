@@ -11,7 +11,10 @@ ACTIVATIONS = {
 }
 
 
-def patch_embed(images, weight, bias, position, prefix):
+def patch_embed(images, weight, bias, position, prefix, mean=None, std=None):
+    if mean is not None:  # as torchvision's to_dtype and normalize: in fp32, whatever the model's dtype
+        shift, scale = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
+        images = ((images.float() / 255 - shift) / scale).to(weight.dtype)
     tokens = F.conv2d(images, weight, bias, stride=weight.shape[-2:]).flatten(2).transpose(1, 2)
     count = 0 if prefix is None else len(prefix)
     if position is not None and len(position) == tokens.shape[1]:

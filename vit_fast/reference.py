@@ -15,19 +15,30 @@ width, F hidden width, L layers.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 def patch_embed(
-    images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, prefix: Tensor | None
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    prefix: Tensor | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Tensor:
     """Equation 1 of [1]: z₀ = [x_class; x₁E; …; x_N E] + E_pos.
 
     images [B, C, rows, columns], weight [D, C, P, P], bias [D], prefix [R, D] → tokens [B, R + N, D]. The position
-    table has R + N rows, or N, and then the prefix tokens have no position of their own.
+    table has R + N rows, or N, and then the prefix tokens have no position of their own. With a mean and a std for each
+    channel the images are bytes, and normalised first.
     """
+    if mean is not None and std is not None:
+        shift, scale = (weight.new_tensor(values).reshape(-1, 1, 1) for values in (mean, std))
+        images = (images.to(weight.dtype) / 255 - shift) / scale
     batch, channels, rows, columns = images.shape
     width, _, high, wide = weight.shape
     patches = images.reshape(batch, channels, rows // high, high, columns // wide, wide)

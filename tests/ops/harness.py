@@ -35,6 +35,11 @@ def named(cases: list[Case]) -> list:
     return [pytest.param(case, id=str(case)) for case in cases]
 
 
+def rounded(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A drawn tensor in a dtype; bytes stay bytes."""
+    return t if t is None or not t.is_floating_point() else t.to(dtype)
+
+
 def run(op: Callable, tensors: dict[str, Tensor | None], case: Case, upstream: Tensor) -> dict[str, Tensor]:
     """The output, and the gradient of every tensor that has one, for an upstream gradient."""
     wanted = [name for name, t in tensors.items() if t is not None and name not in case.constant]
@@ -53,14 +58,14 @@ def three_ways(
     """Ours, the unfused and the true results of a case with a random upstream gradient: what `run` returns of each."""
     dtype = MODES[mode]
     drawn = case.draw()
-    rounded = {name: None if t is None else t.to(dtype) for name, t in drawn.items()}  # what each of the three gets
-    exact = {name: None if t is None else t.double().clone() for name, t in rounded.items()}
+    given = {name: rounded(t, dtype) for name, t in drawn.items()}  # what each of the three gets
+    exact = {name: None if t is None else rounded(t, torch.float64).clone() for name, t in given.items()}
     shape = reference(**exact, **case.options).shape
     upstream = torch.randn(shape, dtype=torch.float64).to(dtype)
     truth = run(reference, exact, case, upstream)
 
     def copies(place: Callable[[Tensor], Tensor]) -> dict[str, Tensor | None]:
-        return {name: None if t is None else place(t) for name, t in rounded.items()}
+        return {name: None if t is None else place(t) for name, t in given.items()}
 
     amp = torch.autocast(device, torch.bfloat16) if mode == "autocast" else contextlib.nullcontext()
     with amp:
@@ -95,7 +100,7 @@ def assert_views_are_read(op: Callable, case: Case, backend: str, device: str = 
     Vectors are every other element, activations are cut out of wider ones; matrices too, or they are transposed in
     memory.
     """
-    args = {name: None if t is None else t.float().to(device) for name, t in case.draw().items()}
+    args = {name: None if t is None else rounded(t, torch.float32).to(device) for name, t in case.draw().items()}
 
     def cut(t: Tensor) -> Tensor:
         if t.dim() == 1:

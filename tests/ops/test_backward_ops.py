@@ -5,7 +5,7 @@ import torch
 
 from tests import mend_interpreter, unfused
 from tests.ops import test_block, test_linear_residual, test_ln_linear, test_mlp, test_patch_embed
-from tests.ops.harness import MODES, hold_to_the_rule
+from tests.ops.harness import MODES, hold_to_the_rule, rounded
 from vit_fast import ops, reference
 
 pytestmark = pytest.mark.interpret
@@ -58,6 +58,13 @@ def test_patch_embed_backward(prefix, strided):
     operands = _floats(test_patch_embed.shaped(2, 3, (2, 2), 4, 16, prefix=prefix, bias=bool(prefix))())
     images, *others = operands
     args = _dy(2, prefix + 4, 16, strided=strided), images if prefix or strided else None, *others
+    torch.library.opcheck(torch.ops.vit_fast.patch_embed_backward.default, args)
+
+
+def test_patch_embed_backward_of_bytes():
+    case = test_patch_embed.bytes_case("small", 2, 3, (2, 2), 4, 16)
+    operands = [rounded(t, torch.float32) for t in case.draw().values()]
+    args = _dy(2, 5, 16, strided=False), *operands, *case.options.values()
     torch.library.opcheck(torch.ops.vit_fast.patch_embed_backward.default, args)
 
 
