@@ -27,6 +27,16 @@ def pair(name: str, value) -> tuple[int, int]:
         raise ValueError(f"{name}: got {value!r}, takes a positive number or two") from error
 
 
+def per_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A mean or a std, one number a channel: one value serves every channel, several on a single one are averaged."""
+    numbers = tuple(map(float, values))
+    if channels == 1 and numbers:
+        numbers = (sum(numbers) / len(numbers),)
+    if len(numbers) not in (1, channels):
+        raise ValueError(f"{name}: got {len(numbers)} values, takes 1 or {channels}, one a channel")
+    return numbers if len(numbers) == channels else numbers * channels
+
+
 def _from(package: str, layer, *names: str) -> bool:
     """Whether `layer` is a class of this package with one of these names; the package itself need not be installed."""
     return isinstance(layer, type) and layer.__name__ in names and layer.__module__.split(".")[0] == package

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vit_fast.arguments import per_channel
+from vit_fast.ops.patch_embed import normalise as normalise_by
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tif", ".tiff")
 MAX_PIXELS = 89_478_485  # Pillow's own threshold: a quarter of a GiB in RGB
@@ -198,19 +201,8 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     One value of `mean` and `std` serves every channel; three on a single channel are averaged.
     """
     channels = pixels.shape[1]
-    if pixels.dtype == torch.uint8:
-        pixels = pixels.float() / 255
-    shift, scale = (_per_channel(name, values, channels) for name, values in (("mean", mean), ("std", std)))
-    return (pixels - shift.to(pixels.device)) / scale.to(pixels.device)
-
-
-def _per_channel(name: str, values: Sequence[float], channels: int) -> Tensor:
-    each = torch.tensor(values, dtype=torch.float32).flatten()
-    if channels == 1:
-        each = each.mean().view(1)
-    if len(each) not in (1, channels):
-        raise ValueError(f"{name}: got {len(each)} values, takes 1 or {channels}, one a channel")
-    return each.view(-1, 1, 1)
+    mean, std = per_channel("mean", mean, channels), per_channel("std", std, channels)
+    return normalise_by(pixels, mean, std, torch.float32)
 
 
 def preprocess(

@@ -27,6 +27,7 @@ from vit_fast import ops
 from vit_fast.arguments import pair
 from vit_fast.initialise import trunc_normal_tf_
 from vit_fast.ops.backend import autocasting, compute_dtype, say_aside, traced_to_onnx
+from vit_fast.ops.patch_embed import wrong_channels
 from vit_fast.positions import resample_patch_weight
 
 LAYER_NORM = functools.partial(nn.LayerNorm, eps=1e-6)
@@ -206,7 +207,7 @@ class PatchEmbed(nn.Module):
         if images.dim() != 4:
             raise ValueError(f"images: got shape {list(images.shape)}, takes [B, {channels or 'C'}, rows, columns]")
         if channels is not None and images.shape[1] != channels:
-            raise ValueError(f"images: got {images.shape[1]} channels, takes {channels}")
+            raise wrong_channels(images, channels)
         rows, columns = images.shape[2:]
         high, wide = self.patch_size
         if self.strict_img_size:

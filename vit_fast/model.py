@@ -24,6 +24,7 @@ from vit_fast.arguments import (
     is_swiglu,
     known_layer,
     norm_factory,
+    per_channel,
     take_indices,
     whole_number,
 )
@@ -43,7 +44,8 @@ from vit_fast.layers import (
     evaluating,
     why_aside,
 )
-from vit_fast.ops.backend import chosen_backend, one_of, say_aside, use_backend
+from vit_fast.ops.backend import check_rank, chosen_backend, one_of, say_aside, use_backend
+from vit_fast.ops.patch_embed import normalise, wrong_channels
 from vit_fast.positions import resample_positions, sincos_position
 
 POOLS = ("", "token", "avg", "avgmax", "max", "map", "token_avg")
@@ -52,6 +54,10 @@ NORM_AFTER = ("avg", "avgmax", "max")  # pools behind which the final norm stand
 # block as one op, nine its class token alone.
 FEW_TOKENS = 512
 WEIGHT_INITS = ("", "skip", "reset", "jax", "jax_nlhb", "moco")
+
+
+def _are_bytes(images) -> bool:
+    return isinstance(images, Tensor) and images.dtype == torch.uint8
 
 
 class VisionTransformer(nn.Module):
@@ -91,8 +97,9 @@ class VisionTransformer(nn.Module):
         embed_layer, block_fn, attn_layer: only PatchEmbed, Block and Attention are taken.
         device, dtype: of the parameters.
 
-    Input: images [B, C, rows, columns] in the dtype of the parameters, or any floating dtype under autocast. Output:
-    logits [B, classes] in the dtype of the products.
+    Input: images [B, C, rows, columns] in the dtype of the parameters, or any floating dtype under autocast; or bytes,
+    uint8 of any strides, which the first kernel reads as they are and normalises by the mean and std of
+    `pretrained_cfg`. Output: logits [B, classes] in the dtype of the products.
 
     Raises:
         ValueError, TypeError: for an argument or images that the model does not take, naming what it got and takes.
@@ -464,8 +471,25 @@ class VisionTransformer(nn.Module):
         reason = self.embed_aside()
         if reason:
             say_aside("patch_embed, module by module,", reason)
-            return self._pos_embed(self.patch_embed(images))
+            return self._pos_embed(self.patch_embed(self._normalised(images) if _are_bytes(images) else images))
         return self._fused_embed(images)
+
+    def _statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The mean and the std by which `predict` normalises pixels from 0 to 1, of each channel."""
+
+        def of(name: str) -> tuple[float, ...]:
+            if self.pretrained_cfg.get(name) is None:
+                raise ValueError(f"images: got bytes, and pretrained_cfg has no {name!r} to normalise them by")
+            return per_channel(f"pretrained_cfg[{name!r}]", self.pretrained_cfg[name], channels)
+
+        return of("mean"), of("std")
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """Bytes as the numbers that the modules read."""
+        check_rank("images", images, "B C rows columns")
+        if images.shape[1] != self.in_chans:
+            raise wrong_channels(images, self.in_chans)
+        return normalise(images, *self._statistics(self.in_chans), self._dd()["dtype"])
 
     def _embed(self, images: Tensor) -> Tensor:
         """Images → tokens [B, T, D] that the first block reads."""
@@ -473,7 +497,14 @@ class VisionTransformer(nn.Module):
 
     def _fused_embed(self, images: Tensor) -> Tensor:
         embed = self.patch_embed
-        images = embed.prepare(images)
+        whole = embed.prepare(images)
+        mean = std = None
+        if not _are_bytes(images):
+            images = whole
+        elif whole.shape == images.shape:
+            mean, std = self._statistics(embed.proj.in_channels)
+        else:
+            images = embed.prepare(self._normalised(images))  # what pads is no black pixel, but the mean
         high, wide = embed.patch_size
         rows, columns = images.shape[2] // high, images.shape[3] // wide
         if not self.dynamic_img_size and (images.shape[2] % high or images.shape[3] % wide):
@@ -490,7 +521,7 @@ class VisionTransformer(nn.Module):
             if prefix is not None and not self.no_embed_class:
                 prefix, table = prefix + table[: len(prefix)], table[len(prefix) :]
             position = table
-        return ops.patch_embed(images, embed.proj.weight, embed.proj.bias, position, prefix)
+        return ops.patch_embed(images, embed.proj.weight, embed.proj.bias, position, prefix, mean, std)
 
     def _run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         if attn_mask is not None or is_causal:
