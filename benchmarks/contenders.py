@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import timing
-from benchmarks.launches import DTYPES
+from benchmarks.launches import DTYPES, STATISTICS
 from benchmarks.timing import DEVICE
 from vit_fast import ops, reference
 from vit_fast.ops.window_attention import apart, distances
@@ -97,6 +97,17 @@ def sdpa(qkv: Tensor, backend: SDPBackend | None = None) -> Tensor:
 def _conv2d(images, weight, bias, position, prefix):
     patches = F.conv2d(images, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
     return torch.cat([prefix.expand(len(images), -1, -1), patches], 1) + position
+
+
+@functools.cache
+def _statistics(device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(numbers, device=device).view(-1, 1, 1) for numbers in STATISTICS)
+
+
+def _conv2d_of_bytes(images, *others):
+    """As torchvision's transforms write it: to floats from 0 to 1, normalised, in the model's dtype."""
+    shift, scale = _statistics(images.device)
+    return _conv2d(((images.float() / 255 - shift) / scale).to(others[0].dtype), *others)
 
 
 def _mlp(x, norm_weight, norm_bias, w1, b1, w2, b2):
@@ -247,6 +258,14 @@ def _draw_patch_embed(case, normal):
     B, T, D, _, _ = _sizes(case)
     side, patch = IMAGES[T]
     return normal(B, 3, side, side), normal(D, 3, patch, patch), normal(D), normal(T, D), normal(1, D)
+
+
+def _draw_patch_embed_bytes(case, normal):
+    """Images as a decoder gives them, whose channels come last."""
+    images, *others = _draw_patch_embed(case, normal)
+    shape = len(images), *images.shape[2:], images.shape[1]
+    decoded = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
+    return decoded.permute(0, 3, 1, 2), *others
 
 
 def _draw_block(case, normal):
@@ -445,6 +464,14 @@ OPS = {
         limit=lambda images, weight, *_: F.linear(images.reshape(-1, weight[0].numel()), weight.flatten(1)),
         peers={"channels last": lambda case: _ChannelsLast()},
     ),
+    "patch_embed_bytes": Op(
+        _draw_patch_embed_bytes,
+        lambda *tensors: ops.patch_embed(*tensors, *STATISTICS),
+        lambda *tensors: reference.patch_embed(*tensors, *STATISTICS),
+        _conv2d_of_bytes,
+        images=1,
+        constant=1,
+    ),
     "block": Op(_draw_block, _our_block, _true_block, _block, images=1),
 }
 
@@ -525,7 +552,7 @@ def errors_of(case: Case, call: Callable, tensors: tuple[Tensor, ...]) -> dict[s
     ends = [t.detach()[images] if at < op.images else t.detach() for at, t in enumerate(tensors)]
     ends = [t.double().requires_grad_(at >= op.constant) for at, t in enumerate(ends)]
     truth = op.truth(*ends, **_settings(case))
-    upstream = torch.randn_like(truth).to(tensors[0].dtype)
+    upstream = torch.randn_like(truth).to(DTYPES[case.dtype])
     wanted = torch.autograd.grad(truth, ends[op.constant :], upstream.double())
     output = _forward(call, op.constant, upstream, *tensors)
     everywhere = torch.zeros_like(output)

@@ -33,6 +33,7 @@ OPS = (
     *("linear_residual", "mlp", "swiglu", "block"),
 )
 ALLOCATIONS = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
+STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of bytes: ImageNet's
 ODD = "width 37, "  # begins the variants whose rows no vector load fits
 SMALL = "small "  # windows, whose tiles no wgmma fits
 
@@ -245,6 +246,8 @@ def op_calls(dtype: torch.dtype, B: int, T: int, D: int, F: int, every: bool) ->
         return parameter(*shape, dtype=dtype)
 
     x, norm, drop, images = empty(B, T, D), (empty(D), empty(D)), empty(B).detach(), empty(B, 3, 224, 224).detach()
+    planar = torch.empty(B, 3, 224, 224, dtype=torch.uint8, device="meta")
+    decoded = {"planar": planar, "channels last": planar.contiguous(memory_format=torch.channels_last)}
     for there in (True, False) if every else (True,):
         variant = "all operands" if there else "no optional operand"
 
@@ -257,6 +260,9 @@ def op_calls(dtype: torch.dtype, B: int, T: int, D: int, F: int, every: bool) ->
         for P in (16, 14) if every else (16,) if D % 16 == 0 else (7,):
             tables = optional(D), optional((224 // P) ** 2 + 1, D), optional(1, D)
             yield "patch_embed", f"patch {P}, {variant}", ops.patch_embed, images, empty(D, 3, P, P), *tables
+            for layout, pixels in decoded.items() if there and every else ():
+                operands = pixels, empty(D, 3, P, P), *tables, *STATISTICS
+                yield "patch_embed", f"patch {P} of bytes, {layout}", ops.patch_embed, *operands
         parameters = *norm, empty(F, D), optional(F), empty(D, F), *end
         for activation in ("gelu", "gelu_tanh", "quick_gelu") if every else ("gelu",):
             yield "mlp", f"{activation}, {variant}", ops.mlp, x, *parameters, activation

@@ -112,7 +112,7 @@ def test_ours_and_eager_agree_with_fp64(op, batch):
     for name in ("vit_fast", "eager"):
         errors = contenders.errors_of(case, contenders.call_of(case, name), _with_gradients(op, tensors))
         assert max(errors.values()) < 1e-5
-        constant = contenders.OPS[op].constant  # the images of patch_embed
+        constant = contenders.OPS[op].constant  # the images of patch_embed, bytes or not
         assert list(errors) == ["output", *(f"gradient {at}" for at in range(constant, len(tensors)))]
         assert errors["output"] > 0
 

@@ -51,6 +51,16 @@ def runs_kernels(op, arguments) -> bool:
     return "vit_fast" in seen.names
 
 
+def test_of_bytes_nothing_was_measured(monkeypatch):
+    with FakeTensorMode():
+        call, arguments = operands()["patch_embed"]
+        op, shape, rows = SMALL["patch_embed"]
+        says(monkeypatch, FOUND._replace(op=op, shape=shape, rows=rows))
+        assert not runs_kernels(call, arguments)
+        images, *others = arguments
+        assert runs_kernels(call, (images.byte(), *others, (0.5,) * 3, (0.5,) * 3))
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", SMALL)
 def test_pytorch_runs_where_it_was_measured_faster(name, training, monkeypatch):

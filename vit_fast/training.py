@@ -255,7 +255,7 @@ def parameter_groups(model: VisionTransformer, weight_decay: float) -> list[dict
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches, device: torch.device, amp: bool = False) -> tuple[float, float]:
-    """(mean cross entropy, share named rightly) over batches of (normalised images, classes)."""
+    """(mean cross entropy, share named rightly) over batches of (images, classes)."""
     training = model.training
     model.eval()
     loss, right, count = 0.0, 0, 0
@@ -433,13 +433,13 @@ class _Run:
         return self._loader(self.data.train, list(self.sampler.epoch(self.epoch, self.batch)))
 
     def held_out(self, interrupt: _Interrupt):
-        """The held-out pictures, as `predict` prepares them, until Ctrl-C."""
+        """The held-out pictures, bytes that the model normalises as `predict` does, until Ctrl-C."""
         count, size = len(self.data.held_out), self.config.batch_size
         order = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
         for images, labels in self._loader(self.data.held_out, order):
             if interrupt.wanted:
                 return
-            yield self._normalise(images), labels
+            yield images, labels
 
     def _normalise(self, images: Tensor) -> Tensor:
         preprocessing = self.model_config.preprocessing

@@ -13,8 +13,9 @@ from vit_fast.model import VisionTransformer
 def warm(model: VisionTransformer, sizes: Iterable[int | tuple[int, ...]]) -> list[str]:
     """Compile every kernel that `model` will need for batches of these sizes, so that no later call waits for it.
 
-    A pass over black images does it: forward of a model in evaluation mode, as under torch.no_grad(); forward and
-    backward of one in training. What counts is the state of the call: device and dtype of the parameters, autocast,
+    A pass over images of zeros in the dtype of the parameters does it: forward of a model in evaluation mode, as under
+    torch.no_grad(); forward and backward of one in training. The first batch of bytes compiles one kernel more, that
+    which cuts them. What counts is the state of the call: device and dtype of the parameters, autocast,
     `use_backend`. Nothing stays but the compiled kernels: gradients, buffers, training mode and the random state of CPU
     and device are as before.
 

@@ -33,6 +33,8 @@ SIZED = {
     "patch_embed": [
         test_patch_embed.case("ViT-S at two images", test_patch_embed.shaped(2, 3, (14, 14), 16, 384)),
         test_patch_embed.case("patch 14 at 224", test_patch_embed.shaped(2, 3, (16, 16), 14, 129, prefix=5)),
+        test_patch_embed.bytes_case("bytes of ViT-S at two images", 2, 3, (14, 14), 16, 384),
+        test_patch_embed.bytes_case("bytes in patches of 14 at 224", 2, 3, (16, 16), 14, 129, prefix=5),
     ],
 }
 SMALL = {
@@ -93,6 +95,21 @@ def test_tf32_where_the_user_says_so(op):
 def test_views(op):
     case = SMALL[op][5 if op == "patch_embed" else 1]
     assert_views_are_read(getattr(vit_fast.ops, op), case, "triton", "cuda")
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+def test_bytes_of_any_strides(patch):
+    """Loads of sixteen bytes, of two and of one: to the bit those of a copy, every byte among them."""
+    case = test_patch_embed.bytes_case("bytes", 4, 3, (3, 3), patch, 64)
+    given = {name: t.to("cuda", torch.bfloat16) for name, t in case.draw().items()}
+    decoded = torch.arange(4 * 56 * 56 * 3, device="cuda").to(torch.uint8).view(4, 56, 56, 3).permute(0, 3, 1, 2)
+    side, expected = 3 * patch, []
+    for images in (decoded[:, :, :side, :side], decoded[:, :, 3 : 3 + side, 5 : 5 + side], decoded[:1, :1]):
+        images = images[..., :side, :side].expand(4, 3, side, side)
+        for view in (images, images.contiguous()):
+            given["images"] = view
+            expected.append(vit_fast.ops.patch_embed(**given, **case.options))
+    assert all(torch.equal(one, other) for one, other in zip(expected[::2], expected[1::2]))
 
 
 @pytest.mark.parametrize("op", SMALL)
