@@ -9,7 +9,7 @@ from PIL import Image
 
 import vit_fast
 from tests.small_runs import bomb, picture
-from vit_fast.inference import find_images, open_image, preprocess
+from vit_fast.inference import find_images, normalise, open_image, preprocess
 
 SETTINGS = {"img_size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 
@@ -169,6 +169,18 @@ def test_the_limit_of_pixels_is_a_limit(tmp_path):
 def test_bad_arguments(images, change, error, says):
     with pytest.raises(error, match=says):
         preprocess(images, **SETTINGS | change)
+
+
+def test_bytes_and_their_shares_of_white_are_normalised_alike():
+    """As the formula has them, in fp32."""
+    pixels = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    shift, scale = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
+    found = normalise(pixels, mean, std)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), (pixels / 255.0 - shift) / scale, rtol=0, atol=1e-6)
+    assert torch.equal(normalise(pixels.float() / 255, mean, std), found)
+    assert torch.equal(normalise(pixels[:, :1], mean, std), normalise(pixels[:, :1], (sum(mean) / 3,), (sum(std) / 3,)))
 
 
 def test_predict_takes_every_kind_of_picture(tmp_path):

@@ -1096,7 +1096,7 @@ def test_predict_gives_probabilities(tmp_path):
         (torch.zeros(3, 8, 12), ValueError, r"got shape \[3, 8, 12\], takes \[B, 3, rows, columns\]"),
         (torch.zeros(1, 1, 8, 12), ValueError, "got 1 channels, takes 3"),
         (torch.zeros(1, 3, 12, 8), ValueError, "got 12 x 8, takes 8 x 12"),
-        (torch.zeros(1, 3, 8, 12, dtype=torch.uint8), TypeError, "uint8"),
+        (torch.zeros(1, 3, 8, 12, dtype=torch.int64), TypeError, "int64"),
         (torch.zeros(1, 3, 8, 12, dtype=torch.float64), TypeError, "float64"),
         (torch.zeros(1, 3, 8, 12, device="meta"), ValueError, "meta"),
         ([[1.0]], TypeError, "got list, takes a tensor"),
