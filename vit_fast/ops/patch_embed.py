@@ -87,8 +87,8 @@ def _patch_embed(
     bias: Tensor | None,
     position: Tensor | None,
     prefix: Tensor | None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
 ) -> Tensor:
     from vit_fast.kernels import patch_embed as kernel
 
@@ -122,8 +122,8 @@ def _backward(
     bias: Tensor | None,
     position: Tensor | None,
     prefix: Tensor | None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from vit_fast.kernels import patch_embed as kernel
 
