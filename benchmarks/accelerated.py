@@ -2,10 +2,10 @@
 
 python -m benchmarks.accelerated OUT.json [--batch-size 64] [--model NAME …] [--no-compile]
 
-timm's ViT-B and L and Swin-T, transformers' DINOv2-L and CLIP-L, torchvision's vit_b_16, in bf16: inference eager, in a
-CUDA graph and compiled; training steps with fused AdamW eager and compiled. Every parameter is drawn anew, and what a
-form returns is held to fp64 before it is timed, all forms of a model in turn. Without a GPU two tiny models run, as a
-rehearsal: no figure of that counts.
+timm's ViT-B and L and Swin-T, transformers' DINOv2-L, DINOv3-L and CLIP-L, torchvision's vit_b_16, in bf16: inference
+eager, in a CUDA graph and compiled; training steps with fused AdamW eager and compiled. Every parameter is drawn anew,
+and what a form returns is held to fp64 before it is timed, all forms of a model in turn. Without a GPU three tiny models
+run, as a rehearsal: no figure of that counts.
 """
 
 import argparse
@@ -46,18 +46,27 @@ def _timm(name: str, **options) -> nn.Module:
     return timm.create_model(name, **options)
 
 
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+
+
 def _dinov2() -> nn.Module:
     from transformers import Dinov2Config, Dinov2Model
 
-    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
-    return _Field(Dinov2Model(Dinov2Config(**sizes, image_size=224)), "pooler_output")
+    return _Field(Dinov2Model(Dinov2Config(**LARGE, image_size=224)), "pooler_output")
+
+
+def _dinov3(**sizes) -> nn.Module:
+    """Without the scale that training draws for its positions: what a step returns is held to fp64."""
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    config = DINOv3ViTConfig(**sizes, num_register_tokens=4, pos_embed_rescale=None)
+    return _Field(DINOv3ViTModel(config), "pooler_output")
 
 
 def _clip() -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    return _Field(CLIPVisionModel(CLIPVisionConfig(**sizes, patch_size=14)), "pooler_output")
+    return _Field(CLIPVisionModel(CLIPVisionConfig(**LARGE, intermediate_size=4096, patch_size=14)), "pooler_output")
 
 
 def _torchvision() -> nn.Module:
@@ -76,6 +85,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm ViT-L/16": lambda: _timm("vit_large_patch16_224"),
     "timm Swin-T": _swin,
     "transformers DINOv2-L/14": _dinov2,
+    "transformers DINOv3-L/16": lambda: _dinov3(**LARGE, intermediate_size=4096),
     "transformers CLIP-L/14": _clip,
     "torchvision vit_b_16": _torchvision,
 }
@@ -83,6 +93,7 @@ if DEVICE == "cpu":
     MODELS = {
         "timm ViT-Ti/16, one block": lambda: _timm("vit_tiny_patch16_224", depth=1),
         "timm Swin, one stage": lambda: _swin(embed_dim=32, depths=(2,), num_heads=(1,)),
+        "transformers DINOv3, one block": lambda: _dinov3(num_hidden_layers=1),
     }
 
 
