@@ -47,10 +47,6 @@ def with_a_stem(model) -> None:
     model.patch_embed.proj = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, 32, 2, 2)).double()
 
 
-def with_an_embedding_of_ones_own(model) -> None:
-    model.patch_embed = nn.Sequential(model.patch_embed, nn.Dropout(0.0))
-
-
 # Options of the model, the size of its pictures, and what is done to it.
 MODELS = {
     "plain": ({}, (8, 12), None),
@@ -65,9 +61,44 @@ MODELS = {
     "hooked": ({}, (8, 12), hooked),
     "hooked and padded": ({"dynamic_img_size": True, "dynamic_img_pad": True}, (7, 10), hooked),
     "a stem": ({}, (8, 12), with_a_stem),
-    "an embedding of one's own": ({}, (8, 12), with_an_embedding_of_ones_own),
     "positions of one's own": ({"cls": Mine}, (8, 12), None),
 }
+
+
+class Reads(nn.Module):
+    """Somebody's own patch embedding, which normalises for itself."""
+
+    def __init__(self, embed: nn.Module):
+        super().__init__()
+        self.embed = embed
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.embed(images.double() / 255)
+
+
+def with_an_embedding_of_ones_own(model) -> None:
+    model.patch_embed = Reads(model.patch_embed)
+
+
+def with_a_hook_before(model) -> None:
+    model.patch_embed.register_forward_pre_hook(lambda module, inputs: (inputs[0].double() / 255,))
+
+
+def with_another_forward(model) -> None:
+    embed = model.patch_embed
+    own = embed.forward
+    embed.forward = lambda images: own(images.double() / 255)
+
+
+@pytest.mark.parametrize("change", [with_an_embedding_of_ones_own, with_a_hook_before, with_another_forward])
+def test_what_may_read_bytes_itself_gets_them(change):
+    """As it did before the model knew what to do with them: nothing is normalised twice."""
+    model = small(dtype=torch.float64)
+    images = pictures()
+    with torch.no_grad():
+        expected = model(images.double() / 255)
+        change(model)
+        torch.testing.assert_close(model(images), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -192,8 +223,21 @@ def test_one_value_serves_every_channel():
     model, images = small(dtype=torch.float64), pictures()
     model.pretrained_cfg |= {"mean": (0.5,) * 3, "std": (0.25,) * 3}
     expected = model(images)
-    model.pretrained_cfg |= {"mean": (0.5,), "std": [0.25]}
-    assert torch.equal(model(images), expected)
+    for one in ({"mean": (0.5,), "std": [0.25]}, {"mean": 0.5, "std": 0.25}):
+        model.pretrained_cfg |= one
+        assert torch.equal(model(images), expected)
+
+
+@pytest.mark.parametrize("change", [None, hooked])
+def test_a_std_of_zero_is_refused(change):
+    model = small()
+    if change is not None:
+        change(model)
+    model.pretrained_cfg["std"] = (0.2, 0.0, 0.2)
+    with pytest.raises(
+        ValueError, match=r"pretrained_cfg\['std'\]: got \(0.2, 0.0, 0.2\), takes 3 finite numbers above 0"
+    ):
+        model(pictures())
 
 
 def test_settings_that_are_changed_count_for_a_compiled_model():
@@ -227,7 +271,7 @@ def test_a_model_that_does_not_say_how(wrong, change):
         model(images)
 
 
-@pytest.mark.parametrize("change", [None, hooked, with_an_embedding_of_ones_own])
+@pytest.mark.parametrize("change", [None, hooked])
 def test_images_of_another_shape_are_named(change):
     model, images = small(dtype=torch.float64), pictures()
     if change is not None:

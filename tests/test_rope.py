@@ -155,7 +155,48 @@ def test_report(library, training):
         assert 0 < line.error < 1e-5
     cpu = "a tensor on cpu: the kernels run on CUDA and ROCm"
     told = [tuple(line)[1:] for line in vit_fast.explain(model) if line.op != "patch_embed"]
-    assert told == [("rope_attention, mlp", "torch", cpu)] * 2
+    may = "block, or " if library == "timm" else ""  # which a call without positions runs
+    assert told == [(f"{may}rope_attention, mlp", "torch", cpu)] * 2
+
+
+def test_the_report_tells_what_a_call_runs():
+    """Where one is seen: EVA's giant has no positions."""
+    for name, op in (("eva_giant_patch14_224", "block"), ("vit_small_patch16_dinov3", "rope_attention, mlp")):
+        model = _timm(name)
+        for verify, expected in ((False, "block, or rope_attention, mlp"), (True, op)):
+            report = vit_fast.accelerate(copy.deepcopy(model), verify=verify)
+            assert {line.op for line in report} == {"patch_embed", expected}
+
+
+EXAMPLES = {
+    "a causal call": lambda model, images: {"x": images, "is_causal": True},
+    "a mask": lambda model, images: {"x": images, "attn_mask": torch.zeros(21, 21)},
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_that_the_library_computes_verifies_nothing_by_itself(monkeypatch, name):
+    """Each block is compared on random tokens with positions as well."""
+    op = ops.rope_attention
+    monkeypatch.setattr(ops, "rope_attention", lambda qkv, cos, sin, pairs: op(qkv, cos, -sin, pairs))
+    model = _timm()
+    for line in vit_fast.accelerate(model, example=EXAMPLES[name](model, _images())):
+        if line.op != "patch_embed":
+            assert not line.replaced
+            assert "its output is further from fp64" in line.reason
+
+
+def test_positions_of_each_image(monkeypatch):
+    """Of timm's patch dropout, in training alone."""
+    model = _timm("eva02_tiny_patch14_224", patch_drop_rate=0.5).train()
+    fast, calls, images, results = _accelerated(model), _counting(monkeypatch), _images(), []
+    for one in (fast, model):
+        torch.manual_seed(0)
+        results.append(one(images))
+    assert relative_error(*results) < 1e-5
+    assert not calls
+    _assert_alike(fast.eval(), model.eval(), images)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -182,7 +223,13 @@ def test_a_block_by_itself_is_compared_with_positions(monkeypatch, library):
     calls = _counting(monkeypatch)
     (line,) = vit_fast.accelerate(block)
     assert line.replaced
-    assert {(qkv[1], cos) for qkv, cos, _ in calls} == {(17, (12 if library == "timm" else 16, 16))}
+    tokens, turned = (22, 17) if library == "timm" else (17, 16)
+    assert {(qkv[1], cos) for qkv, cos, _ in calls} == {(tokens, (turned, 16))}
+
+
+def test_a_block_of_more_prefix_tokens_than_others():
+    (line,) = vit_fast.accelerate(drawn(eva.EvaBlock(48, 3, num_prefix_tokens=40)))
+    assert line.replaced
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -233,6 +280,10 @@ def _drop(path: str):
     return change
 
 
+def _drop_attention(layer) -> None:
+    layer.attention.train().dropout = 0.5
+
+
 GATE = drawn(nn.Linear(48, 48))
 ASIDES = {
     "timm": [
@@ -242,6 +293,9 @@ ASIDES = {
         (_hook("attn", "proj"), 0, "attn.proj has a hook"),
         (_set("attn.fused_attn", False), 0, "attn.fused_attn is False"),
         (_set("attn.gate", GATE), 0, "attn has a gate"),
+        (_hook("drop_path1"), 0, "drop_path1 has a hook"),
+        (_hook("drop_path2"), 1, "drop_path2 has a hook"),
+        (_set("gamma_1", lambda block: Marked(block.gamma_1.detach())), 0, "gamma_1 is a Marked"),
         (_drop("attn.attn_drop"), 0, "attn.attn_drop is active"),
         (_drop("attn.proj_drop"), 0, "attn.proj_drop is active"),
         (_hook("mlp"), 1, "mlp has a hook"),
@@ -265,6 +319,7 @@ ASIDES = {
         (_hook("attention", "k_proj"), 0, "attention.k_proj has a hook"),
         (_hook("attention", "o_proj"), 0, "attention.o_proj has a hook"),
         (_hook("layer_scale1"), 0, "layer_scale1 has a hook"),
+        (_drop_attention, 0, "attention.dropout is active"),
         (_set("attention.scaling", 0.1), 0, "attention.scaling is changed"),
         (_set("attention.is_causal", True), 0, "attention is causal"),
         (_hook("mlp"), 1, "mlp has a hook"),
@@ -327,16 +382,52 @@ def test_calls_that_no_op_computes(monkeypatch, name):
     assert (calls, told) == ([], [reason])
 
 
-def test_norms_before_a_turn(monkeypatch):
-    block = drawn(eva.EvaBlock(48, 3, qk_norm=True, num_prefix_tokens=5, attn_type="rope"))
-    fast, calls, x = _accelerated(block), _counting(monkeypatch), torch.randn(2, 21, 48)
+# What a block of timm's is built with that no op computes, and why; the other half runs on its op.
+BUILT = {
+    "norms before a turn": ({"attn_type": "rope", "qk_norm": True}, "attn.q_norm is a LayerNorm"),
+    "fewer heads of keys": (
+        {"attn_type": "rope", "qkv_fused": False, "num_kv_heads": 1},
+        "attn has fewer heads of keys than of queries",
+    ),
+    "a norm behind a gate": ({"swiglu_mlp": True, "scale_mlp": True}, "mlp has a norm behind its gate"),
+}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_what_a_block_is_built_with(name):
+    more, reason = BUILT[name]
+    block = drawn(eva.EvaBlock(48, 3, num_prefix_tokens=5, **more))
+    fast, x = copy.deepcopy(block), torch.randn(2, 21, 48)
+    (line,) = vit_fast.accelerate(fast)
+    assert (line.replaced, line.op, line.reason) == (True, "rope_attention" if "mlp" in reason else "mlp", reason)
     for rope in (torch.randn(16, 32), None):
         with torch.no_grad():
             assert relative_error(fast(x, rope), block(x, rope)) < 1e-5
+
+
+def test_heads_that_are_not_the_width_together(monkeypatch):
+    block = drawn(eva.EvaBlock(48, 3, num_prefix_tokens=5, attn_type="rope", attn_head_dim=32))
+    fast, calls, x, rope = _accelerated(block), _counting(monkeypatch), torch.randn(2, 21, 48), torch.randn(16, 64)
+    with torch.no_grad():
+        assert relative_error(fast(x, rope), block(x, rope)) < 1e-5
+    assert calls == [((2, 21, 3, 3, 32), (16, 32), not block.attn.rotate_half)]
+
+
+def test_biases_of_another_dtype(monkeypatch):
+    """Which PyTorch's own code joins to the others, in the wider of both."""
+    block = drawn(eva.EvaBlock(48, 3, num_prefix_tokens=5))
+    fast, calls = _accelerated(block), _counting(monkeypatch)
+    for one in (block, fast):
+        one.attn.q_bias = nn.Parameter(block.attn.q_bias.detach().bfloat16())
+    assert fast.asides() == ("attn holds torch.float32, what stands before it torch.bfloat16", "")
+    x, rope = torch.randn(2, 21, 48), torch.randn(16, 32)
+    with torch.no_grad():
+        assert relative_error(fast(x, rope), block(x, rope)) < 1e-5
     assert not calls
-    reason = "queries and keys are normalised before they are turned"
-    assert fast.asides_of(x, rope=torch.randn(16, 32)) == (reason, "")
-    assert fast.asides_of(x, rope=None) == ("", "")
+
+
+class Marked(nn.Parameter):
+    """A parameter of somebody's own class."""
 
 
 @pytest.mark.parametrize("kind", [eva.EvaAttention, timm.layers.AttentionRope])
@@ -388,6 +479,7 @@ PATCHED = [
     ("timm", eva.EvaBlock, "forward"),
     ("timm", eva.EvaAttention, "forward"),
     ("timm", eva, "apply_rot_embed_cat"),
+    ("timm, AttentionRope", timm.layers.attention, "apply_rot_embed_cat"),
     ("transformers", modeling_dinov3_vit.DINOv3ViTLayer, "forward"),
     ("transformers", modeling_dinov3_vit.DINOv3ViTAttention, "forward"),
     ("transformers", modeling_dinov3_vit, "apply_rotary_pos_emb"),
@@ -397,5 +489,5 @@ PATCHED = [
 
 @pytest.mark.parametrize(("library", "kind", "name"), PATCHED)
 def test_what_somebody_patches_afterwards(monkeypatch, library, kind, name):
-    model = BUILDS[library]()
+    model = _timm("vit_pe_core_tiny_patch16_384") if "AttentionRope" in library else BUILDS[library]()
     hold_to_a_patch(monkeypatch, model, _accelerated(model), _images(), kind, name, _counting)

@@ -231,11 +231,10 @@ def _verify(model: nn.Module, new: dict, lines: dict, example) -> str:
         runs = check.those_that_run(runs) if example is None else runs
         inputs, before = check.run(runs, {name: module for name, (module, _) in new.items()})
         for name, (module, fused) in new.items():
-            every = check.inputs_of(module, fused, inputs.get(name))
-            results = [check.compare(module, fused, *one, training) for one in every]
-            error = max((one.error for one in results if one.error is not None), default=None)
-            reason = next(filter(None, (one.reason for one in results)), "")
-            lines[name] = (_stays(name, type(module), reason) if reason else lines[name])._replace(error=error)
+            result, op = check.compare_as_seen(module, fused, inputs.get(name), training)
+            line = lines[name]._replace(op=op or lines[name].op)
+            line = _stays(name, type(module), result.reason) if result.reason else line
+            lines[name] = line._replace(error=result.error)
         kept = {name: new[name] for name in new if lines[name].replaced}
         reason = check.run_accelerated(runs, kept, before)
         if reason:

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -27,9 +27,9 @@ def pair(name: str, value) -> tuple[int, int]:
         raise ValueError(f"{name}: got {value!r}, takes a positive number or two") from error
 
 
-def per_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+def per_channel(name: str, values: Sequence[float] | float, channels: int) -> tuple[float, ...]:
     """A mean or a std, one number a channel: one value serves every channel, several on a single one are averaged."""
-    numbers = tuple(map(float, values))
+    numbers = tuple(map(float, values)) if isinstance(values, Iterable) else (float(values),)
     if channels == 1 and numbers:
         numbers = (sum(numbers) / len(numbers),)
     if len(numbers) not in (1, channels):

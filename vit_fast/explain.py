@@ -123,7 +123,8 @@ def _parts(module: nn.Module, tokens: int | None, count: int | None = None) -> I
                 yield _Part("attention", op, tensor, "", refusal if op == "window_attention" else "")
             yield _Part("mlp", "mlp" if asides[1] else module.op().split(", ")[1], tensor, asides[1])
         else:
-            yield _Part("", module.op(), tensor, "")
+            refusal = "" if half is None else _head_width(half.proj.in_features // half.heads)
+            yield _Part("", module.op(), tensor, "", refusal)
             yield from (_Part(name, name, tensor, aside) for name, aside in zip(("attention", "mlp"), asides) if aside)
     elif isinstance(module, Fused):
         yield _Part("", module.op(), next(module.parameters()), "")

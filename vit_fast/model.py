@@ -45,7 +45,7 @@ from vit_fast.layers import (
     why_aside,
 )
 from vit_fast.ops.backend import check_rank, chosen_backend, one_of, say_aside, use_backend
-from vit_fast.ops.patch_embed import normalise, wrong_channels
+from vit_fast.ops.patch_embed import channel_numbers, normalise, wrong_channels
 from vit_fast.positions import resample_positions, sincos_position
 
 POOLS = ("", "token", "avg", "avgmax", "max", "map", "token_avg")
@@ -98,8 +98,9 @@ class VisionTransformer(nn.Module):
         device, dtype: of the parameters.
 
     Input: images [B, C, rows, columns] in the dtype of the parameters, or any floating dtype under autocast; or bytes,
-    uint8 of any strides, which the first kernel reads as they are and normalises by the mean and std of
-    `pretrained_cfg`. Output: logits [B, classes] in the dtype of the products.
+    uint8 of any strides, normalised by the mean and std of `pretrained_cfg`: by the kernel that cuts them where the
+    patch embedding is one op, before its modules where it is not. A `patch_embed` of somebody's own, or with a hook
+    before it, gets them as they are. Output: logits [B, classes] in the dtype of the products.
 
     Raises:
         ValueError, TypeError: for an argument or images that the model does not take, naming what it got and takes.
@@ -471,7 +472,9 @@ class VisionTransformer(nn.Module):
         reason = self.embed_aside()
         if reason:
             say_aside("patch_embed, module by module,", reason)
-            return self._pos_embed(self.patch_embed(self._normalised(images) if _are_bytes(images) else images))
+            if _are_bytes(images) and self._reads_numbers(self.patch_embed):
+                images = self._normalised(images)
+            return self._pos_embed(self.patch_embed(images))
         return self._fused_embed(images)
 
     def _statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -480,9 +483,14 @@ class VisionTransformer(nn.Module):
         def of(name: str) -> tuple[float, ...]:
             if self.pretrained_cfg.get(name) is None:
                 raise ValueError(f"images: got bytes, and pretrained_cfg has no {name!r} to normalise them by")
-            return per_channel(f"pretrained_cfg[{name!r}]", self.pretrained_cfg[name], channels)
+            values = per_channel(f"pretrained_cfg[{name!r}]", self.pretrained_cfg[name], channels)
+            return channel_numbers(f"pretrained_cfg[{name!r}]", values, channels, above_zero=name == "std")
 
         return of("mean"), of("std")
+
+    def _reads_numbers(self, embed: nn.Module) -> bool:
+        """Whether a patch embedding cannot do anything with bytes: somebody's own, or a hook before it, may."""
+        return type(embed) is PatchEmbed and "forward" not in vars(embed) and not embed._forward_pre_hooks
 
     def _normalised(self, images: Tensor) -> Tensor:
         """Bytes as the numbers that the modules read."""

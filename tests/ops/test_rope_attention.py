@@ -46,7 +46,7 @@ CASES = [
     case("tables of each head's own, interleaved", 1, 19, 5, 48, 14, a_table_a_head=True, interleaved=True),
     case("one head of four: a program has the queries' and the keys'", 3, 9, 1, 16, 7),
     case("heads that no program's four divide", 1, 9, 7, 16, 8),
-    case("more tokens than a program has", 1, 150, 2, 16, 147, interleaved=True),
+    case("more tokens than a program has", 2, 150, 1, 16, 147, interleaved=True),
     case("heads 72 wide, half of which is no power of two", 1, 20, 2, 72, 16),
     case("heads 88 wide, interleaved", 1, 20, 1, 88, 16, interleaved=True),
     case("heads 128 wide", 1, 18, 1, 128, 17),
@@ -156,12 +156,14 @@ def test_scores_depend_on_the_distance_of_two_tokens(interleaved, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", ["fp16", "bf16"])
-def test_tables_in_another_dtype(mode, backend):
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_tables_in_another_dtype(interleaved, mode, backend):
     """They are not rounded to that of the product, in either direction."""
     qkv, cos, sin = floats(2, 9, 2, 16, 7)
     qkv = qkv.to(MODES[mode])
-    found = turned(qkv, cos, sin, backend)
-    true = torch.stack([reference.rotate(x.double(), cos.double(), sin.double()) for x in qkv.unbind(2)[:2]], 2)
+    found = turned(qkv, cos, sin, backend, interleaved)
+    wide = qkv.double(), cos.double(), sin.double()
+    true = torch.stack([reference.rotate(x, *wide[1:], interleaved) for x in wide[0].unbind(2)[:2]], 2)
     rounding = torch.finfo(qkv.dtype).eps / 2
     # Of a sum of two, each itself rounded in PyTorch where a table's dtype is not wider.
     assert ((found.double() - true).abs() <= 1.01 * rounding * true.abs() + 1e-6).all()

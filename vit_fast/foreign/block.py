@@ -170,13 +170,10 @@ class AttentionHalf(NamedTuple):
     windows: Windows | None = None  # without norms inside
     rope: Rope | None = None  # without norms of queries and keys
 
-    def normalises_heads(self) -> bool:
-        """Whether queries or keys are normalised."""
-        return _is_norm(self.q_norm) or _is_norm(self.k_norm)
-
     def normalises(self) -> bool:
         """Whether a norm stands inside the half, which the op of the whole block does not have."""
-        return self.normalises_heads() or _is_norm(self.out_norm)
+        norms = self.q_norm, self.k_norm, self.out_norm
+        return any(norm is not None and type(norm) is not nn.Identity for norm in norms)
 
 
 class MlpHalf(NamedTuple):
@@ -193,17 +190,14 @@ class MlpHalf(NamedTuple):
     inner: nn.Module | None = None
 
     def normalises(self) -> bool:
-        return _is_norm(self.inner)
-
-
-def _is_norm(module: nn.Module | None) -> bool:
-    return module is not None and type(module) is not nn.Identity
+        return self.inner is not None and type(self.inner) is not nn.Identity
 
 
 class FusedBlock(Fused):
     """A pre-norm block. A library's subclass gives `forward` with the library's signature, and the six below."""
 
     attention_op = "attention"  # which op has the softmax, where not one op has the whole block
+    may_not_turn = False  # whether a `RopeBlock` is called without positions too
 
     def attention_aside(self) -> str:
         """Why the attention half runs by the library's modules, or ""."""
@@ -243,15 +237,21 @@ class FusedBlock(Fused):
     def op(self) -> str:
         """The op of the block, or of the half that is not aside; "" where both are."""
         asides = self.asides()
-        alike = self.attention_op == FusedBlock.attention_op  # in every call
-        if alike and not any(asides) and _is_whole(self.attention_half(), self.mlp_half()):
+        whole = not any(asides) and _is_whole(self.attention_half(), self.mlp_half())
+        if whole and self.attention_op == FusedBlock.attention_op:
             return "block"
         halves = []
         if not asides[0]:
             halves.append(self.attention_op)
         if not asides[1]:
             halves.append("swiglu" if self.mlp_half().activation == "swiglu" else "mlp")
-        return ", ".join(halves)
+        return ("block, or " if whole and self.may_not_turn else "") + ", ".join(halves)
+
+    def op_of(self, asides: tuple[str, str], **kwargs) -> str:
+        """`op` of a call with these arguments, whose halves are aside for these reasons."""
+        if not any(asides) and _is_whole(self.half_of(**kwargs), self.mlp_half()):
+            return "block"
+        return self.op().removeprefix("block, or ")
 
     def fused(self, x: Tensor, asides: tuple[str, str], **kwargs) -> Tensor:
         """The block, of which one half at most is aside; `kwargs` are what the library's attention takes besides."""
@@ -293,6 +293,10 @@ class RopeBlock(FusedBlock):
         """What the arguments of a call say."""
         raise NotImplementedError
 
+    def heads(self) -> tuple[int, int]:
+        """How many there are, and how wide."""
+        raise NotImplementedError
+
     def turned(self, x: Tensor) -> int | None:
         """How many of the tokens must be turned; None: as many as the positions are of."""
         raise NotImplementedError
@@ -310,12 +314,8 @@ class RopeBlock(FusedBlock):
 
     def _rope_aside(self, x: Tensor, **kwargs) -> str:
         """Why queries and keys of this call are turned by the library's code, or ""."""
-        half = self.half_of(**kwargs)
-        if half.rope is None:
-            return ""
-        if half.normalises_heads():
-            return "queries and keys are normalised before they are turned"
-        return half.rope.why_aside(x, self.turned(x), half.heads, half.proj.in_features // half.heads)
+        rope = self.rope_of(**kwargs)
+        return "" if rope is None else rope.why_aside(x, self.turned(x), *self.heads())
 
 
 class WindowedBlock(FusedBlock):
@@ -416,7 +416,7 @@ def _attention(x: Tensor, half: AttentionHalf) -> Tensor:
             heads = _in_windows(x, qkv, half.windows)
         elif half.rope is not None:
             heads = ops.rope_attention(qkv, *half.rope)
-        elif half.q_norm is None or half.k_norm is None or not half.normalises_heads():
+        elif half.q_norm is None or half.k_norm is None or type(half.q_norm) is type(half.k_norm) is nn.Identity:
             heads = ops.attention_qkv(qkv)
         else:
             q, k, v = qkv.unbind(2)

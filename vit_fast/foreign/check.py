@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from vit_fast.foreign import fused_class
-from vit_fast.foreign.block import Fused, FusedBlock, RopeBlock, WindowedBlock
+from vit_fast.foreign.block import Fused, FusedBlock, RopeBlock
 from vit_fast.verify import errors, in_a_line, limits
 
 IMAGES = 2
@@ -113,22 +113,43 @@ def _sides(module: nn.Module) -> tuple[int, ...]:
     ones, since what is padded runs on no op."""
     window: Any = getattr(module, "window_size", None) or getattr(getattr(module, "attn", None), "window_size", None)
     if window is None:
-        return (TOKENS,)
+        return (TOKENS + getattr(getattr(module, "attn", None), "num_prefix_tokens", 0),)
     window = window if isinstance(window, (tuple, list)) else (window, window)
     resolution: Any = getattr(module, "input_resolution", None) or (2 * side for side in window)
     return tuple(-(-length // side) * side for length, side in zip(resolution, window))
 
 
+class _Reached(Exception):
+    """The ops of a block, in a call."""
+
+
+def seen_by(module: nn.Module, fused: type[FusedBlock], args: tuple, kwargs: dict) -> tuple[tuple[str, ...], str]:
+    """In a call of a block with this input: why each of its halves is aside, and which op runs it; of a call that its
+    library's forward computes ("",) and ""."""
+    found: list[tuple[tuple[str, ...], str]] = []
+
+    def note(block, x, asides, **named):
+        found.append((asides, block.op_of(asides, **named)))
+        raise _Reached
+
+    noting = type("Noting", (fused,), {"fused": note})
+    with torch.no_grad(), _as(noting, module) as block, contextlib.suppress(_Reached):
+        block.forward(*args, **kwargs)
+    return found[0] if found else (("",), "")
+
+
 def inputs_of(module: nn.Module, fused: type[Fused], seen: tuple[tuple, dict] | None) -> list[tuple[tuple, dict]]:
-    """What to compare a module on: on what it read in a run, and where no run came by it, or what it read is a map that
-    its attention stands aside of, on a random input too."""
+    """What to compare a module on: what it read in a run; where no run came by it, or where one of its halves was aside
+    in that call alone, a random input too."""
     if seen is None:
         return [random_input(module, fused)]
-    if not issubclass(fused, WindowedBlock):
+    if not issubclass(fused, FusedBlock):
         return [seen]
     with _as(fused, module) as block:
-        whole = block.asides()[0] or not block.map_aside(block.reads(*seen[0]))
-    return [seen] if whole else [seen, random_input(module, fused)]
+        always = block.asides()
+    if seen_by(module, fused, *seen)[0] == always:
+        return [seen]
+    return [seen, random_input(module, fused)]
 
 
 @contextlib.contextmanager
@@ -207,6 +228,22 @@ def run_accelerated(runs: list[Run], new: dict[str, tuple[nn.Module, type[Fused]
 
 def _tensors(output) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def compare_as_seen(
+    module: nn.Module, fused: type[Fused], seen: tuple[tuple, dict] | None, training: bool
+) -> tuple[Result, str]:
+    """`compare` on all of `inputs_of`, and which op a call of a `RopeBlock` runs, "" where that goes without saying."""
+    op = ""
+    try:
+        every = inputs_of(module, fused, seen)
+        if issubclass(fused, RopeBlock):
+            _, op = seen_by(module, fused, *every[0])
+    except Exception as error:  # whatever code of somebody else's raises
+        return Result(None, f"its comparison raised {in_a_line(error)}"), ""
+    results = [compare(module, fused, *one, training) for one in every]
+    largest = max((one.error for one in results if one.error is not None), default=None)
+    return Result(largest, next(filter(None, (one.reason for one in results)), "")), op
 
 
 def compare(module: nn.Module, fused: type[Fused], args: tuple, kwargs: dict, training: bool) -> Result:

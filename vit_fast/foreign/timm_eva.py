@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vit_fast.foreign.block import AttentionHalf, MlpHalf, Rope, RopeBlock
 from vit_fast.foreign.timm import NORMS, NORMS_OR_NONE, PATHS, plain_mlp_half, why_own_mlp
-from vit_fast.layers import DROPOUT, GATE, LINEAR, package_of, readable, why_aside
+from vit_fast.layers import DROPOUT, GATE, LINEAR, NONE, package_of, readable, why_aside
 from vit_fast.ops.backend import PLAIN, autocasting
 
 _ATTENTION = readable(eva.EvaAttention, timm.layers.AttentionRope)
@@ -20,6 +20,7 @@ class EvaBlock(RopeBlock, eva.EvaBlock):
     """LayerScale is a parameter of the block, where there is one; without `rope` it is a block as any other."""
 
     positions = "rope"
+    may_not_turn = True
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -35,6 +36,9 @@ class EvaBlock(RopeBlock, eva.EvaBlock):
             return None
         sin, cos = rope.chunk(2, -1)
         return Rope(cos, sin, not getattr(self.attn, "rotate_half", False))
+
+    def heads(self) -> tuple[int, int]:
+        return self.attn.num_heads, self.attn.head_dim
 
     def turned(self, x: Tensor) -> int:
         return x.shape[1] - self.attn.num_prefix_tokens
@@ -56,6 +60,8 @@ class EvaBlock(RopeBlock, eva.EvaBlock):
                 return "attn has a gate"
             if getattr(attn, "num_kv_groups", 1) != 1:
                 return "attn has fewer heads of keys than of queries"
+            if getattr(attn, "qkv_bias_separate", False) and getattr(attn.qkv, "bias", None) is not None:
+                return "attn.qkv has a bias beside those of attn"
         if not eva.apply_rot_embed_cat is timm.layers.attention.apply_rot_embed_cat is _TURN:
             return "somebody has given timm another apply_rot_embed_cat"
         names = ("qkv",) if "qkv" in parts else ("q_proj", "k_proj", "v_proj")
@@ -65,8 +71,8 @@ class EvaBlock(RopeBlock, eva.EvaBlock):
                 ("norm1", own["norm1"], NORMS),
                 *((f"attn.{name}", parts[name], LINEAR) for name in names),
                 ("attn", attn, _ATTENTION),  # once more, for the dtype of its biases
-                ("attn.q_norm", parts["q_norm"], NORMS_OR_NONE),
-                ("attn.k_norm", parts["k_norm"], NORMS_OR_NONE),
+                ("attn.q_norm", parts["q_norm"], NONE),  # what is turned is normalised first, by no op
+                ("attn.k_norm", parts["k_norm"], NONE),
                 ("attn.attn_drop", parts["attn_drop"], DROPOUT),
                 ("attn.norm", parts["norm"], NORMS_OR_NONE),
                 ("attn.proj", parts["proj"], LINEAR),
@@ -101,9 +107,7 @@ class EvaBlock(RopeBlock, eva.EvaBlock):
             parts["proj"],
             self.gamma_1,
             own["drop_path1"],
-            parts["q_norm"],
-            parts["k_norm"],
-            parts["norm"],
+            out_norm=parts["norm"],
         )
 
     def own_attention(self, x: Tensor, rope: Tensor | None = None) -> Tensor:

@@ -29,6 +29,8 @@ class DINOv3ViTLayer(RopeBlock, modeling_dinov3_vit.DINOv3ViTLayer):
         **kwargs,
     ) -> Tensor:
         more = why_more({"attention_mask": attention_mask, **kwargs})
+        if position_embeddings is None:  # which the library's own code refuses
+            more = "no positions are given"
         asides = (more,) if more else self.asides_of(hidden_states, position_embeddings=position_embeddings)
         if self.is_aside(asides):
             return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
@@ -36,6 +38,9 @@ class DINOv3ViTLayer(RopeBlock, modeling_dinov3_vit.DINOv3ViTLayer):
 
     def rope_of(self, position_embeddings: tuple[Tensor, Tensor] | None = None, **kwargs) -> Rope | None:
         return None if position_embeddings is None else Rope(*position_embeddings, False)
+
+    def heads(self) -> tuple[int, int]:
+        return self.attention.num_heads, self.attention.head_dim
 
     def turned(self, x: Tensor) -> int | None:
         return None

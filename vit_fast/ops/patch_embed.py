@@ -33,12 +33,12 @@ def wrong_channels(images: Tensor, channels: int, whose: str = "") -> ValueError
     return ValueError(f"images: got {images.shape[1]} channels, takes {channels}{whose}{hint}")
 
 
-def _numbers(name: str, values, channels: int) -> tuple[float, ...]:
+def channel_numbers(name: str, values, channels: int, above_zero: bool) -> tuple[float, ...]:
     """The mean or the std of bytes, a number for each channel."""
     numbers = tuple(map(float, values)) if isinstance(values, Iterable) else ()
-    least = 0.0 if name == "std" else -math.inf
+    least = 0.0 if above_zero else -math.inf
     if len(numbers) != channels or not all(least < number < math.inf for number in numbers):
-        takes = " above 0" if name == "std" else ""
+        takes = " above 0" if above_zero else ""
         raise ValueError(f"{name}: got {values}, takes {channels} finite numbers{takes}, one a channel of uint8 images")
     return numbers
 
@@ -211,7 +211,8 @@ def patch_embed(
 
 def _of_bytes(images, weight, bias, position, prefix, mean, std):
     channels, dtype = weight.shape[1], compute_dtype(weight)
-    mean, std = _numbers("mean", mean, channels), _numbers("std", std, channels)
+    mean = channel_numbers("mean", mean, channels, above_zero=False)
+    std = channel_numbers("std", std, channels, above_zero=True)
     # No evidence is asked for: it was measured on images that are numbers already.
     if images.numel() and use_triton("patch_embed", weight):
         return _patch_embed(images, cast(weight, dtype), bias, position, prefix, mean, std)

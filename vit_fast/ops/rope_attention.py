@@ -147,7 +147,8 @@ def rope_attention(
 
     Raises:
         ValueError: for a shape or a device that does not fit, and under use_backend("triton") for a head width or scale
-            that no kernel takes. TypeError: for a dtype that is not floating, or that no kernel takes.
+            that no kernel takes, and where a gradient of the tables is wanted. TypeError: for a dtype that is not
+            floating, or that no kernel takes.
     """
     check(qkv, cos, sin)
     width = qkv.shape[-1]
