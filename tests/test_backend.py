@@ -27,6 +27,7 @@ def operands(dtype=torch.float32, device="cpu"):
 
     x, scale, shift = draw(B, T, D), draw(D), draw(D)
     heads = [draw(B, T, H, D // H) for _ in range(3)]
+    tables = draw(T - 1, D // H), draw(T - 1, D // H)
     mlp = x, scale, shift, draw(F, D), draw(F), draw(D, F), draw(D)
     return {
         "patch_embed": (ops.patch_embed, (draw(B, 3, 8, 8), draw(D, 3, 4, 4), draw(D), draw(T, D), draw(1, D))),
@@ -34,6 +35,7 @@ def operands(dtype=torch.float32, device="cpu"):
         "attention": (ops.attention, heads),
         "attention_qkv": (ops.attention_qkv, (torch.stack(heads, 2),)),
         "attention_maps": (ops.attention_maps, heads[:2]),
+        "rope_attention": (ops.rope_attention, (torch.stack(heads, 2), *tables)),
         "linear_residual": (ops.linear_residual, (x, draw(D, D), draw(D), draw(B, T, D), scale)),
         "mlp": (ops.mlp, mlp),
         "swiglu": (ops.swiglu, (x, scale, shift, draw(2 * F, D), draw(2 * F), draw(D, F), draw(D))),

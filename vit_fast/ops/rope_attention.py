@@ -111,15 +111,16 @@ def _in_pytorch(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, scale:
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x [B, T, H, d], its last tokens turned, in PyTorch and in its dtype, in whichever the tables are."""
-    first = x.shape[1] - cos.shape[-2]
+    first, count = x.shape[1] - cos.shape[-2], cos.shape[-2]
     cos, sin = (t.transpose(0, 1) if t.dim() == 3 else t.unsqueeze(1) for t in (cos, sin))  # [N, H or 1, d]
-    before, x = x[:, :first], x[:, first:]
+    before, last = x.split((first, count), 1)  # a view, and no index: PyTorch takes none of fake tensors of an absent GPU
     if interleaved:
-        partners = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+        a, b = last.unflatten(-1, (-1, 2)).unbind(-1)
+        partners = torch.stack((-b, a), -1).flatten(-2)
     else:
-        a, b = x.chunk(2, -1)
+        a, b = last.chunk(2, -1)
         partners = torch.cat((-b, a), -1)
-    turned = (x * cos + partners * sin).to(x.dtype)
+    turned = (last * cos + partners * sin).to(x.dtype)
     return torch.cat((before, turned), 1) if first else turned
 
 
