@@ -44,6 +44,7 @@ from tests.ops import (
     test_ln_linear,
     test_mlp,
     test_patch_embed,
+    test_rope_attention,
     test_swiglu,
     test_window_attention,
 )
@@ -74,6 +75,12 @@ def _packed_case(batch: int, tokens: int, heads: int, width: int, full: bool) ->
 def _maps_case(batch: int, queries: int, keys: int, heads: int, width: int, full: bool) -> harness.Case:
     draw = test_attention.shaped_qk(batch, queries, heads, width, keys)
     return harness.Case("maps", draw, {"scale": None if full else 0.3})
+
+
+def _rope_case(batch: int, tokens: int, before: int, heads: int, width: int, full: bool) -> harness.Case:
+    draw = test_rope_attention.shaped(batch, tokens, heads, width, max(1, tokens - before), full)
+    options = {"interleaved": full, "scale": None if full else 0.3}
+    return harness.Case("turned", draw, options, test_rope_attention.TABLES)
 
 
 def _window_case(
@@ -168,6 +175,14 @@ OPS = {
     "attention_maps": Op(
         *(ops.attention_maps, reference.attention_probabilities, _maps_case, _ATTENTION),
         ((1, 2), (1, 80), (1, 80), (1, 2), (0, 9)),
+    ),
+    "rope_attention": Op(
+        *(ops.rope_attention, reference.rope_attention, _rope_case),
+        [
+            *((1, 1, 0, 1, 16), (2, 16, 5, 2, 32), (1, 33, 1, 3, 72), (1, 32, 0, 4, 48)),
+            *((3, 17, 16, 1, 80), (1, 35, 2, 1, 88), (2, 5, 4, 5, 104), (1, 12, 3, 2, 128)),
+        ],
+        ((1, 2), (1, 80), (0, 6), (1, 5), (0, 9)),
     ),
     "window_attention": Op(
         *(ops.window_attention, reference.window_attention, _window_case),
@@ -264,10 +279,10 @@ class Case:
 
 @contextlib.contextmanager
 def _in_form(form: str) -> Iterator[None]:
-    """Where it is the form: pointers, heads streamed, four sums of a bias, two of a table at a time. In both few tokens
-    make two spans."""
+    """Where it is the form: pointers, heads streamed, four sums of a bias, two of a table at a time, few tokens that a
+    program turns. In both few tokens make two spans."""
     import triton.language as tl
-    from vit_fast.kernels import attention, linear, product, window_attention
+    from vit_fast.kernels import attention, linear, product, rope, window_attention
 
     with contextlib.ExitStack() as replaced:
         replaced.enter_context(mock.patch.object(linear, "PARTIAL_TOKENS", 10))
@@ -280,6 +295,7 @@ def _in_form(form: str) -> Iterator[None]:
         # Fewer than two spans of four columns of tiles would share.
         replaced.enter_context(mock.patch.object(linear, "MOST_SUMS", tl.constexpr(4)))
         replaced.enter_context(mock.patch.object(window_attention, "FINISH_CHUNKS", 2))
+        replaced.enter_context(mock.patch.object(rope, "PAIRS", 256))
         for module in (product, linear):
             pointers = mock.patch.object(module, "described", lambda tile, _: {**tile, "TMA": 0})
             replaced.enter_context(pointers)
@@ -354,6 +370,8 @@ def far_sizes(op: str) -> list[tuple[int, ...]]:
         return [(3, 2, 2, 2, 4, 4, 3)]
     if op == "attention_qkv":
         return [(3, 5, 2, 16)]
+    if op == "rope_attention":
+        return [(3, 5, 2, 2, 16)]
     if op == "window_attention":
         return [(3, 1, 1, 2, 3, 1, 16)]
     if op.startswith("attention"):
@@ -367,7 +385,7 @@ def random_case():
 
     def sized(name: str):
         sizes = st.tuples(*(st.integers(low, high) for low, high in OPS[name].ranges))
-        if name.startswith("attention"):
+        if name.startswith("attention") or name == "rope_attention":
             sizes = sizes.map(lambda s: (*s[:-1], HEAD_WIDTHS[s[-1]]))
         if name == "window_attention":
             sizes = sizes.map(lambda s: (*s[:-1], WINDOW_HEAD_WIDTHS[s[-1]]))

@@ -56,7 +56,8 @@ def poisoned_empty_like(tensor: Tensor, **_) -> Tensor:
 
 
 class counted_writes:
-    """A block in which every element that kernels allocate must be written exactly once, and no other memory at all.
+    """A block in which every element that kernels allocate must be written exactly once, and no other memory at all;
+    what `rope.rotate` turns in place once before that and once by it.
 
     What they get from torch.empty is poisoned and guarded, its end at a protected page or, `at_start`, its start behind
     one; what PyTorch copies for them, into another dtype or without holes, lies so too. Of the interpreter only: each
@@ -70,6 +71,7 @@ class counted_writes:
 
     def __enter__(self) -> "counted_writes":
         from triton.runtime.interpreter import InterpreterBuilder
+        from vit_fast.kernels import rope
 
         self.given: list[Tensor] = []  # kept, so that no address is given twice
         self.writes: list[np.ndarray] = []
@@ -88,6 +90,7 @@ class counted_writes:
             (InterpreterBuilder, "create_masked_store", counted_store),
             (torch, "empty", self._empty),
             (torch, "empty_like", empty_like),
+            (rope, "rotate", self._in_place(rope.rotate)),
             *((owner, name, self._guarding(getattr(owner, name))) for owner, name in self.COPYING),
         ):
             self.replaced.enter_context(mock.patch.object(owner, name, ours))
@@ -102,6 +105,18 @@ class counted_writes:
             return flat.as_strided(result.shape, result.stride()).copy_(result)  # of the same graph
 
         return guarded_copy
+
+    def _in_place(self, rotate: Callable) -> Callable:
+        def rotating(x: Tensor, y: Tensor, *others) -> None:
+            if y is x:
+                storages = [memory.untyped_storage().data_ptr() for memory in self.given]
+                index = storages.index(x.untyped_storage().data_ptr())
+                writes = torch.from_numpy(self.writes[index]).as_strided(x.shape, x.stride(), x.storage_offset())
+                assert (writes == 1).all(), "a kernel turns in place what was not written once"
+                writes.zero_()
+            rotate(x, y, *others)
+
+        return rotating
 
     def _empty(self, *shape, **options) -> Tensor:
         memory = poisoned_empty(*shape, **options, at_start=self.at_start)

@@ -23,6 +23,7 @@ from tests.ops import (
     test_ln_linear,
     test_mlp,
     test_patch_embed,
+    test_rope_attention,
     test_swiglu,
     test_window_attention,
 )
@@ -36,6 +37,10 @@ OPS = {
     "attention_qkv": (
         *(ops.attention_qkv, *map(test_attention.unpacked, (reference.attention, unfused.attention))),
         test_attention.PACKED,
+    ),
+    "rope_attention": (
+        *(ops.rope_attention, reference.rope_attention, unfused.rope_attention),
+        test_rope_attention.CASES,
     ),
     "window_attention": (
         *test_window_attention.THREE,

@@ -20,6 +20,7 @@ from tests.ops import (
     test_ln_linear,
     test_mlp,
     test_patch_embed,
+    test_rope_attention,
     test_swiglu,
     test_window_attention,
 )
@@ -47,6 +48,7 @@ CALLS = {
     "ln_linear, bare": (ops.ln_linear, test_ln_linear.shaped(2, 3, 5, 24, features=40, bias=False), {}),
     "attention": (ops.attention, test_attention.shaped(2, 5, 3, 16, keys=7), {}),
     "attention_qkv": (ops.attention_qkv, test_attention.shaped_qkv(2, 7, 3, 16), {}),
+    "rope_attention": (ops.rope_attention, test_rope_attention.shaped(2, 7, 3, 16, 5), {}),
     "window_attention": (
         *(ops.window_attention, test_window_attention.shaped(2, 4, 6, 3, 16, (2, 3))),
         {"window": (2, 3), "shift": (1, 0)},
@@ -115,7 +117,7 @@ def test_an_op_counts_as_pytorch(name, trained):
     if stem == "patch_embed":  # no kernel makes an image's gradient: without the weight's there is no product
         parameters = ["weight"]
     frozen = () if trained or name == "patch_embed, bare" else parameters
-    case = Case(name, draw, options, constant=("drop", "drop1", "drop2", "images", *frozen))
+    case = Case(name, draw, options, constant=("drop", "drop1", "drop2", "images", "cos", "sin", *frozen))
     assert_counts_the_same(inference, {"attention_qkv": "attention"}.get(stem, stem))
     forward = f"{stem}_train" if f"{stem}_train" in FORMULAS else stem
     assert_counts_the_same(lambda: run(op, tensors, case, upstream), forward, f"{stem}_backward")

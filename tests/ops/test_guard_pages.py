@@ -1,6 +1,8 @@
 """Some of the cases of tests/exhaustive.py, and that what it looks for is seen."""
 
+import contextlib
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +15,9 @@ from tests.ops import harness
 
 pytestmark = pytest.mark.interpret
 
-# Of an op: as many as its time allows, 368 in all.
+# Of an op: as many as its time allows, 392 in all.
 HOW_MANY = {"block": 12, "swiglu": 26, "mlp": 40, "linear_residual": 44, "ln_linear": 44, "patch_embed": 44}
-HOW_MANY |= {"attention": 35, "attention_qkv": 20, "attention_maps": 35, "window_attention": 24}
+HOW_MANY |= {"attention": 35, "attention_qkv": 20, "attention_maps": 35, "rope_attention": 24, "window_attention": 24}
 HOW_MANY["patch_embed of bytes"] = 44
 LAYOUTS = (*exhaustive.LAYOUTS, *exhaustive.FAR)
 
@@ -42,7 +44,7 @@ def test_nothing_outside_is_touched(case):
 
 def test_some_cases_have_every_layout_place_form_and_dtype():
     cases = _some()
-    assert len(cases) == 368
+    assert len(cases) == 392
     for op in exhaustive.OPS:
         of_op = [case for case in cases if case.op == op]
         assert {case.mode for case in of_op} == set(harness.MODES), op
@@ -105,6 +107,23 @@ def test_writes_are_counted(read, times, wrong):
 def test_a_write_past_what_was_allocated_is_refused():
     with pytest.raises(Exception, match="memory that it did not allocate"):
         _copy(8, 1, behind=1)
+
+
+@pytest.mark.parametrize(
+    ("before", "by_it", "wrong"),
+    [(1, 1, None), (0, 1, "not written once"), (2, 1, "not written once"), (1, 0, "128 elements never written")],
+)
+def test_what_is_turned_in_place_is_written_once_before_and_once_by_it(before, by_it, wrong):
+    """As the gradients of queries and keys are."""
+    from vit_fast.kernels import rope
+
+    x, table = guarded(torch.randn(1, 4, 2, 1, 16)), guarded(torch.randn(3, 16))
+    with pytest.raises(AssertionError, match=wrong) if wrong else contextlib.nullcontext(), counted_writes():
+        y = torch.empty(x.shape)
+        for _ in range(before):
+            rope.rotate(x, y, table, table, False, True)
+        with contextlib.nullcontext() if by_it else mock.patch.object(rope, "_rotate_kernel"):
+            rope.rotate(y, y, table, table, False, True)
 
 
 @pytest.mark.parametrize("shift", [1, -1])

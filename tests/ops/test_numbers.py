@@ -18,6 +18,7 @@ from tests.ops import (
     test_ln_linear,
     test_mlp,
     test_patch_embed,
+    test_rope_attention,
     test_swiglu,
     test_window_attention,
 )
@@ -39,6 +40,7 @@ CASES = {
     "ln_linear": Case("small", test_ln_linear.shaped(3, 5, 33, features=17), {"eps": 1e-6}),
     "attention": Case("small", test_attention.shaped_qkv(3, 9, 2, 16)),
     "attention_maps": Case("small", lambda: {"q": torch.randn(3, 9, 2, 16), "k": torch.randn(3, 7, 2, 16)}),
+    "rope_attention": test_rope_attention.case("small", 3, 9, 3, 16, 7),
     "window_attention": test_window_attention.case("small", 3, 2, 6, 3, 16, window=(2, 3), shift=(1, 1)),
     "linear_residual": test_linear_residual.case("small", test_linear_residual.shaped(3, 5, 33, features=17)),
     "mlp": test_mlp.case("small", test_mlp.shaped(3, 5, 33, hidden=20)),
@@ -55,7 +57,7 @@ PEERS = {"attention": test_attention.unpacked(unfused.attention), "block": test_
 
 HERE = "here"
 HARD_ROWS = {op: f"test_{op}.test_hard_rows" for op in ("ln_linear", "mlp", "swiglu", "block")}
-ATTENTIONS = ("attention", "attention_maps", "window_attention")
+ATTENTIONS = ("attention", "attention_maps", "rope_attention", "window_attention")
 NO_NORM = dict.fromkeys(("patch_embed", *ATTENTIONS, "linear_residual"), "has no LayerNorm")
 NO_SOFTMAX = dict.fromkeys(("patch_embed", "ln_linear", "linear_residual", "mlp", "swiglu"), "has no softmax")
 OF_ATTENTION = "its softmax is attention's kernel"
@@ -65,10 +67,10 @@ CELLS = {
     "a mean of 1e4 and a variance of 1e-4, equal numbers, a giant in a row": HARD_ROWS | NO_NORM,
     "a giant score": NO_SOFTMAX
     | {"attention": "test_attention.test_no_slope", "attention_maps": HERE, "block": OF_ATTENTION}
-    | {"window_attention": "test_window_attention.test_one_key_takes_all"},
+    | {"rope_attention": OF_ATTENTION, "window_attention": "test_window_attention.test_one_key_takes_all"},
     "equal scores": NO_SOFTMAX
     | {"attention": "test_attention.test_equal_keys", "attention_maps": HERE, "block": OF_ATTENTION}
-    | {"window_attention": "test_window_attention.test_equal_scores"},
+    | {"rope_attention": OF_ATTENTION, "window_attention": "test_window_attention.test_equal_scores"},
     "denormals": dict.fromkeys(CASES, HERE),
     "near the largest of fp16": dict.fromkeys(CASES, HERE) | {"attention_maps": "its results are at most 1"},
     "a LayerScale of 1e-5": dict.fromkeys(CASES, "has no LayerScale")
@@ -84,6 +86,7 @@ CELLS = {
         "mlp": THE_SAME_SUM,
         "swiglu": THE_SAME_SUM,
         "block": f"{THE_SAME_SUM}, and {OF_ATTENTION}",
+        "rope_attention": f"{OF_ATTENTION}, and a turn is a sum of two",
         "window_attention": "a softmax is over 64 tokens at most; a table's sum over 10,240 windows is tests/gpu's",
     },
     "rows of 8192": dict.fromkeys(CASES, THE_SAME_LOOP)
@@ -138,7 +141,8 @@ def changed(case: Case, **changes) -> Case:
 
 def first(op: str) -> str:
     """The name of the argument that has a batch of images."""
-    return {"patch_embed": "images", "attention": "qkv", "attention_maps": "q", "window_attention": "qkv"}.get(op, "x")
+    names = {"patch_embed": "images", "attention_maps": "q"}
+    return (names | dict.fromkeys(("attention", "rope_attention", "window_attention"), "qkv")).get(op, "x")
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
@@ -172,13 +176,14 @@ NORMED = ("ln_linear", "mlp", "swiglu", "block")
 @pytest.mark.parametrize(("mode", "size"), [("fp32", 1e-40), ("fp16", 1e-6), ("bf16", 1e-39)])
 def test_denormals(op, mode, size, guarded_memory):
     """Inputs below the smallest normal number."""
-    if op == "window_attention":  # the scores are the table's
+    if op in ("rope_attention", "window_attention"):  # the scores are next to zero, or the table's
         operands = {n: t.to(MODES[mode]) for n, t in changed(CASES[op], qkv=lambda t: size * t).draw().items()}
         with ops.use_backend("triton"):
-            found = ops.window_attention(**operands, **CASES[op].options)
-        truth = reference.window_attention(**{n: t.double() for n, t in operands.items()}, **CASES[op].options)
-        info = torch.finfo(MODES[mode])  # a sum of six, each off by half a step, once more in the end
-        assert (found.double() - truth).abs().max() <= 4 * info.smallest_normal * info.eps
+            found = CALLS[op](**operands, **CASES[op].options)
+        truth = truth_of(op)(**{n: t.double() for n, t in operands.items()}, **CASES[op].options)
+        # A sum of nine, or of a window's six, each off by half a step, once more in the end.
+        info, steps = torch.finfo(MODES[mode]), 5 if op == "rope_attention" else 4
+        assert (found.double() - truth).abs().max() <= steps * info.smallest_normal * info.eps
         return
     if op.startswith("attention"):  # the scores are zero, and the gradients of q and k next to it: see test_equal_keys
         q, k, v = (t.to(MODES[mode]) for t in (size * CASES["attention"].draw()["qkv"]).unbind(2))
@@ -213,6 +218,7 @@ NEAR_OVERFLOW = {
         "weight": lambda t: torch.full_like(t, NEAR / t.shape[1]),
     },
     "attention": {"qkv": lambda t: torch.cat([t[:, :, :2], NEAR * t[:, :, 2:].sign()], dim=2)},
+    "rope_attention": {"qkv": lambda t: torch.cat([t[:, :, :2], NEAR * t[:, :, 2:].sign()], dim=2)},
     "window_attention": {"qkv": lambda t: torch.cat([t[:, :, :, :2], NEAR * t[:, :, :, 2:].sign()], dim=3)},
     "patch_embed": {"images": torch.ones_like, "weight": lambda t: torch.full_like(t, NEAR / t[0].numel())},
 }

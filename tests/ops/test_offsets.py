@@ -87,6 +87,28 @@ def test_heads_far_apart(packed):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("axis", [0, 1, 3], ids=["images", "tokens", "heads"])
+def test_queries_and_keys_turned_far_apart(axis):
+    """In and out, and the tables' tokens or heads as well: forward and backward they are as side by side."""
+    from vit_fast.kernels import rope
+
+    def far(t, axis):
+        return vast(t.transpose(0, axis).contiguous(), STRIDE).transpose(0, axis)
+
+    x = torch.randn(3, 3, 2, 3, 16, dtype=torch.float16)
+    tables = torch.randn(2, 3, 3, 16).half().unbind(0)  # [H, N, d]
+    for back in (False, True):
+        near = torch.empty_like(x)
+        rope.rotate(x, near, *tables, interleaved=False, back=back)
+        y = far(torch.zeros_like(x), axis)
+        far_tables = tables if axis == 0 else [far(t, {1: 1, 3: 0}[axis]) for t in tables]
+        rope.rotate(far(x, axis), y, *far_tables, interleaved=False, back=back)
+        assert y.stride(axis) * 2 >= 2**31
+        assert torch.equal(y, near)
+        assert not torch.equal(near, x)
+
+
+@pytest.mark.interpret
 def test_an_image_of_windows_far_behind_the_first(monkeypatch):
     """The op copies a map that is not dense, so that a far image has as many before it: of the programs of such a
     batch the last alone runs, on memory of which nothing else is there."""

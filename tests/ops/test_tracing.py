@@ -12,6 +12,7 @@ from tests.ops import (
     test_ln_linear,
     test_mlp,
     test_patch_embed,
+    test_rope_attention,
     test_swiglu,
     test_window_attention,
 )
@@ -28,6 +29,7 @@ SMALL = {
     "patch_embed of bytes": test_patch_embed.bytes_case("small", 2, 3, (2, 2), 4, 16),
     "attention": Case("small", lambda: {name: torch.randn(2, 5, 2, 16) for name in "qkv"}),
     "attention_qkv": Case("small", lambda: {"qkv": torch.randn(2, 5, 3, 2, 16)}),
+    "rope_attention": test_rope_attention.case("small", 2, 5, 2, 16, 4),
     "window_attention": test_window_attention.case("small", 2, 2, 6, 2, 16, window=(2, 3), shift=(1, 1)),
 }
 
