@@ -112,6 +112,22 @@ def test_the_gradient_of_a_table_counts(monkeypatch):
     assert lines["window_attention_grad"]["agrees"] is False
 
 
+@pytest.mark.parametrize("back", [False, True])
+def test_a_wrong_turn_is_laid_on_the_pass_that_makes_it(monkeypatch, back):
+    """Forward or back. There is no entry of its own: attention's is beside it."""
+    from vit_fast.kernels import rope
+
+    turn = rope.rotate
+
+    def wrong(x, y, cos, sin, interleaved, its_way):
+        turn(x, y, cos, sin * (1 + 1e-4 * (its_way == back)), interleaved, its_way)
+
+    monkeypatch.setattr(rope, "rotate", wrong)
+    lines = lines_of("rope_attention")
+    assert lines["attention_forward"]["agrees"] is back
+    assert lines["attention_grad"]["agrees"] is False
+
+
 def test_the_worst_of_several_cases_counts(monkeypatch):
     """linear_input_grad serves both ops and is wrong in one: the order of the cases must not matter."""
     skew(monkeypatch, "ln_linear", "input_grad", 1.1)

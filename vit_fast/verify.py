@@ -50,6 +50,17 @@ def _block(num_heads: int, x: Tensor, *t: Tensor) -> Tensor:
     return ops.block(x, *t[:7], None, *t[7:], None, num_heads)  # type: ignore[arg-type, call-arg]  # t has fourteen
 
 
+def _rope(cos: Tensor, sin: Tensor, qkv: Tensor) -> Tensor:
+    """`ops.rope_attention`, what gets no gradient first."""
+    return ops.rope_attention(qkv, cos, sin)
+
+
+def rope(batch: int, tokens: int, turned: int, heads: int, head_width: int) -> Case:
+    """`ops.rope_attention`, the last `turned` tokens by any numbers: no kernel asks whether they are of an angle."""
+    table = (turned, head_width)
+    return Case("rope_attention", _rope, [table, table, (batch, tokens, 3, heads, head_width)], spared=2)
+
+
 def windows(batch: int, window: tuple[int, int], heads: int, head_width: int, across: int = 2) -> Case:
     """`ops.window_attention` in shifted windows, so many across and down a map."""
     high, wide = window
@@ -86,7 +97,8 @@ def cases(batch: int, grid: int, patch: int, heads: int, head_width: int, hidden
     ]
 
 
-SMALL = [*cases(batch=2, grid=2, patch=2, heads=2, head_width=16, hidden=48), windows(2, (2, 3), 2, 16)]
+SMALL = [*cases(batch=2, grid=2, patch=2, heads=2, head_width=16, hidden=48), rope(2, 9, 4, 2, 16)]
+SMALL += [windows(2, (2, 3), 2, 16)]
 # What a table tells apart: few rows of tokens and many, sequences that fit a block and longer ones, widths of a head.
 # Five steps of 64 through K fill a pipeline. Every count that a kernel takes as an argument is a multiple of 16 in all
 # of these or in none: a kernel is compiled again for the other kind.
@@ -109,6 +121,8 @@ EVERY_CLASS += [
     Case("attention_qkv", ops.attention_qkv, [(2, tokens, 3, 4, head_width)])
     for tokens, head_width in ((197, 16), (197, 32), (197, 48), (197, 96), (257, 64))
 ]
+# As DINOv3 has it, and heads of which half is no power of two.
+EVERY_CLASS += [rope(2, 201, 196, 3, width) for width in (64, 72)]
 # More windows than programs that a GPU holds at once; each width of a head is a kernel of its own.
 EVERY_CLASS += [windows(67, (side, side), 3, width) for width, side in ((32, 7), (16, 7), (64, 8))]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
