@@ -285,15 +285,16 @@ def attention_calls(dtype: torch.dtype) -> Iterator[tuple]:
                 yield "attention", variant, ops.attention_maps, *qkv.detach().unbind(2)[:2]
 
 
-def rope_calls(dtype: torch.dtype) -> Iterator[tuple]:
+def rope_calls(dtype: torch.dtype, B: int, every: bool) -> Iterator[tuple]:
     """As DINOv3 at 224 has it, five tokens before the patches; EVA-02's pairs; and tables of each head's own, as
     RoPE-ViT has them. Heads 88 and 128 wide are those of EVA's giant and of DINOv3's largest."""
-    for width in (64, 88, 128):
-        qkv = parameter(256, 201, 3, 12, width, dtype=dtype)
-        for pairs, heads in (("halves", ()), ("interleaved", ()), ("halves", (12,)))[: 3 if width == 64 else 1]:
-            table = torch.empty(*heads, 196, width, device="meta")
+    for width in (64, 88, 128) if every else (64,):
+        qkv = parameter(B, 201, 3, 12, width, dtype=dtype)
+        forms = ("halves", ()), ("interleaved", ()), ("halves", (12,))
+        for pairs, heads in forms[: 3 if every and width == 64 else 1]:
+            tables = [torch.empty(*heads, 196, width, device="meta") for _ in range(2)]
             variant = f"head width {width}, {pairs}" + (", tables of each head's own" if heads else "")
-            yield "rope_attention", variant, ops.rope_attention, qkv, table, table, pairs == "interleaved"
+            yield "rope_attention", variant, ops.rope_attention, qkv, *tables, pairs == "interleaved"
 
 
 def window_calls(dtype: torch.dtype) -> Iterator[tuple]:
@@ -316,10 +317,11 @@ def launches(chosen: list[str], arch: str, dtype: str) -> list[Launch]:
     """
     kind = DTYPES[dtype]
     main, odd = (256, 197, 768, 3072), (3, 67, 37, 111)
-    calls = [*attention_calls(kind), *rope_calls(kind), *window_calls(kind), *op_calls(kind, *main, every=True)]
-    variants = [("", calls, None, "none")]
+    calls = [*attention_calls(kind), *rope_calls(kind, main[0], every=True), *window_calls(kind)]
+    variants = [("", [*calls, *op_calls(kind, *main, every=True)], None, "none")]
     for batch, rows in ((2, "few"), (8, "some")):
-        variants += [(f"{rows} rows, ", op_calls(kind, batch, *main[1:], every=False), None, "none")]
+        calls = [*rope_calls(kind, batch, every=False), *op_calls(kind, batch, *main[1:], every=False)]
+        variants += [(f"{rows} rows, ", calls, None, "none")]
     variants += [(ODD, op_calls(kind, *odd, every=False), None, "none")]
     if dtype == "bf16":
         variants += [("autocast, ", op_calls(torch.float32, *main, every=False), kind, "none")]

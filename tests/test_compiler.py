@@ -72,7 +72,7 @@ def test_a_launch_knows_its_entry():
 WAITING = {
     *("patch_embed.cut", "patch_embed.forward", "layer_norm.forward", "ln_linear.forward", "attention.forward"),
     *("linear_residual.forward", "mlp.fc1", "mlp.hidden_grad", "swiglu.gated_fc1", "swiglu.hidden_grad"),
-    "linear.input_grad",
+    *("linear.input_grad", "rope.rotate"),
 }
 
 
@@ -190,6 +190,7 @@ def a_row(**changes) -> static.Row:
         ({"matrix_instruction": "HMMA", "tile": "m64 n128 k64 w2 s3"}, ""),
         ({"matrix_instruction": "HMMA", "arch": "sm_80"}, ""),
         ({"matrix_instruction": "HMMA", "op": "attention", "tile": "n32 w4 s2"}, "without wgmma"),
+        ({"matrix_instruction": "HMMA", "op": "rope_attention", "tile": "n32 w4 s2"}, "without wgmma"),
         ({"matrix_instruction": "HMMA", "op": "window_attention", "tile": "w4 s2"}, "without wgmma"),
         ({"matrix_instruction": "", "flops": 0}, ""),
         ({"error": "Pass failed"}, "Pass failed"),

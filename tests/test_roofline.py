@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the launches are caught where triton would compile them", allow_module_level=True)
 
 from benchmarks import predictions, roofline, static
-from benchmarks.launches import TorchOp, hardware, launches
+from benchmarks.launches import TorchOp, hardware, launches, tensors
 from benchmarks.roofline import Work
 
 
@@ -85,6 +85,24 @@ def test_work_of_attention(kernel, products):
     assert work.padded_flops > work.flops
     assert work.padded_flops / (2 * products * 64) == work.elements >= 256 * 12 * 208 * 197
     assert work.matrix_share == roofline.constant("back_to_back" if kernel == "forward" else "back_to_back_streaming")
+
+
+def test_work_of_a_turn():
+    """Every number of queries and keys read once and written once, also where it is turned in place; the tables."""
+    tables, matrix = 2 * 4 * 196 * 64, 2 * 256 * 201 * 2 * 12 * 64
+    for back, matrices in ((False, 2), (True, 1)):
+        (launch,) = [
+            launch
+            for launch in launches(["rope_attention"], "sm_90", "bf16")
+            if launch.variant == "head width 64, halves"
+            and launch.kwargs.get("BACK") is back
+            and launch.direction == ("backward" if back else "forward")
+        ]
+        assert len(tensors((launch.kwargs["x"], launch.kwargs["y"]))) == matrices
+        work = roofline.work(launch)
+        assert work.bytes == 2 * matrix + tables
+        assert (work.flops, work.tile_elements) == (0, launch.kwargs["BLOCK_T"])
+        assert work.tiles == launch.grid[0] * launch.grid[1] == 256 * 7 * 6
 
 
 @pytest.mark.parametrize(("kernel", "products", "maps"), [("_forward", 2, 3 + 1), ("_grad", 5, 3 + 3 + 1)])
