@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib.util
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -45,6 +46,7 @@ SWINS = {"tiny": (4, 2, 2)} | {
 # Tokens, the class token among them → pixels a side of the image, and of a patch.
 IMAGES = {17: (32, 8), 50: (224, 32), 197: (224, 16), 257: (224, 14), 577: (384, 16), 1370: (518, 14)}
 SIZES = ((["B", "L"], 197), (["H"], 257))  # at 224 pixels
+DINOV3 = ["B", "L"], [201]  # at 224 too: the class token and four registers before the patches
 EPS = 1e-6
 
 
@@ -136,6 +138,22 @@ def _true_block(x, g1, c1, wqkv, bqkv, wproj, bproj, *second, heads):
     return reference.mlp(x, *second, eps=EPS)
 
 
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """transformers' apply_rotary_pos_emb and rotate_half, of q or k [B, H, T, d]."""
+    patches = len(cos)
+    before, x = x.split((x.shape[2] - patches, patches), dim=2)
+    a, b = x.chunk(2, -1)
+    return torch.cat((before, (x * cos) + (torch.cat((-b, a), dim=-1) * sin)), dim=2)
+
+
+def _rope_sdpa(qkv, cos, sin, backend=None):
+    """As transformers' DINOv3 writes it, whose attention is SDPA unless told."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = _turned(q, cos, sin), _turned(k, cos, sin)
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 def _cut(x: Tensor, window: int) -> Tensor:
     """timm's window_partition: a map [B, Y, X, …] as its windows [B·windows, T, …]."""
     B, Y, X, *others = x.shape
@@ -213,7 +231,20 @@ def _settings(case: Case) -> dict:
     """What an op takes besides the tensors that are drawn."""
     if case.op == "window_attention":
         return _window_settings(case)
+    if case.op == "rope_attention":
+        return _rope_settings(case)
     return {"heads": MODELS[case.model][1]} if case.op == "block" else {}
+
+
+def _rope_settings(case: Case) -> dict:
+    """DINOv3's tables, of its base of 100 and in the dtype of the model: the patches are as many as fill a square."""
+    width, heads, _ = MODELS[case.model]
+    side = math.isqrt(case.tokens - 1)
+    at = (torch.arange(side, device=DEVICE) + 0.5) / side * 2 - 1
+    places = torch.stack(torch.meshgrid(at, at, indexing="ij"), -1).flatten(0, 1)  # [side², 2]
+    frequencies = 100.0 ** -torch.arange(0, 1, 4 * heads / width, device=DEVICE)
+    angles = (2 * math.pi * places[:, :, None] * frequencies).flatten(1).tile(2)
+    return {"cos": angles.cos().to(DTYPES[case.dtype]), "sin": angles.sin().to(DTYPES[case.dtype])}
 
 
 def _window_settings(case: Case) -> dict:
@@ -342,6 +373,14 @@ def _sdpa_by(backend: SDPBackend) -> Callable:
     return peer
 
 
+def _rope_by(backend: SDPBackend) -> Callable:
+    def peer(case: Case) -> Callable:
+        _sdpa_by(backend)(case)  # which says where there is none
+        return functools.partial(_rope_sdpa, **_settings(case), backend=backend)
+
+    return peer
+
+
 def _window_peer(case: Case) -> Callable:
     """On a GPU by SDPA's efficient backend, which takes a bias that wants a gradient; flash takes none."""
     backend = None if DEVICE == "cpu" else SDPBackend.EFFICIENT_ATTENTION
@@ -424,6 +463,18 @@ OPS = {
             "flash-attn 2": _flash_attn_2,
             "flash-attn 3": _flash_attn_3,
             "xformers": _xformers,
+        },
+    ),
+    "rope_attention": Op(
+        _draw_attention,
+        ops.rope_attention,
+        reference.rope_attention,
+        _rope_sdpa,
+        images=1,
+        peers={
+            "sdpa flash": _rope_by(SDPBackend.FLASH_ATTENTION),
+            "sdpa cudnn": _rope_by(SDPBackend.CUDNN_ATTENTION),
+            "sdpa efficient": _rope_by(SDPBackend.EFFICIENT_ATTENTION),
         },
     ),
     "window_attention": Op(
@@ -645,7 +696,7 @@ def measure(
     return found
 
 
-OF_A_VIT = tuple(op for op in OPS if op != "window_attention")
+OF_A_VIT = tuple(op for op in OPS if op not in ("rope_attention", "window_attention"))
 
 
 def cases(models, tokens, batches, dtypes, chosen=OF_A_VIT) -> list[Case]:
@@ -663,16 +714,19 @@ def cases_of(which: str) -> list[Case]:
     """Those of a set: "small" for a rehearsal, "main", "few" for small batches, "full"."""
     if which == "small":
         at = [2], ["bf16", "fp32"]
-        return [*cases(["tiny"], [17], *at), *of_swins(["tiny"], *at)]
+        return [*cases(["tiny"], [17], *at, (*OF_A_VIT, "rope_attention")), *of_swins(["tiny"], *at)]
     if which == "few":
         found = [cases(models, [tokens], [batch], ["bf16"]) for batch in (1, 8, 64) for models, tokens in SIZES]
         at_577 = cases(["B", "L"], [577], [1, 8, 64], ["bf16"], ["attention"])
-        return [*itertools.chain(*found), *at_577, *of_swins(["Swin-T 1"], [1, 8, 64], ["bf16"])]
+        turned = cases(*DINOV3, [1, 8, 64], ["bf16"], ["rope_attention"])
+        return [*itertools.chain(*found), *at_577, *turned, *of_swins(["Swin-T 1"], [1, 8, 64], ["bf16"])]
     if which == "full":
         models = [model for model in MODELS if model != "tiny"]
         tokens = [count for count in IMAGES if count != 17]
         at = [1, 8, 32, 64, 256], ["bf16", "fp16", "fp32"]
-        return [*cases(models, tokens, *at), *of_swins([stage for stage in SWINS if stage != "tiny"], *at)]
+        turned = cases(*DINOV3, *at, ["rope_attention"])
+        return [*cases(models, tokens, *at), *turned, *of_swins([stage for stage in SWINS if stage != "tiny"], *at)]
     found = [cases(models, [tokens], [256], ["bf16"]) for models, tokens in SIZES]
     at_577 = cases(["B"], [577], [64], ["bf16"], ["attention"])
-    return [*itertools.chain(*found), *at_577, *of_swins(["Swin-T 1", "Swin-B 3"], [256], ["bf16"])]
+    turned = cases(*DINOV3, [256], ["bf16"], ["rope_attention"])
+    return [*itertools.chain(*found), *at_577, *turned, *of_swins(["Swin-T 1", "Swin-B 3"], [256], ["bf16"])]

@@ -15,7 +15,7 @@ from vit_fast.ops.evidence import FILE
 
 # What an op's backend in PyTorch runs, where it is not the contender "eager". A whole block is judged by its parts.
 FORMS = {"attention": tuple(SDPA)}
-NEVER_ASK = ("block", "swiglu", "window_attention", "patch_embed_bytes")  # ops that ask no evidence
+NEVER_ASK = ("block", "swiglu", "rope_attention", "window_attention", "patch_embed_bytes")  # ops that ask no evidence
 OPS = {"projection": "linear_residual", "fc2": "linear_residual"}
 
 

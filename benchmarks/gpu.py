@@ -3,8 +3,8 @@
 python -m benchmarks.gpu OUT [STEP …] [--minutes 9] [--set main|full] [--workers N] [--batch-size 256]
 
 entries    every entry of the tile table in force, held to fp64
-ops        ceilings; each op at ViT-B, L and H, that of windows at two stages of Swins, against SDPA, cuBLAS and
-           PyTorch, at ViT-B and Swin-T compiled PyTorch too
+ops        ceilings; each op at ViT-B, L and H, that of rotary positions at DINOv3's B and L, that of windows at two
+           stages of Swins, against SDPA, cuBLAS and PyTorch, at ViT-B and Swin-T compiled PyTorch too
 models     ViT-B and L, inference and training step, against timm eager, in a graph and compiled
 tiles      tiles side by side in the block that launches them, to OUT/sweep.json (benchmarks/sweep.py)
 rest       models again: S, H and so400m, small batches, fp16, autocast, checkpointing; more lines of OUT/models.json
@@ -89,6 +89,8 @@ def end_where_lost(aside: dict[str, str]) -> None:
 def label(case: contenders.Case) -> str:
     if case.op == "window_attention":
         return case.model
+    if case.op == "rope_attention":
+        return f"DINOv3 {case.model}"
     side, _ = contenders.IMAGES[case.tokens]
     return case.model if side in (32, 224) else f"{case.model} at {side}"
 

@@ -23,6 +23,7 @@ NAMES = {
 }
 SHAPES = {"B": "ViT-B/16", "L": "ViT-L/16", "H": "ViT-H/14"}
 SHAPES |= {f"{letter} at 384": f"{SHAPES[letter]} at 384" for letter in "BL"}
+SHAPES |= {f"DINOv3 {letter}": f"DINOv3 {SHAPES[letter]}" for letter in "BL"}
 SHAPES |= {f"Swin-{letter} {stage}": f"Swin-{letter}, stage {stage}" for letter in "TB" for stage in (1, 2, 3, 4)}
 DEPTHS = {"B": 12, "L": 24, "H": 32}
 

@@ -117,6 +117,26 @@ def test_ours_and_eager_agree_with_fp64(op, batch):
         assert errors["output"] > 0
 
 
+@pytest.mark.parametrize(("model", "tokens"), [("tiny", 17), ("S", 201)])
+def test_every_form_of_rotary_positions_agrees_with_fp64(model, tokens):
+    case = Case("rope_attention", model, tokens, 2, "fp32")
+    tensors = _with_gradients(case.op, contenders._draw(case))
+    for name in ("vit_fast", "eager", "sdpa flash"):
+        assert max(contenders.errors_of(case, contenders.call_of(case, name), tensors).values()) < 1e-5, name
+
+
+def test_the_tables_of_rotary_positions_are_dinov3s():
+    """Those that transformers makes, and what it makes of them."""
+    dinov3 = pytest.importorskip("transformers.models.dinov3_vit.modeling_dinov3_vit")
+    config = dinov3.DINOv3ViTConfig(hidden_size=384, num_attention_heads=6, image_size=224, patch_size=16)
+    theirs = dinov3.DINOv3ViTRopePositionEmbedding(config).eval()(torch.empty(1, 3, 224, 224))
+    tables = contenders._rope_settings(Case("rope_attention", "S", 201, 2, "fp32"))
+    for ours, other in zip(tables.values(), theirs, strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-5)
+    q, k = torch.randn(2, 1, 6, 201, 64)
+    assert torch.equal(contenders._turned(q, **tables), dinov3.apply_rotary_pos_emb(q, k, **tables)[0])
+
+
 @pytest.mark.parametrize("stage", ["tiny", "Swin-T 3", "Swin-B 4"])
 def test_every_form_of_windows_agrees_with_fp64(stage):
     """Shifted, but for the last stage, which is one window."""

@@ -280,7 +280,8 @@ TIMES = {"vit_fast": [10, 11, 12], "eager": [7, 8, 9], "cublas": [1, 1, 1], "com
         ({"us": TIMES | {"vit_fast": [5, 6, 7]}}, 0),
         ({"us": {"vit_fast": [10, 11, 12], "cublas": [1, 1, 1]}}, 0),
         ({"op": "block"}, 0),
-        ({"op": "window_attention", "model": "Swin-T 1", "tokens": 3136}, 0),  # it asks no evidence
+        ({"op": "rope_attention", "model": "DINOv3 B", "tokens": 201}, 0),  # it asks no evidence
+        ({"op": "window_attention", "model": "Swin-T 1", "tokens": 3136}, 0),  # nor does this
     ],
 )
 def test_which_lines_count(change, count):

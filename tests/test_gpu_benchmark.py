@@ -54,9 +54,10 @@ def test_the_steps_run_to_the_end(tmp_path):
     lines = json.loads((tmp_path / "ops.json").read_text())["results"]
     assert [one["batch"] for one in lines] == sorted((one["batch"] for one in lines), reverse=True), "`few` adds"
     assert {(one["batch"], one["direction"]) for one in lines} == {(2, "forward"), (2, "both"), (1, "forward")}
-    windows = [one for one in lines if one["op"] == "window_attention" and one["direction"] == "both"]
-    assert windows
-    assert all({"vit_fast", "eager", "sdpa"} <= one["us"].keys() for one in windows)
+    for op, peer in (("rope_attention", "sdpa flash"), ("window_attention", "sdpa")):
+        found = [one for one in lines if one["op"] == op and one["direction"] == "both"]
+        assert found
+        assert all({"vit_fast", "eager", peer} <= one["us"].keys() for one in found)
 
 
 def test_without_a_step_every_step_is_meant(capsys):
