@@ -46,6 +46,7 @@ CASES = [
     case("tables of each head's own, interleaved", 1, 19, 5, 48, 14, a_table_a_head=True, interleaved=True),
     case("one head of four: a program has the queries' and the keys'", 3, 9, 1, 16, 7),
     case("heads that no program's four divide", 1, 9, 7, 16, 8),
+    case("as many tokens as a program has", 2, 32, 1, 64, 27),
     case("more tokens than a program has", 2, 150, 1, 16, 147, interleaved=True),
     case("heads 72 wide, half of which is no power of two", 1, 20, 2, 72, 16),
     case("heads 88 wide, interleaved", 1, 20, 1, 88, 16, interleaved=True),
@@ -173,6 +174,18 @@ def test_tables_in_another_dtype(interleaved, mode, backend):
         wide = rope_attention(qkv.float(), *narrow)
         assert wide.dtype == torch.float32
         torch.testing.assert_close(wide, rope_attention(qkv.float(), *(t.float() for t in narrow)))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("mode", ["fp16", "bf16"])
+def test_a_turn_is_rounded_once(mode, interleaved):
+    """Of halves by tables of halves too, where PyTorch rounds each product."""
+    qkv, cos, sin = floats(2, 9, 2, 16, 7, dtype=MODES[mode])
+    found = turned(qkv, cos, sin, "triton", interleaved).double()
+    true = [reference.rotate(x.double(), cos.double(), sin.double(), interleaved) for x in qkv.unbind(2)[:2]]
+    rounding = torch.finfo(MODES[mode]).eps / 2
+    assert ((found - torch.stack(true, 2)).abs() <= 1.01 * rounding * found.abs() + 1e-6).all()
 
 
 def test_the_largest_dtype_in_pytorch():
