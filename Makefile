@@ -39,7 +39,7 @@ exhaustive: $(VENV)/test.stamp  ## the tests and the long runs: guard pages, kil
 	$(BIN)/python -m tests.leaks
 	$(BIN)/python -m tests.readme
 
-mutants: $(VENV)/test.stamp  ## 170 bugs put into kernels and ops, each against its tests: an hour; SAMPLE=10 SEED=1 draws some
+mutants: $(VENV)/test.stamp  ## 230 bugs put into kernels and ops, each against its tests: an hour; SAMPLE=10 SEED=1 draws some
 	$(BIN)/python -m tests.mutants --sample $(SAMPLE) --seed $(SEED)
 
 # Outside .venv: an environment a Python, some 5 GB each, under build/.

@@ -62,10 +62,11 @@ Sizes of each tensor as the case draws them.
 GUARDED = """## Addresses
 
 `tests/ops/test_guard_pages.py` has {count} of the cases of `make exhaustive`: nothing outside is touched, every element
-that a kernel allocates is written once. How many by op and layout. Of each op some are in each of {modes}, at the end
-and at the start of their memory, through descriptors and heads as a whole ("table"), and through pointers and heads
-streamed ("other"); `make exhaustive` has all of these with each other. Operands past 2^31 and 2^32 are of 16 bits, or
-bytes, and lie in memory that ends far from them, at no protected page:
+that a kernel allocates is written once, what is turned in place once before that and once by it. How many by op and
+layout. Of each op some are in each of {modes}, at the end and at the start of their memory, through descriptors and
+heads as a whole ("table"), and through pointers and heads streamed ("other"); `make exhaustive` has all of these with
+each other. Operands past 2^31 and 2^32 are of 16 bits, or bytes, and lie in memory that ends far from them, at no
+protected page:
 
 {table}
 """
