@@ -409,8 +409,9 @@ REJECTED = {
 }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wrong", REJECTED)
-def test_rejected(wrong):
+def test_rejected(wrong, backend):
     change, error, message = REJECTED[wrong]
-    with pytest.raises(error, match=message):
+    with use_backend(backend), pytest.raises(error, match=message):
         rope_attention(**{"qkv": QKV, "cos": TABLE, "sin": TABLE} | change)
