@@ -79,8 +79,8 @@ def work(launch: Launch) -> Work:
     sizes, name = launch.kwargs, launch.kernel.__name__
     moved = nbytes((launch.args, sizes))
     programs = math.prod(launch.grid)
-    if name == "_rotate_kernel" and len(tensors((sizes["x"], sizes["y"]))) == 1:  # in place: read, and written
-        moved += nbytes(sizes["y"])
+    if name == "_rotate_kernel":
+        return _turn_work(sizes, moved, programs)
     if "Tq" in sizes:
         return _attention_work(sizes, name, moved, programs)
     if "WINDOW" in sizes and "PRECISION" in sizes:
@@ -147,6 +147,14 @@ def _window_work(sizes: dict, name: str, moved: int) -> Work:
         padded_flops=2 * products * tiles * scores * sizes["HEAD"],
         matrix_share=constant("back_to_back"),
     )
+
+
+def _turn_work(sizes: dict, moved: int, programs: int) -> Work:
+    """A tile is what a program turns, some heads of some tokens. In place the one matrix is read, and written."""
+    if len(tensors((sizes["x"], sizes["y"]))) == 1:
+        moved += nbytes(sizes["y"])
+    tile = sizes["BLOCK_T"] * sizes["HEADS"] * 2 * sizes["WIDTH"]
+    return Work(moved, programs, tile, programs * tile)
 
 
 # ---- the time of a launch ------------------------------------------------------------------------------------------
