@@ -72,6 +72,7 @@ FEW_PAIRS = (
 ANSWERED = {
     "attention dq": ONE_KEY,
     "attention_qkv dqkv": ONE_KEY,
+    "rope_attention dqkv": ONE_KEY,
     "window_attention dqkv": FEW_PAIRS,
     "window_attention dtable": FEW_PAIRS,
     "mlp dfc1_weight": (
