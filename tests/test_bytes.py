@@ -234,9 +234,8 @@ def test_a_std_of_zero_is_refused(change):
     if change is not None:
         change(model)
     model.pretrained_cfg["std"] = (0.2, 0.0, 0.2)
-    with pytest.raises(
-        ValueError, match=r"pretrained_cfg\['std'\]: got \(0.2, 0.0, 0.2\), takes 3 finite numbers above 0"
-    ):
+    message = r"pretrained_cfg\['std'\]: got \(0.2, 0.0, 0.2\), takes 3 finite numbers above 0"
+    with pytest.raises(ValueError, match=message):
         model(pictures())
 
 

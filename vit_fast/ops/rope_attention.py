@@ -113,7 +113,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x [B, T, H, d], its last tokens turned, in PyTorch and in its dtype, in whichever the tables are."""
     first, count = x.shape[1] - cos.shape[-2], cos.shape[-2]
     cos, sin = (t.transpose(0, 1) if t.dim() == 3 else t.unsqueeze(1) for t in (cos, sin))  # [N, H or 1, d]
-    before, last = x.split((first, count), 1)  # a view, and no index: PyTorch takes none of fake tensors of an absent GPU
+    before, last = x.split((first, count), 1)  # no index: PyTorch takes none of fake tensors of a GPU that is not there
     if interleaved:
         a, b = last.unflatten(-1, (-1, 2)).unbind(-1)
         partners = torch.stack((-b, a), -1).flatten(-2)
