@@ -10,7 +10,8 @@ saved      nothing: the gradient of a turn is the turn back
 limit      4·B·T·H·d elements moved, each once. The tables come from L2, once for HEADS heads where all share them.
            Where d/2 is no multiple of 8, as of heads 72 and 88 wide, half precision moves two bytes at a time
 
-A pass of its own: turned on its way into the attention, a key would be turned once for each tile of queries.
+A pass of its own: turned on its way into the attention, a key would be turned once for each tile of queries. What is
+turned lies apart from the values, so that on a Hopper attention.forward takes it and not hopper_attention.py.
 """
 
 import torch
