@@ -176,4 +176,5 @@ def _choice(part: _Part) -> tuple[str, str]:
         return "triton", "; but ".join([where, *(finding.reason for finding in found)])
     if backend.chosen_backend() == "torch":
         return "torch", "use_backend('torch')"
-    return "torch", backend.why_not_triton(device) or part.refusal or f"the kernels do not take {part.tensor.dtype}"
+    reasons = filter(None, (backend.why_not_triton(device), part.refusal))
+    return "torch", "; ".join(reasons) or f"the kernels do not take {part.tensor.dtype}"
