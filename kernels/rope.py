@@ -54,18 +54,21 @@ def _store_pairs(rows, a, b, wanted, HALF: tl.constexpr, WIDTH: tl.constexpr, IN
 
 
 @triton.jit
-def _rows_of_head(x, b, tokens, part, h):
+def _rows_of_head(x, image, tokens, part, h):
     """Pointers [BLOCK_T, 1] to the tokens' rows of a head of a view [B, T, 2, H, d], (pointer, its four strides)."""
     ptr, stride_b, stride_t, stride_part, stride_h = x
-    head = b.to(tl.int64) * stride_b + part.to(tl.int64) * stride_part + h.to(tl.int64) * stride_h
+    head = image.to(tl.int64) * stride_b + part.to(tl.int64) * stride_part + h.to(tl.int64) * stride_h
     return ptr + head + tokens.to(tl.int64)[:, None] * stride_t
 
 
 @triton.jit
 def _turns_of_head(table, h, places, wanted, HALF: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """A table's entries for the pairs of tokens at these places, (pointer, strides of H and N)."""
+    """Of a table, (pointer, strides of H and N), the entries for the pairs of tokens at these places; h is None for one
+    that all heads share."""
     ptr, stride_h, stride_n = table
-    rows = ptr + h.to(tl.int64) * stride_h + places.to(tl.int64)[:, None] * stride_n
+    rows = ptr + places.to(tl.int64)[:, None] * stride_n
+    if h is not None:
+        rows += h.to(tl.int64) * stride_h
     return _pairs(rows, wanted, HALF, WIDTH, INTERLEAVED)
 
 
@@ -79,11 +82,11 @@ def _rotate_kernel(
     """BLOCK_T tokens of HEADS of the 2·H heads of queries and keys; the tokens before `first` are not turned."""
     wait_for_launch_before()
     blocks = tl.cdiv(T, BLOCK_T)
-    b, tokens = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    image, tokens = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     turned = ((tokens >= first) & (tokens < T))[:, None]
     if not A_TABLE_A_HEAD:
-        cos_a, cos_b = _turns_of_head(cos, b * 0, tokens - first, turned, HALF, WIDTH, INTERLEAVED)
-        sin_a, sin_b = _turns_of_head(sin, b * 0, tokens - first, turned, HALF, WIDTH, INTERLEAVED)
+        cos_a, cos_b = _turns_of_head(cos, None, tokens - first, turned, HALF, WIDTH, INTERLEAVED)
+        sin_a, sin_b = _turns_of_head(sin, None, tokens - first, turned, HALF, WIDTH, INTERLEAVED)
     for index in tl.static_range(HEADS):
         head = tl.program_id(1) * HEADS + index
         part, h = head // H, head % H
@@ -91,14 +94,14 @@ def _rotate_kernel(
         if A_TABLE_A_HEAD:
             cos_a, cos_b = _turns_of_head(cos, h, tokens - first, turned & wanted, HALF, WIDTH, INTERLEAVED)
             sin_a, sin_b = _turns_of_head(sin, h, tokens - first, turned & wanted, HALF, WIDTH, INTERLEAVED)
-        a, b_ = _pairs(_rows_of_head(x, b, tokens, part, h), wanted, HALF, WIDTH, INTERLEAVED)
+        a, b = _pairs(_rows_of_head(x, image, tokens, part, h), wanted, HALF, WIDTH, INTERLEAVED)
         if BACK:
-            new_a, new_b = cos_a * a + sin_b * b_, cos_b * b_ - sin_a * a
+            new_a, new_b = cos_a * a + sin_b * b, cos_b * b - sin_a * a
         else:
-            new_a, new_b = cos_a * a - sin_a * b_, cos_b * b_ + sin_b * a
+            new_a, new_b = cos_a * a - sin_a * b, cos_b * b + sin_b * a
         # In the place of the product and no sum with it: what is no number stays where it is.
-        new_a, new_b = tl.where(turned, new_a, a), tl.where(turned, new_b, b_)
-        _store_pairs(_rows_of_head(y, b, tokens, part, h), new_a, new_b, wanted, HALF, WIDTH, INTERLEAVED)
+        new_a, new_b = tl.where(turned, new_a, a), tl.where(turned, new_b, b)
+        _store_pairs(_rows_of_head(y, image, tokens, part, h), new_a, new_b, wanted, HALF, WIDTH, INTERLEAVED)
 
 
 def rotate(x: torch.Tensor, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool):
@@ -108,7 +111,7 @@ def rotate(x: torch.Tensor, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     block = max(PAIRS // width, 1)
 
     def table(t: torch.Tensor) -> tuple:
-        return t, t.stride(0) if t.dim() == 3 else 0, t.stride(-2)
+        return t, t.stride(0), t.stride(-2)
 
     _rotate_kernel[(B * triton.cdiv(T, block), triton.cdiv(2 * H, HEADS))](
         x=(x, *x.stride()[:-1]), y=(y, *y.stride()[:-1]), cos=table(cos), sin=table(sin),

@@ -1184,6 +1184,19 @@ def test_a_step_as_transformers_trainer_calls_it(monkeypatch, name):
         assert blocks
 
 
+@pytest.mark.parametrize("name", ["ViTModel", "Dinov2Model", "CLIPVisionModel", "DINOv3ViTModel", "SwinModel"])
+def test_arguments_that_are_no_business_of_attention(monkeypatch, name):
+    """Models that do not know them hand them to every layer."""
+    model = matrix.accelerated(matrix.build("transformers", name))
+    inputs, calls, fused = matrix.inputs_of(model), [], foreign_block.FusedBlock.fused
+    expected = matrix.run(model, inputs)
+    monkeypatch.setattr(foreign_block.FusedBlock, "fused", lambda *a, **k: calls.append(a) or fused(*a, **k))
+    for more in ({"labels": torch.tensor([1, 0])}, {"return_loss": True}, {"interpolate_pos_encoding": True}):
+        calls.clear()
+        assert relative_error(matrix.run(model, {**inputs, **more}), expected) <= matrix.OUTPUT
+        assert len(calls) == sum(isinstance(one, foreign_block.FusedBlock) for one in model.modules())
+
+
 CALLS_ASIDE = {
     "timm": (lambda: timm.models.vision_transformer.Block(48, 3), {"attn_mask": torch.zeros(5, 5)}, "a mask is given"),
     "open_clip": (_open_clips_block, {"attn_mask": torch.zeros(5, 5)}, "a mask or other keys are given"),

@@ -27,6 +27,10 @@ GATES = readable(activations.SiLUActivation, nn.SiLU)
 # The attention functions that compute what the ops do; somebody may register others, by other names and by these.
 _OWN = {attention_forward, *(one for one in ALL_ATTENTION_FUNCTIONS.values() if package_of(one) == "transformers")}
 
+# What a model that has no use for it hands to every layer: what is the loss's, of which transformers' Trainer gives the
+# first in each step, and the embeddings'.
+_NOT_ATTENTIONS = {"num_items_in_batch", "labels", "return_loss", "interpolate_pos_encoding"}
+
 
 class _Names(NamedTuple):
     """What a library's authors called one thing in different models."""
@@ -109,10 +113,9 @@ def why_called(name: str, attention: nn.Module, kinds: tuple[type, ...]) -> str:
 def why_more(kwargs: dict) -> str:
     """Why a call asks attention for something else than softmax over all tokens, or ""."""
     for name, value in kwargs.items():
-        # What is to be returned is looked at elsewhere; the number of labels, which transformers' Trainer gives every
-        # module of a model, is the loss's.
+        # What is to be returned is looked at elsewhere.
         asks = value is not None and value is not False and not name.startswith("output_")
-        if asks and name != "num_items_in_batch":
+        if asks and name not in _NOT_ATTENTIONS:
             return f"{name} is given"
     return ""
 
