@@ -258,20 +258,20 @@ class FusedBlock(Fused):
         attention_reason, mlp_reason = asides
         for reason in filter(None, asides):
             say_aside(f"a {type(self).__name__}, module by module,", reason)
-        if not (attention_reason or mlp_reason):
-            attention, mlp = self.half_of(**kwargs), self.mlp_half()
-            if _is_whole(attention, mlp) and _joins(attention.weights, x):
-                return _block(x, attention, mlp)
-        return self.second(self.first(x, attention_reason, **kwargs), mlp_reason)
+        attention = None if attention_reason else self.half_of(**kwargs)
+        mlp = None if mlp_reason else self.mlp_half()
+        if attention and mlp and _is_whole(attention, mlp) and _joins(attention.weights, x):
+            return _block(x, attention, mlp)
+        return self.second(self.first(x, attention, **kwargs), mlp)
 
-    def first(self, x: Tensor, aside: str, **kwargs) -> Tensor:
-        """The attention half: on the ops, or, where something is against it, by the library's modules."""
-        return x + self.own_attention(x, **kwargs) if aside else _attention(x, self.half_of(**kwargs))
+    def first(self, x: Tensor, half: AttentionHalf | None, **kwargs) -> Tensor:
+        """The attention half: on the ops by its parts, or, for None, by the library's modules."""
+        return x + self.own_attention(x, **kwargs) if half is None else _attention(x, half)
 
-    def second(self, x: Tensor, aside: str) -> Tensor:
+    def second(self, x: Tensor, half: MlpHalf | None) -> Tensor:
         """The other half, so too."""
-        if not aside and _joins((mlp := self.mlp_half()).weights, x):
-            return _mlp(x, mlp)
+        if half is not None and _joins(half.weights, x):
+            return _mlp(x, half)
         return x + self.own_mlp(x)
 
     def half_of(self, **kwargs) -> AttentionHalf:
@@ -323,14 +323,21 @@ class WindowedBlock(FusedBlock):
 
     attention_op = "window_attention"
 
+    def windows(self) -> Windows:
+        """What the half of the attention has of this name."""
+        raise NotImplementedError
+
+    def heads(self) -> tuple[int, int]:
+        """How many there are, and how wide."""
+        raise NotImplementedError
+
     def asides(self) -> tuple[str, str]:
         attention, mlp = super().asides()
         # Where its kernels do not run the op is as fast as the library; under "triton" it is the op that refuses.
         if not attention and chosen_backend() == "auto":
-            half = self.attention_half()
-            assert half.windows is not None
-            if use_triton("window_attention", half.windows.table):
-                attention = refusal(half.windows.size, half.proj.in_features // half.heads)
+            windows = self.windows()
+            if use_triton("window_attention", windows.table):
+                attention = refusal(windows.size, self.heads()[1])
         return attention, mlp
 
     def asides_of(self, x: Tensor) -> tuple[str, str]:
@@ -339,9 +346,7 @@ class WindowedBlock(FusedBlock):
 
     def map_aside(self, x: Tensor) -> str:
         """Why the attention of this map runs by the library's modules, or ""."""
-        half = self.attention_half()
-        assert half.windows is not None
-        return half.windows.why_aside(x, half.heads)
+        return self.windows().why_aside(x, self.heads()[0])
 
 
 def _is_whole(attention: AttentionHalf, mlp: MlpHalf) -> bool:

@@ -262,7 +262,7 @@ def compare(module: nn.Module, fused: type[Fused], args: tuple, kwargs: dict, tr
         except Exception:
             if not isinstance(module, FusedBlock) or not any(asides := module.asides()):
                 raise
-            own, new = _halves(*asides)
+            own, new = _halves(asides[0])
             args, as_double = (module.reads(*args),), (module.reads(*as_double),)
             # Of what a call names the ops read the positions alone.
             positions = "" if asides[0] else getattr(module, "positions", "")
@@ -292,12 +292,13 @@ def compare(module: nn.Module, fused: type[Fused], args: tuple, kwargs: dict, tr
     return Result(largest, "")
 
 
-def _halves(attention_aside: str, mlp_aside: str) -> tuple[Callable, Callable]:
+def _halves(attention_aside: str) -> tuple[Callable, Callable]:
     """The half of a block that is not aside, by the library's modules and on the ops."""
-    half = FusedBlock.second if attention_aside else FusedBlock.first
-    own = attention_aside or mlp_aside
-    return (lambda module, x, **named: half(module, x, own, **named)), (
-        lambda module, x, **named: half(module, x, "", **named)
+    if attention_aside:
+        return lambda block, x: block.second(x, None), lambda block, x: block.second(x, block.mlp_half())
+    return (
+        lambda block, x, **named: block.first(x, None, **named),
+        lambda block, x, **named: block.first(x, block.half_of(**named), **named),
     )
 
 

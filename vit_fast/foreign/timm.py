@@ -185,10 +185,15 @@ class SwinTransformerBlock(WindowedBlock, swin_transformer.SwinTransformerBlock)
     def _takes_any_map(self) -> bool:
         return getattr(self, "dynamic_mask", False)
 
+    def windows(self) -> Windows:
+        return Windows(self._modules["attn"].relative_position_bias_table, self.window_size, self.shift_size)
+
+    def heads(self) -> tuple[int, int]:
+        attn = self._modules["attn"]
+        return attn.num_heads, attn.proj.in_features // attn.num_heads
+
     def attention_half(self) -> AttentionHalf:
-        own = self._modules
-        windows = Windows(own["attn"].relative_position_bias_table, self.window_size, self.shift_size)
-        return _attention_half(own, windows=windows)
+        return _attention_half(self._modules, windows=self.windows())
 
     def own_attention(self, x: Tensor) -> Tensor:
         return self.drop_path1(self._attn(self.norm1(x)))

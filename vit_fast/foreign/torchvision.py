@@ -125,9 +125,17 @@ class SwinTransformerBlock(WindowedBlock, swin_transformer.SwinTransformerBlock)
         path = self.stochastic_depth
         return path if type(path) is StochasticDepth and path.p else None
 
-    def attention_half(self) -> AttentionHalf:
+    def windows(self) -> Windows:
         attn = self.attn
         size, shift = tuple(attn.window_size), tuple(attn.shift_size)
+        return Windows(attn.relative_position_bias_table, size, shift, rests=True)
+
+    def heads(self) -> tuple[int, int]:
+        attn = self.attn
+        return attn.num_heads, attn.proj.in_features // attn.num_heads
+
+    def attention_half(self) -> AttentionHalf:
+        attn = self.attn
         return AttentionHalf(
             self.norm1,
             (attn.qkv.weight,),
@@ -135,7 +143,7 @@ class SwinTransformerBlock(WindowedBlock, swin_transformer.SwinTransformerBlock)
             attn.num_heads,
             attn.proj,
             path=self._path(),
-            windows=Windows(attn.relative_position_bias_table, size, shift, rests=True),
+            windows=self.windows(),
         )
 
     def own_attention(self, x: Tensor) -> Tensor:

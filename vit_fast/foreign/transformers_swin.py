@@ -73,6 +73,14 @@ if hasattr(modeling_swin, "SwinRelativePositionBias"):  # what transformers had 
                 ("drop_path", self.drop_path, _PATH),
             )
 
+        def windows(self) -> Windows:
+            table = self.attention.relative_position_bias.relative_position_bias_table
+            return Windows(table, (self.window_size, self.window_size), (self.shift_size, self.shift_size))
+
+        def heads(self) -> tuple[int, int]:
+            attention = self.attention
+            return len(attention.q_proj.weight) // attention.head_dim, attention.head_dim
+
         def attention_half(self) -> AttentionHalf:
             attention = self.attention
             q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
@@ -80,14 +88,10 @@ if hasattr(modeling_swin, "SwinRelativePositionBias"):  # what transformers had 
                 self.layernorm_before,
                 (q.weight, k.weight, v.weight),
                 (q.bias, k.bias, v.bias),
-                len(q.weight) // attention.head_dim,
+                self.heads()[0],
                 attention.o_proj,
                 path=self.drop_path,
-                windows=Windows(
-                    attention.relative_position_bias.relative_position_bias_table,
-                    (self.window_size, self.window_size),
-                    (self.shift_size, self.shift_size),
-                ),
+                windows=self.windows(),
             )
 
         def own_attention(self, x: Tensor, weights: list[Tensor | None] | None = None, **kwargs) -> Tensor:
