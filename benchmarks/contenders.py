@@ -597,13 +597,15 @@ def errors_of(case: Case, call: Callable, tensors: tuple[Tensor, ...]) -> dict[s
 
     Output and gradients with an axis of images are compared at the first and the last: fp64 of all would take most of
     the day. The gradient of the output is zero for the images between, so that the parameters' gradients, sums over
-    all images, are those of these two.
+    all images, are those of these two. It is the same for every call of a case: sums of it that all but cancel, as a
+    table's of a window, are as small for all of them.
     """
     op, images = OPS[case.op], [0, -1][: case.batch]
     ends = [t.detach()[images] if at < op.images else t.detach() for at, t in enumerate(tensors)]
     ends = [t.double().requires_grad_(at >= op.constant) for at, t in enumerate(ends)]
     truth = op.truth(*ends, **_settings(case))
-    upstream = torch.randn_like(truth).to(DTYPES[case.dtype])
+    generator = torch.Generator(truth.device).manual_seed(0)
+    upstream = torch.randn(truth.shape, generator=generator, device=truth.device).to(DTYPES[case.dtype])
     wanted = torch.autograd.grad(truth, ends[op.constant :], upstream.double())
     output = _forward(call, op.constant, upstream, *tensors)
     everywhere = torch.zeros_like(output)
