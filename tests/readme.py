@@ -73,6 +73,8 @@ protected page:
 
 LEFT_OUT = """## Not covered, and why
 
+- **Bytes, windows and rotary positions in the long runs below**, which are of the commits that they name. What is here
+  of them is what `make test` runs: every mode and layout between protected pages, some cases of each.
 - **The compiler.** The interpreter runs what a kernel says, not what a GPU's compiler makes of it. What it makes is
   compiled without a GPU for ten architectures (`make static`: registers, spills, shared memory, instructions), and
   run by `tests/gpu` on the one GPU that was at hand, an H200. Not run on any other: sm_80, sm_86, sm_89, sm_100,
