@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -208,13 +208,9 @@ def _assess(name: str, module: nn.Module, fused: type[Fused], inside: tuple[nn.M
         return _stays(name, kind, f"its parameters are {names}: the kernels take one of float32, float16 and bfloat16")
     if "forward" in vars(module) or fused.why_rewritten():
         return _stays(name, kind, OTHER_FORWARD)
-    module.__class__ = fused
-    try:
-        changed: Any = module
+    with check.as_fused(module, fused) as changed:
         reason = changed.never(inside)
         op, half_reason = ("", "") if reason else _op_and_reason(changed)
-    finally:
-        module.__class__ = kind
     return Line(name, _kind(module), True, op, half_reason) if op else _stays(name, kind, reason or half_reason)
 
 

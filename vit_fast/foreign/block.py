@@ -240,18 +240,21 @@ class FusedBlock(Fused):
         whole = not any(asides) and _is_whole(self.attention_half(), self.mlp_half())
         if whole and self.attention_op == FusedBlock.attention_op:
             return "block"
+        return ("block, or " if whole and self.may_not_turn else "") + self._op_of_halves(asides)
+
+    def _op_of_halves(self, asides: tuple[str, str]) -> str:
         halves = []
         if not asides[0]:
             halves.append(self.attention_op)
         if not asides[1]:
             halves.append("swiglu" if self.mlp_half().activation == "swiglu" else "mlp")
-        return ("block, or " if whole and self.may_not_turn else "") + ", ".join(halves)
+        return ", ".join(halves)
 
     def op_of(self, asides: tuple[str, str], **kwargs) -> str:
         """`op` of a call with these arguments, whose halves are aside for these reasons."""
         if not any(asides) and _is_whole(self.half_of(**kwargs), self.mlp_half()):
             return "block"
-        return self.op().removeprefix("block, or ")
+        return self._op_of_halves(self.asides())
 
     def fused(self, x: Tensor, asides: tuple[str, str], **kwargs) -> Tensor:
         """The block, of which one half at most is aside; `kwargs` are what the library's attention takes besides."""

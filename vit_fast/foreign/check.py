@@ -89,6 +89,17 @@ def _random(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator, device="cpu").to(parameter.device, parameter.dtype)
 
 
+@contextlib.contextmanager
+def as_fused(module: nn.Module, fused: type[Fused]) -> Iterator[Any]:
+    """A block in which a module of the library's class is one of this."""
+    kind: Any = type(module)
+    module.__class__ = fused
+    try:
+        yield module
+    finally:
+        module.__class__ = kind
+
+
 def random_input(module: nn.Module, fused: type[Fused]) -> tuple[tuple, dict]:
     """What a module may be called with: an image for a convolution, a map for a Swin's block, tokens for the rest."""
     if isinstance(module, nn.Conv2d):
@@ -103,7 +114,7 @@ def random_input(module: nn.Module, fused: type[Fused]) -> tuple[tuple, dict]:
         return (x.flatten(1, 2), sides), {}
     named = {"attention_mask": None} if "attention_mask" in takes else {}
     if issubclass(fused, RopeBlock):
-        with _as(fused, module) as block:
+        with as_fused(module, fused) as block:
             named |= block.example(x)
     return (x,), named
 
@@ -133,34 +144,9 @@ def seen_by(module: nn.Module, fused: type[FusedBlock], args: tuple, kwargs: dic
         raise _Reached
 
     noting = type("Noting", (fused,), {"fused": note})
-    with torch.no_grad(), _as(noting, module) as block, contextlib.suppress(_Reached):
+    with torch.no_grad(), as_fused(module, noting) as block, contextlib.suppress(_Reached):
         block.forward(*args, **kwargs)
     return found[0] if found else (("",), "")
-
-
-def inputs_of(module: nn.Module, fused: type[Fused], seen: tuple[tuple, dict] | None) -> list[tuple[tuple, dict]]:
-    """What to compare a module on: what it read in a run; where no run came by it, or where one of its halves was aside
-    in that call alone, a random input too."""
-    if seen is None:
-        return [random_input(module, fused)]
-    if not issubclass(fused, FusedBlock):
-        return [seen]
-    with _as(fused, module) as block:
-        always = block.asides()
-    if seen_by(module, fused, *seen)[0] == always:
-        return [seen]
-    return [seen, random_input(module, fused)]
-
-
-@contextlib.contextmanager
-def _as(fused: type[Fused], module: nn.Module) -> Iterator[Any]:
-    """A block in which a module of the library's class is one of this."""
-    kind: Any = type(module)
-    module.__class__ = fused
-    try:
-        yield module
-    finally:
-        module.__class__ = kind
 
 
 def run(runs: list[Run], modules: dict[str, nn.Module]) -> tuple[dict[str, tuple[tuple, dict]], list]:
@@ -233,12 +219,19 @@ def _tensors(output) -> list[Tensor]:
 def compare_as_seen(
     module: nn.Module, fused: type[Fused], seen: tuple[tuple, dict] | None, training: bool
 ) -> tuple[Result, str]:
-    """`compare` on all of `inputs_of`, and which op a call of a `RopeBlock` runs, "" where that goes without saying."""
+    """`compare` on what the module read in a run, and which op runs it there, "" where none does.
+
+    Where no run came by it, or one of a block's halves was aside in that call alone, it is compared on a random input.
+    """
     op = ""
     try:
-        every = inputs_of(module, fused, seen)
-        if issubclass(fused, RopeBlock):
-            _, op = seen_by(module, fused, *every[0])
+        every = [seen or random_input(module, fused)]
+        if issubclass(fused, FusedBlock):
+            with as_fused(module, fused) as block:
+                always = block.asides()
+            asides, op = seen_by(module, fused, *every[0])
+            if seen and asides != always:
+                every.append(random_input(module, fused))
     except Exception as error:  # whatever code of somebody else's raises
         return Result(None, f"its comparison raised {in_a_line(error)}"), ""
     results = [compare(module, fused, *one, training) for one in every]

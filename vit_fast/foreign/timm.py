@@ -45,12 +45,7 @@ class Block(FusedBlock, vision_transformer.Block):
     def attention_aside(self) -> str:
         own = self._modules
         attn, parts = own["attn"], own["attn"]._modules
-        if type(attn) in _ATTENTION:
-            if not attn.fused_attn:
-                return "attn.fused_attn is False"
-            if parts.get("gate") is not None:
-                return "attn has a gate"
-        return why_aside(("attn", attn, _ATTENTION)) or why_aside(
+        return why_own_attention(attn, _ATTENTION) or why_aside(
             ("norm1", own["norm1"], NORMS),
             ("attn.qkv", parts["qkv"], LINEAR),
             ("attn.q_norm", parts["q_norm"], NORMS_OR_NONE),
@@ -82,6 +77,16 @@ class Block(FusedBlock, vision_transformer.Block):
 
     def own_mlp(self, x: Tensor) -> Tensor:
         return self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def why_own_attention(attn: nn.Module, kinds: tuple[type, ...]) -> str:
+    """Why an attention module is none of these kinds, or computes what no op does, or ""."""
+    if type(attn) in kinds:
+        if not attn.fused_attn:
+            return "attn.fused_attn is False"
+        if attn._modules.get("gate") is not None:
+            return "attn has a gate"
+    return why_aside(("attn", attn, kinds))
 
 
 def _attention_half(own: dict[str, nn.Module], **others) -> AttentionHalf:

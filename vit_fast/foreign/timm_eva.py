@@ -6,7 +6,7 @@ from timm.models import eva
 from torch import Tensor, nn
 
 from vit_fast.foreign.block import AttentionHalf, MlpHalf, Rope, RopeBlock
-from vit_fast.foreign.timm import NORMS, NORMS_OR_NONE, PATHS, plain_mlp_half, why_own_mlp
+from vit_fast.foreign.timm import NORMS, NORMS_OR_NONE, PATHS, plain_mlp_half, why_own_attention, why_own_mlp
 from vit_fast.layers import DROPOUT, GATE, LINEAR, NONE, package_of, readable, why_aside
 from vit_fast.ops.backend import PLAIN, autocasting
 
@@ -53,34 +53,28 @@ class EvaBlock(RopeBlock, eva.EvaBlock):
     def attention_aside(self) -> str:
         own = self._modules
         attn, parts = own["attn"], own["attn"]._modules
-        if type(attn) in _ATTENTION:
-            if not attn.fused_attn:
-                return "attn.fused_attn is False"
-            if parts.get("gate") is not None:
-                return "attn has a gate"
-            if getattr(attn, "num_kv_groups", 1) != 1:
-                return "attn has fewer heads of keys than of queries"
-            if getattr(attn, "qkv_bias_separate", False) and getattr(attn.qkv, "bias", None) is not None:
-                return "attn.qkv has a bias beside those of attn"
+        if reason := why_own_attention(attn, _ATTENTION):
+            return reason
+        if getattr(attn, "num_kv_groups", 1) != 1:
+            return "attn has fewer heads of keys than of queries"
+        if getattr(attn, "qkv_bias_separate", False) and getattr(attn.qkv, "bias", None) is not None:
+            return "attn.qkv has a bias beside those of attn"
         if not eva.apply_rot_embed_cat is timm.layers.attention.apply_rot_embed_cat is _TURN:
             return "somebody has given timm another apply_rot_embed_cat"
         names = ("qkv",) if "qkv" in parts else ("q_proj", "k_proj", "v_proj")
-        return (
-            why_aside(("attn", attn, _ATTENTION))
-            or why_aside(
-                ("norm1", own["norm1"], NORMS),
-                *((f"attn.{name}", parts[name], LINEAR) for name in names),
-                ("attn", attn, _ATTENTION),  # once more, for the dtype of its biases
-                ("attn.q_norm", parts["q_norm"], NONE),  # what is turned is normalised first, by no op
-                ("attn.k_norm", parts["k_norm"], NONE),
-                ("attn.attn_drop", parts["attn_drop"], DROPOUT),
-                ("attn.norm", parts["norm"], NORMS_OR_NONE),
-                ("attn.proj", parts["proj"], LINEAR),
-                ("attn.proj_drop", parts["proj_drop"], DROPOUT),
-                ("drop_path1", own["drop_path1"], PATHS),
-            )
-            or self._why_scale("gamma_1", own["norm1"])
+        reason = why_aside(
+            ("norm1", own["norm1"], NORMS),
+            *((f"attn.{name}", parts[name], LINEAR) for name in names),
+            ("attn", attn, _ATTENTION),  # once more, for the dtype of its biases
+            ("attn.q_norm", parts["q_norm"], NONE),  # what is turned is normalised first, by no op
+            ("attn.k_norm", parts["k_norm"], NONE),
+            ("attn.attn_drop", parts["attn_drop"], DROPOUT),
+            ("attn.norm", parts["norm"], NORMS_OR_NONE),
+            ("attn.proj", parts["proj"], LINEAR),
+            ("attn.proj_drop", parts["proj_drop"], DROPOUT),
+            ("drop_path1", own["drop_path1"], PATHS),
         )
+        return reason or self._why_scale("gamma_1", own["norm1"])
 
     def _why_scale(self, name: str, norm: nn.Module) -> str:
         """Why no op multiplies by a parameter of the block's own, as `why_aside` has it, or ""."""

@@ -131,6 +131,23 @@ def why_other(attention: nn.Module) -> str:
     return "" if function in _OWN else f"attention implementation {name!r} is none of transformers' own"
 
 
+def why_set(name: str, attention: nn.Module, dropout: str, scaling: str = "scaling") -> str:
+    """Why an attention module of this name drops or scales as no op does, or ""."""
+    if attention.training and getattr(attention, dropout):
+        return f"{name}.{dropout} is active"
+    if getattr(attention, scaling) != attention.head_dim**-0.5:
+        return f"{name}.{scaling} is changed"
+    return ""
+
+
+def half_of_attention(norm: nn.LayerNorm, attention: nn.Module, proj: nn.Linear, **others) -> AttentionHalf:
+    """Of an attention module whose three maps are apart; how many heads there are its queries tell, for some may be
+    pruned."""
+    q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+    weights, biases = (q.weight, k.weight, v.weight), (q.bias, k.bias, v.bias)
+    return AttentionHalf(norm, weights, biases, len(q.weight) // attention.head_dim, proj, **others)
+
+
 class _Attention(Fused):
     """softmax(q·kᵀ)·v as one op; the weights, exact, where they are recorded, whichever implementation is set."""
 
@@ -207,10 +224,8 @@ class _Layer(FusedBlock):
         reason = why_called(names.attention, attention, self.attention_kinds) or why_other(attention)
         if reason:
             return reason
-        if attention.training and getattr(attention, names.dropout):
-            return f"{names.attention}.{names.dropout} is active"
-        if getattr(attention, names.scaling) != attention.head_dim**-0.5:
-            return f"{names.attention}.{names.scaling} is changed"
+        if reason := why_set(names.attention, attention, names.dropout, names.scaling):
+            return reason
         linears = ("q_proj", "k_proj", "v_proj", names.proj)
         return why_aside(
             (names.norm1, self._modules[names.norm1], NORM),
@@ -220,16 +235,9 @@ class _Layer(FusedBlock):
 
     def attention_half(self) -> AttentionHalf:
         names = self.names
-        attention = self._modules[names.attention]
-        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        return AttentionHalf(
-            self._modules[names.norm1],
-            (q.weight, k.weight, v.weight),
-            (q.bias, k.bias, v.bias),
-            len(q.weight) // attention.head_dim,
-            attention._modules[names.proj],
-            *self._end(1),
-        )
+        attention, (scale, path) = self._modules[names.attention], self._end(1)
+        proj = attention._modules[names.proj]
+        return half_of_attention(self._modules[names.norm1], attention, proj, scale=scale, path=path)
 
     def own_attention(self, x: Tensor, **kwargs) -> Tensor:
         names = self.names

@@ -5,7 +5,16 @@ from torch import Tensor, nn
 from transformers.models.dinov3_vit import modeling_dinov3_vit
 
 from vit_fast.foreign.block import AttentionHalf, MlpHalf, Rope, RopeBlock
-from vit_fast.foreign.transformers import ACTIVATION, ACTIVATIONS, GATES, why_called, why_more, why_other
+from vit_fast.foreign.transformers import (
+    ACTIVATION,
+    ACTIVATIONS,
+    GATES,
+    half_of_attention,
+    why_called,
+    why_more,
+    why_other,
+    why_set,
+)
 from vit_fast.layers import LINEAR, NORM, package_of, readable, why_aside
 
 _ATTENTION = readable(modeling_dinov3_vit.DINOv3ViTAttention)
@@ -56,10 +65,8 @@ class DINOv3ViTLayer(RopeBlock, modeling_dinov3_vit.DINOv3ViTLayer):
             return reason
         if modeling_dinov3_vit.apply_rotary_pos_emb is not _TURNS:
             return "somebody has given transformers another apply_rotary_pos_emb"
-        if attention.training and attention.dropout:
-            return "attention.dropout is active"
-        if attention.scaling != attention.head_dim**-0.5:
-            return "attention.scaling is changed"
+        if reason := why_set("attention", attention, "dropout"):
+            return reason
         linears = ("q_proj", "k_proj", "v_proj", "o_proj")
         return why_aside(
             ("norm1", self.norm1, NORM),
@@ -69,17 +76,8 @@ class DINOv3ViTLayer(RopeBlock, modeling_dinov3_vit.DINOv3ViTLayer):
         )
 
     def attention_half(self) -> AttentionHalf:
-        attention = self.attention
-        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        return AttentionHalf(
-            self.norm1,
-            (q.weight, k.weight, v.weight),
-            (q.bias, k.bias, v.bias),
-            len(q.weight) // attention.head_dim,
-            attention.o_proj,
-            self.layer_scale1.lambda1,
-            self.drop_path,
-        )
+        proj, scale = self.attention.o_proj, self.layer_scale1.lambda1
+        return half_of_attention(self.norm1, self.attention, proj, scale=scale, path=self.drop_path)
 
     def own_attention(self, x: Tensor, **kwargs) -> Tensor:
         x, _ = self.attention(self.norm1(x), attention_mask=None, **kwargs)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers.models.swin import modeling_swin
 
 from vit_fast.foreign.block import SYMBOL, AttentionHalf, MlpHalf, WindowedBlock, Windows, why_other_distances
-from vit_fast.foreign.transformers import ACTIVATION, ACTIVATIONS, why_more, why_other
+from vit_fast.foreign.transformers import ACTIVATION, ACTIVATIONS, half_of_attention, why_more, why_other, why_set
 from vit_fast.layers import DROPOUT, LINEAR, NORM, readable, why_aside
 from vit_fast.transformers_attention import wants_weights
 
@@ -58,10 +58,8 @@ if hasattr(modeling_swin, "SwinRelativePositionBias"):  # what transformers had 
                 return reason
             if attention.config._attn_implementation in (None, "eager"):
                 return "attention is eager, which returns its weights"
-            if attention.training and attention.attention_dropout:
-                return "attention.attention_dropout is active"
-            if attention.scaling != attention.head_dim**-0.5:
-                return "attention.scaling is changed"
+            if reason := why_set("attention", attention, "attention_dropout"):
+                return reason
             if torch.jit.is_tracing():
                 return "torch.jit traces it"
             linears = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -82,17 +80,8 @@ if hasattr(modeling_swin, "SwinRelativePositionBias"):  # what transformers had 
             return len(attention.q_proj.weight) // attention.head_dim, attention.head_dim
 
         def attention_half(self) -> AttentionHalf:
-            attention = self.attention
-            q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-            return AttentionHalf(
-                self.layernorm_before,
-                (q.weight, k.weight, v.weight),
-                (q.bias, k.bias, v.bias),
-                self.heads()[0],
-                attention.o_proj,
-                path=self.drop_path,
-                windows=self.windows(),
-            )
+            norm, attention = self.layernorm_before, self.attention
+            return half_of_attention(norm, attention, attention.o_proj, path=self.drop_path, windows=self.windows())
 
         def own_attention(self, x: Tensor, weights: list[Tensor | None] | None = None, **kwargs) -> Tensor:
             """As the library's forward has it; its weights are appended to those."""
