@@ -147,11 +147,16 @@ def test_where_no_peer_ran_the_tables_say_so(monkeypatch):
     assert all(line.endswith(": none") for line in report.slower_list().splitlines())
 
 
-def test_rotary_positions_stand_in_the_tables_once_they_are_measured(monkeypatch):
-    us = {"vit_fast": [1, 100, 1], "eager": [1, 300, 1], "sdpa cudnn": [1, 125, 1]}
-    lines = [{"op": "rope_attention", "model": "DINOv3 L", "batch": size, "us": us} for size in (256, 64)]
+def _measured(monkeypatch, op: str, model: str, us: dict) -> None:
+    """As if that were all that was measured of ops."""
+    lines = [{"op": op, "model": model, "batch": size, "us": us} for size in (256, 64)]
     files = {"ops": {"results": [{**line, "direction": "forward"} for line in lines]}}
     monkeypatch.setattr(report, "results", lambda name, *folder: files.get(name) or pages.results(name, *folder))
+
+
+def test_rotary_positions_stand_in_the_tables_once_they_are_measured(monkeypatch):
+    us = {"vit_fast": [1, 100, 1], "eager": [1, 300, 1], "sdpa cudnn": [1, 125, 1]}
+    _measured(monkeypatch, "rope_attention", "DINOv3 L", us)
     assert report.ops_table().splitlines()[2:] == [
         "| `rope_attention` | DINOv3 ViT-L/16, batch 256 | 100 | 125 sdpa cudnn | 1.25 | - | - | - |"
     ]
@@ -159,9 +164,7 @@ def test_rotary_positions_stand_in_the_tables_once_they_are_measured(monkeypatch
 
 def test_windows_stand_in_the_tables_once_they_are_measured(monkeypatch):
     us = {"vit_fast": [1, 100, 1], "eager": [1, 300, 1], "sdpa": [1, 90, 1]}
-    lines = [{"op": "window_attention", "model": "Swin-T 1", "batch": size, "us": us} for size in (256, 64)]
-    files = {"ops": {"results": [{**line, "direction": "forward"} for line in lines]}}
-    monkeypatch.setattr(report, "results", lambda name, *folder: files.get(name) or pages.results(name, *folder))
+    _measured(monkeypatch, "window_attention", "Swin-T 1", us)
     assert report.ops_table().splitlines()[2:] == [
         "| `window_attention` | Swin-T, stage 1, batch 256 | 100 | 90 sdpa | 0.90, slower | - | - | - |"
     ]

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from tests import unfused
-from tests.gpu.conftest import captured_in_a_graph
+from tests.gpu.conftest import (
+    assert_every_element_is_written,
+    assert_the_same_bits_again,
+    captured_in_a_graph,
+)
 from tests.ops.harness import MODES, assert_views_are_read, hold_to_the_rule, named
 from tests.ops.test_attention import DTYPES
 from tests.ops.test_rope_attention import CASES, case, shaped
@@ -90,17 +94,11 @@ def run(request):
 
 def test_hundreds_of_runs_give_the_same_bits(run):
     """No atomics, and no race: neither of what is turned in place nor of a launch that begins early."""
-    expected = run()
-    for _ in range(300):
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), expected))
+    assert_the_same_bits_again(run, run(), 300)
 
 
 def test_every_element_is_written(run):
-    """Memory that held other numbers before changes no bit."""
-    expected = run()
-    noise = [torch.full((1 << 22,), torch.nan, device="cuda") for _ in range(16)]
-    del noise
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), expected))
+    assert_every_element_is_written(run)
 
 
 @pytest.mark.parametrize("mode", ["fp16", "bf16"])

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from tests.error_rule import relative_error
-from tests.gpu.conftest import captured_in_a_graph
+from tests.gpu.conftest import (
+    assert_every_element_is_written,
+    assert_the_same_bits_again,
+    captured_in_a_graph,
+)
 from tests.ops.harness import MODES, assert_views_are_read, hold_to_the_rule, named, three_ways
 from tests.ops.test_window_attention import CASES, DTYPES, THREE, case, shaped, with_a_flat_table
 from vit_fast.ops import use_backend, window_attention
@@ -73,17 +77,11 @@ def run(request):
 
 def test_a_thousand_runs_give_the_same_bits(run):
     """No atomics, no race, the table's sums of hundreds of programs among them."""
-    expected = run()
-    for _ in range(1000):
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), expected))
+    assert_the_same_bits_again(run, run(), 1000)
 
 
 def test_every_element_is_written(run):
-    """Memory that held other numbers before changes no bit."""
-    expected = run()
-    noise = [torch.full((1 << 22,), torch.nan, device="cuda") for _ in range(16)]
-    del noise
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), expected))
+    assert_every_element_is_written(run)
 
 
 def test_an_image_alone_and_beside_a_frozen_table(run):
